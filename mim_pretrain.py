@@ -1,0 +1,326 @@
+"""
+Stage 1, masked image modelling: the ViT sees 60% of an image's patches and regresses the CLIP features of the other
+40%. EVA, arXiv:2211.07636, section 2.2.
+
+    python mim_pretrain.py                                 # laptop, minutes: trains its teacher first
+    python mim_pretrain.py --image mine.jpg                # what the trained model makes of any picture
+    torchrun --nproc_per_node=8 mim_pretrain.py --size g   # the paper's 1B model
+"""
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+import data
+import model as M
+from model import option, print0
+
+
+@dataclass
+class Config(M.Run):
+    teacher: str = option('', "a CLIP's weights; default: the built-in teacher, or OpenAI's ViT-L/14 (b, l, g with --data)")
+    mask: str = option('block', "which patches are hidden: block (EVA's), random, or columns (EVA's own validation)")
+    mask_ratio: float = option(105 / 256, 'share of the patches hidden: 105 of 256')
+    drop_path: float = option(.1, 'chance of skipping a residual branch in the last block, growing linearly with depth')
+    warmup_steps: int = option(100, 'steps of linear warm-up')
+    min_lr: float = option(1e-5, 'learning rate at the last step')
+    weight_decay: float = option(.05, 'of matrices; vectors and positions have none')
+    betas: tuple = option((.9, .98), "AdamW's")
+    eps: float = option(1e-6, "AdamW's")
+    grad_clip: float = option(3., 'largest global gradient norm')
+
+
+RECIPES = {  # differences from the defaults. g: the paper, table 2; ti to l: EVA-02's; the rest ours, tuned on two cores
+    'pico':  dict(batch_size=64, steps=1600, lr=3e-3, drop_path=0.),
+    'nano':  dict(batch_size=64, steps=1600, lr=3e-3, drop_path=0.),
+    'micro': dict(batch_size=64, steps=1600, lr=3e-3, drop_path=0.),
+    'mini':  dict(batch_size=64, steps=1600, lr=2e-3, drop_path=0.),
+    'ti':    dict(batch_size=4000, steps=852_000,   lr=3e-3,   drop_path=0., warmup_steps=3550),     # 240 epochs of IN-21K
+    's':     dict(batch_size=4000, steps=852_000,   lr=3e-3,   drop_path=0., warmup_steps=3550),
+    'b':     dict(batch_size=2048, steps=1_040_000, lr=1.5e-3, drop_path=0., warmup_steps=6934),     # 150 epochs
+    'l':     dict(batch_size=2048, steps=1_040_000, lr=1.5e-3, drop_path=.1, warmup_steps=6934),
+    'g':     dict(batch_size=4096, steps=1_086_300, lr=1e-3,   drop_path=.1, warmup_steps=14_484),   # 150 x 7,242
+}
+NUM_EVAL = 1024         # validation images; the same, with the same masks, for every run
+BANK = 65_536           # training patches among which the picture looks for the nearest
+
+
+# ---- the idea ---------------------------------------------------------------------------------------------------
+
+def block_mask(index, grid, num_hidden, seed=0):
+    """Block-wise masks (BEiT's; EVA, section 2.2): rectangles until num_hidden of the grid x grid patches are hidden,
+    or ten tries in a row fit nowhere, so a mask may fall a little short. index int64 [B] -> [B, N] bool, True = hidden."""
+    smallest = max(4, grid * grid // 16)                            # 16 of 256 patches
+    mask = torch.zeros(len(index), grid, grid, dtype=torch.bool)
+    hidden, failures, places = torch.zeros(len(index)), torch.zeros(len(index)), torch.arange(grid)
+    attempt = 0
+    while (active := (hidden < num_hidden) & (failures < 10)).any():
+        u = data.uniform(seed, f'block {attempt}', index.cpu(), 4).double()
+        left_over = num_hidden - hidden
+        area = smallest + u[:, 0] * (left_over - smallest)          # the bounds cross once few are left, as in the original
+        aspect = torch.exp((2 * u[:, 1] - 1) * math.log(1 / .3))    # log-uniform in .3 to 3.3
+        height, width = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+        top, left = (u[:, 2] * (grid - height + 1)).floor(), (u[:, 3] * (grid - width + 1)).floor()
+        in_rows = (places >= top[:, None]) & (places < (top + height)[:, None])             # [B, grid]
+        in_columns = (places >= left[:, None]) & (places < (left + width)[:, None])
+        block = in_rows[:, :, None] & in_columns[:, None, :]
+        new = (block & ~mask).sum((1, 2))
+        taken = active & (height < grid) & (width < grid) & (new > 0) & (new <= left_over)
+        mask |= block & taken[:, None, None]
+        hidden += new * taken
+        failures = torch.where(taken, 0, failures + 1)
+        attempt += 1
+    return mask.flatten(1)
+
+
+def make_mask(kind, index, grid, mask_ratio, seed=0):
+    """[B, N] bool, True = hidden, for sample numbers index [B]: a function of (seed, index) alone."""
+    num_hidden = round(grid * grid * mask_ratio)                    # 105 of 256, 26 of 64
+    if kind == 'block':
+        return block_mask(index, grid, num_hidden, seed)
+    if kind == 'random':
+        return data.uniform(seed, 'mask', index.cpu(), grid * grid).argsort(1).argsort(1) < num_hidden
+    return (torch.arange(grid * grid) % 2 == 0).expand(len(index), -1)      # columns: every even token
+
+
+def mim_loss(predictions, targets, mask):
+    """Mean negative cosine similarity over the hidden patches only, in fp32; neither side is centred or scaled.
+    predictions, targets [B, N, C]; mask [B, N] bool, True = hidden. EVA, section 2.2."""
+    predictions, targets = predictions[mask], targets[mask]         # [M, C]
+    return -F.cosine_similarity(predictions.float(), targets.float(), dim=-1).mean()
+
+
+def teacher_features(teacher, images, grid):
+    """The target: the projected features of all patches of the same crop, resized so that the teacher's grid is ours.
+    images uint8 [B, 3, H, W] -> [B, N, C]."""
+    size = grid * teacher.config['vision']['patch_size']
+    images = teacher.normalize(images)
+    if images.shape[-1] != size:
+        images = F.interpolate(images, size=(size, size), mode='bicubic', antialias=True)
+    return teacher.patch_features(images)
+
+
+# ---- measuring --------------------------------------------------------------------------------------------------
+
+class Validation(NamedTuple):
+    images: torch.Tensor        # uint8 [B, 3, H, W]
+    mask: torch.Tensor          # bool [B, N], True = hidden
+    targets: torch.Tensor       # [B, N, C]
+    position: float             # cosine of the best constant vector per position
+    inpaint: float              # cosine of features interpolated from what is visible
+
+
+def hidden_distance(mask, grid):
+    """Steps (chessboard king's) from each patch to the nearest visible one, 0 for visible patches: [B, N]."""
+    hidden = mask.view(-1, 1, grid, grid).float()
+    distance = torch.zeros_like(hidden)
+    while hidden.any():
+        distance += hidden
+        hidden = -F.max_pool2d(F.pad(-hidden, (1,) * 4, value=-1.), 3, 1)       # erode: the border counts as hidden
+        if (hidden == 1).all(dim=(1, 2, 3)).any():
+            break               # a row without any visible patch
+    return distance.view_as(mask).long()
+
+
+def interpolate_hidden(features, mask, grid, sharpness):
+    """Fills hidden patches with the mean of the visible ones, weighted by exp(-sharpness * squared distance)."""
+    row, column = torch.arange(grid * grid, device=mask.device) // grid, torch.arange(grid * grid, device=mask.device) % grid
+    squared = (row[:, None] - row) ** 2 + (column[:, None] - column) ** 2                       # [N, N]
+    weights = (-sharpness * squared).float().expand(len(mask), -1, -1).masked_fill(mask[:, None, :], -torch.inf)
+    return weights.softmax(-1) @ features.float()                                               # [B, N, C]
+
+
+@torch.no_grad()
+def make_validation(cfg, dataset, teacher, image_size, grid, device):
+    """Validation images, masks and targets, and the two baselines that any prediction has to beat."""
+    batches = list(data.eval_batches(dataset, 64, image_size, NUM_EVAL, device))
+    images = torch.cat([batch['images'] for batch in batches])
+    mask = make_mask(cfg.mask, torch.arange(len(images)), grid, cfg.mask_ratio, seed=-1).to(device)
+    targets = torch.cat([teacher_features(teacher, batch['images'], grid) for batch in batches])
+    # the sum of unit vectors points where their mean cosine is largest: no constant per position can do better
+    directions = F.normalize(targets.float(), dim=-1) * mask[..., None]
+    position = -mim_loss(directions.sum(0).expand_as(targets), targets, mask).item()
+    visible = torch.cat([teacher_features(teacher, paint_hidden(*part), grid)
+                         for part in zip(images.split(64), mask.split(64))])
+    inpaint = max(-mim_loss(interpolate_hidden(visible, mask, grid, sharpness), targets, mask).item()
+                  for sharpness in (.25, .5, 1., 2.))           # the best of four kernels: a strict baseline
+    return Validation(images, mask, targets, position, inpaint)
+
+
+def paint_hidden(images, mask, value=128):
+    """Images with their hidden patches painted grey. images uint8 [B, 3, H, W], mask [B, N]."""
+    grid = math.isqrt(mask.shape[1])
+    pixels = F.interpolate(mask.view(-1, 1, grid, grid).float(), size=images.shape[-2:], mode='nearest') > 0
+    return torch.where(pixels, value, images)
+
+
+@torch.no_grad()
+def evaluate(model, val, autocast):
+    """Cosine on the hidden validation patches; skill = (cosine - position) / (1 - position), also by distance."""
+    cosine = []
+    for images, mask, targets in zip(val.images.split(64), val.mask.split(64), val.targets.split(64)):
+        with autocast:
+            predictions = model(model.normalize(images), mask)                      # [B, N, C]
+        cosine.append(F.cosine_similarity(predictions.float(), targets.float(), dim=-1))
+    cosine, distance = torch.cat(cosine), hidden_distance(val.mask, math.isqrt(val.mask.shape[1]))     # [B, N]
+    skill = lambda value: (value - val.position) / (1 - val.position)
+    metrics = dict(cosine=cosine[val.mask].mean().item(), baseline=val.position, inpaint=val.inpaint)
+    metrics['skill'], metrics['inpaint_skill'] = skill(metrics['cosine']), skill(val.inpaint)
+    for name, chosen in (('1', distance == 1), ('2', distance == 2), ('3+', distance >= 3)):
+        if chosen.any():
+            metrics[f'skill_distance_{name}'] = skill(cosine[chosen].mean().item())
+    return metrics
+
+
+# ---- the picture ------------------------------------------------------------------------------------------------
+
+def principal_axes(features):
+    """Three axes on which features look most different, and their range: what turns [..., C] into RGB."""
+    features = features.flatten(0, -2).float()
+    mean = features.mean(0)
+    axes = torch.linalg.eigh((features - mean).T @ (features - mean))[1][:, -3:].flip(1)        # [C, 3]
+    projected = (features - mean) @ axes
+    low, high = projected.quantile(.02, dim=0), projected.quantile(.98, dim=0)
+    return lambda x: (((x.float() - mean) @ axes - low) / (high - low)).clamp(0, 1)
+
+
+@torch.no_grad()
+def draw_features(path, model, teacher, images, mask, bank_images):
+    """features.png, a row per image: input, masked input, the teacher's features, the prediction (hidden patches only,
+    the teacher's faded around them), and hidden patches filled with the training patch nearest to the prediction."""
+    grid, tile, size = math.isqrt(mask.shape[1]), 128, images.shape[-1] // math.isqrt(mask.shape[1])
+    teach = lambda x: torch.cat([teacher_features(teacher, part, grid) for part in x.split(64)]).float()
+    targets, predictions = teach(images), model(model.normalize(images), mask).float()          # [B, N, C]
+    predictions = predictions * (targets.norm(dim=-1).mean() / predictions.norm(dim=-1, keepdim=True))   # only directions
+    rgb = principal_axes(targets)                                                               # were learnt
+    bank = F.normalize(teach(bank_images), dim=-1).flatten(0, 1)                                # [BANK, C]
+    patches = F.unfold(bank_images.float(), size, stride=size).transpose(1, 2).flatten(0, 1)    # [BANK, 3 * size^2]
+    filled = F.unfold(images.float(), size, stride=size).transpose(1, 2)                        # [B, N, 3 * size^2]
+    for n in range(len(images)):
+        nearest = (F.normalize(predictions[n][mask[n]], dim=-1) @ bank.T).argmax(1)
+        filled[n, mask[n]] = patches[nearest]
+    filled = F.fold(filled.transpose(1, 2), images.shape[-2:], size, stride=size)
+    as_image = lambda x: (x.transpose(1, 2).unflatten(2, (grid, grid)) * 255)                   # [B, N, 3] -> [B, 3, h, w]
+    faded = .75 + .25 * rgb(targets)
+    columns = {'input': images, 'masked': paint_hidden(images, mask), "teacher's features": as_image(rgb(targets)),
+               'prediction': as_image(torch.where(mask[..., None], rgb(predictions), faded)), 'nearest patches': filled}
+    sheet = Image.new('RGB', (len(columns) * (tile + 6) + 6, len(images) * (tile + 6) + 30), 'white')
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for x, (name, column) in enumerate(columns.items()):
+        draw.text((6 + x * (tile + 6), 6), name, fill='black', font=font)
+        for y, picture in enumerate(column.clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()):
+            resample = Image.BICUBIC if picture.shape[0] > tile else Image.NEAREST
+            sheet.paste(Image.fromarray(picture).resize((tile, tile), resample), (6 + x * (tile + 6), 28 + y * (tile + 6)))
+    sheet.save(path)
+
+
+# ---- the loop ---------------------------------------------------------------------------------------------------
+
+def find_teacher(cfg, rank):
+    """The teacher's weights: --teacher; OpenAI's ViT-L/14 for b, l, g on real data; else the built-in one, trained at
+    first use by clip_train.py's default command, the same for every size so that their skills compare."""
+    if cfg.teacher:
+        return cfg.teacher
+    if cfg.data.startswith('shapes'):
+        if cfg.size in ('l', 'g'):
+            print0(f'a rehearsal: {cfg.size} on the built-in world with its small teacher. For real: --data DIR')
+    elif cfg.size in ('b', 'l', 'g'):
+        return data.fetch('ViT-L-14.pt', data.OPENAI_VIT_L14)
+    else:
+        print0('teacher: the built-in one, which has seen drawn scenes only. Train one on your own pictures with '
+               '`python clip_train.py --data DIR`, or pass --teacher ViT-L-14.pt')
+    path = Path('out/teacher')
+    if rank == 0 and not (path / 'result.json').exists():
+        print0('first the teacher, once (out/teacher):')
+        environment = {k: v for k, v in os.environ.items() if k not in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')}
+        script = Path(__file__).with_name('clip_train.py')
+        done = subprocess.run([sys.executable, script, '--out_dir', path, '--device', cfg.device], env=environment)
+        if done.returncode:
+            sys.exit(done.returncode)       # it has said why; the same command continues it
+    return path / 'model.pt'
+
+
+def train(cfg):
+    """Pre-trains; leaves model.pt, features.png, loss.png, log.jsonl and result.json. --eval and --image only look."""
+    rank, world, device = M.setup(cfg)
+    cfg.out_dir = cfg.out_dir or f'out/mim_pretrain-{cfg.size}'
+    if cfg.mask not in ('block', 'random', 'columns'):
+        raise ValueError(f'mask {cfg.mask!r} is not one of block, random, columns')
+    if not 0 < cfg.mask_ratio < 1:
+        raise ValueError(f'mask_ratio {cfg.mask_ratio} is not between 0 and 1')
+    if cfg.plan:
+        return M.plan(M.size_config(cfg, head=768), cfg.micro_batch or cfg.batch_size, device=device)
+    train_set, val_set = data.open_data(cfg.data, 'train'), data.open_data(cfg.data, 'val')
+    look_only = cfg.eval or cfg.image
+    if not look_only and M.finished(cfg):
+        return
+    teacher = M.load(find_teacher(cfg, rank)).to(device).requires_grad_(False)
+    if look_only:
+        model = M.load(cfg.init or f'{cfg.out_dir}/model.pt').to(device)
+    else:
+        model = M.ViT(**M.size_config(cfg, head=teacher.config['text']['embed'], drop_path=cfg.drop_path))
+        model = M.init_weights(model, cfg.seed).to(device)
+    grid, image_size = model.grid, model.config['image_size']
+    autocast = M.autocast(device)
+    bank = next(iter(data.batches(train_set, max(8, BANK // grid ** 2), image_size, 0, 1, cfg.seed, device)))['images']
+    if cfg.image:
+        images = data.read_square(cfg.image, image_size)[None].to(device)
+        mask = make_mask(cfg.mask, torch.tensor([cfg.seed]), grid, cfg.mask_ratio).to(device)
+        path = f'{cfg.out_dir}/{Path(cfg.image).stem}.features.png'
+        draw_features(path, model, teacher, images, mask, bank)
+        return print0(path)
+    val = make_validation(cfg, val_set, teacher, image_size, grid, device)
+    if cfg.eval:
+        return print0(M.table(evaluate(model, val, autocast)))
+
+    optimizer = M.make_optimizer(model, cfg)
+    start, _ = M.resume(cfg.out_dir, model, optimizer, cfg)
+    print0(f'EVA {cfg.size}: {M.count_parameters(model) / 1e6:.2f}M parameters, {image_size} px, {grid}x{grid} patches, '
+           f'{round(grid * grid * cfg.mask_ratio)} hidden; {cfg.steps:,} steps of {cfg.batch_size} images on {device}. '
+           f'Cosine to beat: {val.position:.3f} (position mean), {val.inpaint:.3f} (inpainting)')
+    log = M.Log(cfg, start)
+    batches = data.batches(train_set, cfg.batch_size, image_size, start, cfg.steps, cfg.seed, device, cfg.workers)
+    for step, batch in zip(range(start, cfg.steps), batches):
+        for group in optimizer.param_groups:
+            group['lr'] = M.lr_at(step, cfg) * group['lr_scale']
+        images = batch['images']                                                    # uint8 [B, 3, H, W]
+        mask = make_mask(cfg.mask, batch['position'], grid, cfg.mask_ratio, cfg.seed)           # [B, N], True = hidden
+        drop = data.uniform(cfg.seed, 'drop path', batch['position'], 2 * len(model.blocks)).unflatten(1, (-1, 2)).to(device)
+        num_hidden, loss = mask.sum(), 0
+        for images, mask, drop in zip(*(x.split(cfg.micro_batch or len(x)) for x in (images, mask, drop))):
+            share, mask = mask.sum() / num_hidden, mask.to(device)                  # of the batch's hidden patches
+            with torch.no_grad(), autocast:
+                targets = teacher_features(teacher, images, grid)                   # [B, N, C]
+            with autocast:
+                predictions = model(model.normalize(images), mask, drop=drop)       # [B, N, C]
+            part = mim_loss(predictions, targets, mask) * share
+            part.backward()
+            loss += part.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        if log.is_finite(grad_norm):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if log.due(step):
+            log.write(step, loss=loss, lr=optimizer.param_groups[0]['lr'], grad_norm=grad_norm)
+        done = step + 1
+        if done % cfg.save_every == 0 and done < cfg.steps:
+            M.save_checkpoint(cfg.out_dir, done, model, optimizer, cfg)
+            log.say(step, **evaluate(model, val, autocast))
+            draw_features(f'{cfg.out_dir}/features.png', model, teacher, val.images[:8], val.mask[:8], bank)
+
+    metrics = evaluate(model, val, autocast)
+    M.save(model, f'{cfg.out_dir}/model.pt')
+    draw_features(f'{cfg.out_dir}/features.png', model, teacher, val.images[:8], val.mask[:8], bank)
+    log.finish(model, '- cosine', {'position mean': -val.position, 'inpainting': -val.inpaint}, **metrics)
+    print0(data.report_broken(train_set))
+
+
+if __name__ == '__main__':
+    M.main(train, Config, RECIPES)

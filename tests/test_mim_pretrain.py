@@ -1,0 +1,161 @@
+"""Masks, loss, baselines and real runs of stage 1."""
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mim_pretrain
+import model as M
+from mim_pretrain import block_mask, hidden_distance, interpolate_hidden, make_mask, mim_loss
+
+GOLDEN = [Path(folder) / 'masking.json' for folder in os.environ.get('GOLDEN', 'tests/golden').split(':')]
+MASKING = [pytest.param(path, id=path.name) for path in GOLDEN if path.exists()]
+
+
+def test_loss_ignores_visible_patches():
+    """Moving the prediction of a visible patch must not move the loss."""
+    predictions, targets = torch.randn(2, 4, 6, 8)                 # each [B=4, N=6, C=8]
+    mask = (torch.arange(6) < 3).expand(4, 6)
+    before = mim_loss(predictions, targets, mask)
+    predictions[:, 3:] += 1
+    assert torch.equal(mim_loss(predictions, targets, mask), before)
+
+
+def test_loss_of_perfect_directions_is_minus_one():
+    """Lengths do not count."""
+    targets, mask = torch.randn(2, 6, 8), torch.ones(2, 6, dtype=torch.bool)
+    torch.testing.assert_close(mim_loss(3 * targets, targets, mask), torch.tensor(-1.))
+
+
+@pytest.mark.parametrize('path', MASKING or [pytest.param(None, marks=pytest.mark.skip('no masking.json'))])
+def test_block_masks_equal_the_original_generator(path):
+    """Number hidden, rate at each position and perimeter, each within sampling error of the original's draws."""
+    golden = json.loads(path.read_text())
+    params, num = golden['params'], 8000
+    grid = params['input_size']
+    mask = block_mask(torch.arange(num), grid, params['num_masking_patches']).float()
+    bound = lambda std: 5 * std * (1 / num + 1 / golden['draws']) ** .5
+    total = mask.sum(1)
+    assert abs(total.mean() - golden['total_masked']['mean']) < bound(golden['total_masked']['std'])
+    assert total.max() == params['num_masking_patches'] and total.min() >= golden['total_masked']['min'] - 4
+    rate = torch.tensor(golden['mean_mask']).flatten()
+    worst = (mask.mean(0) - rate).abs() / (rate * (1 - rate)).clamp(min=1e-4).sqrt()
+    assert worst.max() < bound(1.)
+    maps = mask.view(-1, grid, grid)
+    perimeter = (maps[:, 1:] != maps[:, :-1]).sum((1, 2)) + (maps[:, :, 1:] != maps[:, :, :-1]).sum((1, 2))
+    assert abs(perimeter.float().mean() - golden['perimeter_inner']['mean']) < bound(golden['perimeter_inner']['std'])
+
+
+@pytest.mark.parametrize('kind, expected', [('random', 26), ('columns', 32)])
+def test_masks_hide_the_expected_number(kind, expected):
+    assert (make_mask(kind, torch.arange(50), 8, 105 / 256).sum(1) == expected).all()
+
+
+def test_mask_depends_on_its_sample_alone():
+    """The same sample has the same mask in any batch, and another with another seed."""
+    alone, together = block_mask(torch.tensor([7]), 8, 26), block_mask(torch.arange(20), 8, 26)
+    assert torch.equal(alone[0], together[7]) and not torch.equal(together, block_mask(torch.arange(20), 8, 26, seed=1))
+
+
+def test_hidden_distance_counts_steps_to_the_visible():
+    mask = torch.zeros(1, 5, 5, dtype=torch.bool)
+    mask[0, :3, :3] = True                                         # in a corner: the border shows nothing
+    expected = torch.tensor([[3, 2, 1, 0, 0], [2, 2, 1, 0, 0], [1, 1, 1, 0, 0], [0] * 5, [0] * 5])
+    expected[0] = torch.tensor([3, 2, 1, 0, 0])
+    assert torch.equal(hidden_distance(mask.flatten(1), 5).view(5, 5), expected)
+
+
+def test_interpolation_uses_visible_patches_only():
+    """Whatever stands in hidden patches, the filled features are the same; a constant image stays constant."""
+    mask = make_mask('block', torch.arange(3), 8, .4)
+    features = torch.randn(3, 64, 5)
+    filled = interpolate_hidden(features, mask, 8, 1.)
+    changed = torch.where(mask[..., None], 100., features)
+    torch.testing.assert_close(interpolate_hidden(changed, mask, 8, 1.), filled)
+    torch.testing.assert_close(interpolate_hidden(torch.ones(3, 64, 5), mask, 8, 1.), torch.ones(3, 64, 5))
+
+
+def test_teacher_sees_the_crop_at_its_own_patch_size():
+    """A teacher of patch 8 gives as many features as a student of patch 4 has patches."""
+    config = dict(width=16, depth=1, heads=2, mlp_width=32, patch_size=8, image_size=64, head=12)
+    teacher = M.CLIP(config, dict(width=16, depth=1, heads=2, vocab=600, embed=12))
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    features = mim_pretrain.teacher_features(teacher, images, grid=8)
+    by_hand = F.interpolate(teacher.normalize(images), size=(64, 64), mode='bicubic', antialias=True)
+    torch.testing.assert_close(features, teacher.patch_features(by_hand))
+
+
+def config(tmp_path, *flags):
+    """A Config whose run takes a second, with a teacher made on the spot."""
+    teacher = tmp_path / 'teacher.pt'
+    if not teacher.exists():
+        vision = dict(M.SIZES['pico'], head=16, pool='mean', mask_token=False)
+        clip = M.init_weights(M.CLIP(vision, dict(width=16, depth=1, heads=2, vocab=600, embed=16)))
+        M.save(clip, str(teacher))
+    flags = ['--size', 'pico', '--teacher', str(teacher), '--batch_size', '8', '--steps', '6', '--warmup_steps', '2',
+             '--log_every', '1', '--out_dir', str(tmp_path / 'run'), '--device', 'cpu', *flags]
+    return M.parse_config(mim_pretrain.Config, mim_pretrain.RECIPES, flags)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(mim_pretrain, 'NUM_EVAL', 32)
+    monkeypatch.setattr(mim_pretrain, 'BANK', 1024)
+
+
+def losses(folder):
+    return [json.loads(line)['loss'] for line in open(folder / 'log.jsonl')]
+
+
+def test_stopped_and_resumed_run_has_the_same_losses(tmp_path, monkeypatch):
+    """A run that ends after step 4 of 6, its last checkpoint at 3, goes on as if it had not."""
+    mim_pretrain.train(config(tmp_path))
+    straight = losses(tmp_path / 'run')
+    cut = config(tmp_path, '--save_every', '3', '--out_dir', str(tmp_path / 'cut'))
+    write = M.Log.write
+
+    def write_and_stop(log, step, **values):
+        write(log, step, **values)
+        if step == 4:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(M.Log, 'write', write_and_stop)
+        mim_pretrain.train(cut)
+    mim_pretrain.train(cut)
+    assert losses(tmp_path / 'cut') == straight
+
+
+def test_micro_batches_give_the_loss_of_the_whole(tmp_path):
+    """Parts with unequal numbers of hidden patches add up to the global mean."""
+    mim_pretrain.train(config(tmp_path))
+    mim_pretrain.train(config(tmp_path, '--micro_batch', '2', '--out_dir', str(tmp_path / 'micro')))
+    torch.testing.assert_close(torch.tensor(losses(tmp_path / 'micro')), torch.tensor(losses(tmp_path / 'run')),
+                               rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_leaves_what_the_design_says(tmp_path):
+    mim_pretrain.train(config(tmp_path))
+    left = {path.name for path in (tmp_path / 'run').iterdir()}
+    assert left >= {'model.pt', 'result.json', 'log.jsonl', 'loss.png', 'features.png'}
+    result = json.loads((tmp_path / 'run' / 'result.json').read_text())
+    assert result.keys() >= {'cosine', 'baseline', 'inpaint', 'skill', 'seconds', 'parameters', 'command'}
+
+
+def test_position_baseline_is_the_best_constant():
+    """No other constant per position has a larger mean cosine on the hidden patches."""
+    import data
+    vision = dict(M.SIZES['pico'], head=16, pool='mean', mask_token=False)
+    teacher = M.init_weights(M.CLIP(vision, dict(width=16, depth=1, heads=2, vocab=600, embed=16)))
+    cfg = type('cfg', (), dict(mask='random', mask_ratio=.4))
+    val = mim_pretrain.make_validation(cfg, data.World('val'), teacher, 32, 8, torch.device('cpu'))
+    guess = torch.randn(64, 16, requires_grad=True)
+    optimizer = torch.optim.Adam([guess], lr=.05)
+    for _ in range(200):
+        loss = mim_loss(guess.expand_as(val.targets), val.targets, val.mask)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert -1e-3 < val.position + loss.item() < 1e-2

@@ -1,0 +1,557 @@
+"""One claim a test: sizes, the ViT's options, initial weights, files, and the machinery of a run."""
+import dataclasses
+import json
+import math
+import os
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as m
+from model import CLIP, SIZES, TextTower, ViT, init_weights, load, load_state, option, save
+
+TINY = dict(width=16, depth=3, heads=2, mlp_width=32, patch_size=4, image_size=16)      # N = 16
+TEXT = dict(width=16, depth=2, heads=2, vocab=30, embed=8, context=12)
+
+
+def tiny(seed=0, **options):
+    """A small ViT whose every weight matters: biases, tokens and norms are random too."""
+    model = ViT(**{**TINY, **options})
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def images(count=2, size=16, seed=1):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def plain(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+# ---- sizes
+
+def test_g_has_the_papers_parameters():
+    """EVA-g with its 768 wide prediction head: the number in EVA's log."""
+    with torch.device('meta'):
+        assert m.count_parameters(ViT(**SIZES['g'], head=768)) == 1_012_229_632
+
+
+@pytest.mark.parametrize('size, gigaflops', [('l', 162), ('g', 534)])
+def test_flops(size, gigaflops):
+    assert abs(m.flops_per_image(SIZES[size]) / 1e9 - gigaflops) < 1
+
+
+def test_flops_are_those_torch_counts():
+    """Equal to torch's own counter, head included."""
+    from torch.utils.flop_counter import FlopCounterMode
+    model = tiny(head=8)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(images(1))
+    assert counter.get_total_flops() == m.flops_per_image(model.config)
+
+
+# ---- the ViT
+
+def test_block_is_the_plain_formula():
+    """Attention and MLP written out, with the absent key bias as zeros."""
+    model = tiny(layer_scale=0.5)
+    block, x = model.blocks[0], torch.randn(2, 5, 16)
+    y = F.layer_norm(x, (16,), block.norm1.weight, block.norm1.bias, 1e-6)
+    q, k, v = (y @ block.attn.qkv.weight.T).split(16, dim=-1)
+    q, v = q + block.attn.q_bias, v + block.attn.v_bias
+    heads = []
+    for q, k, v in zip(q.split(8, dim=-1), k.split(8, dim=-1), v.split(8, dim=-1)):      # two heads of 8
+        heads.append((q @ k.transpose(1, 2) / 8 ** 0.5).softmax(-1) @ v)
+    x1 = x + block.gamma_1 * block.attn.proj(torch.cat(heads, -1))
+    y = F.layer_norm(x1, (16,), block.norm2.weight, block.norm2.bias, 1e-6)
+    expected = x1 + block.gamma_2 * block.mlp.fc2(F.gelu(block.mlp.fc1(y)))
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_patches_go_row_by_row():
+    """Without blocks, token 1 + N is the patch at row N // grid, column N % grid."""
+    model = tiny(depth=0)
+    x, weight = images(1), model.patch_embed.weight.flatten(1)
+    patch = x[0, :, 4:8, 8:12].flatten()                                  # row 1, column 2
+    expected = weight @ patch + model.patch_embed.bias + model.pos_embed[0, 1 + 4 + 2]
+    torch.testing.assert_close(model.tokens(x)[0, 1 + 4 + 2], expected)
+
+
+def test_keeping_all_tokens_is_keeping_nothing_back():
+    """keep with every index equals no keep."""
+    model, x = tiny(), images()
+    assert torch.equal(model.tokens(x, keep=torch.arange(16).expand(2, 16)), model.tokens(x))
+
+
+def test_keep_follows_the_order_of_its_indices():
+    """Patches have their positions before they are gathered, so their order does not matter to each of them."""
+    model, x = tiny(), images()
+    a, b = model.tokens(x, keep=torch.tensor([[3, 7, 9]] * 2)), model.tokens(x, keep=torch.tensor([[9, 3, 7]] * 2))
+    torch.testing.assert_close(a[:, [0, 3, 1, 2]], b)
+
+
+def test_hidden_pixels_are_not_seen():
+    """A hidden patch's pixels change no token; a visible patch's do."""
+    model, x = tiny(), images(1)
+    mask = torch.zeros(1, 16, dtype=torch.bool)
+    mask[0, 5] = True                                                     # row 1, column 1
+    before = model.tokens(x, mask)
+    x[:, :, 4:8, 4:8] += 1
+    assert torch.equal(model.tokens(x, mask), before)
+    x[:, :, 4:8, 8:12] += 1
+    assert not torch.equal(model.tokens(x, mask), before)
+
+
+def test_mask_comes_before_positions():
+    """Without blocks, a hidden patch's token is mask token plus position."""
+    model = tiny(depth=0)
+    tokens = model.tokens(images(1), mask=torch.ones(1, 16, dtype=torch.bool))
+    assert torch.equal(tokens[:, 1:], model.mask_token + model.pos_embed[:, 1:])
+
+
+def test_dropped_branches_are_skipped():
+    """drop removes a branch below its layer's rate, 0 to drop_path, and multiplies the others by 1 / (1 - rate)."""
+    model, x = tiny(drop_path=0.5), images(1)                             # rates 0, .25, .5
+    drop = torch.tensor([[[0., 0.], [0.2, 0.3], [0.5, 0.4]]])
+    expected = model.patch_embed(x).flatten(2).transpose(1, 2)
+    expected = torch.cat((model.class_token, expected), 1) + model.pos_embed
+    for block, (attn, mlp) in zip(model.blocks, ((1, 1), (0, 1 / 0.75), (2, 0))):
+        expected = expected + attn * block.attn(block.norm1(expected))
+        expected = expected + mlp * block.mlp(block.norm2(expected))
+    torch.testing.assert_close(model.tokens(x, drop=drop), expected)
+
+
+def test_pooling():
+    """None is every patch, 'class' the first token, 'mean' the patches' average, normed after it."""
+    model, x = tiny(head=5), images()
+    tokens = model.tokens(x)
+    torch.testing.assert_close(model(x), model.head(model.norm(tokens))[:, 1:])
+    model.pool = 'class'
+    torch.testing.assert_close(model(x), model.head(model.norm(tokens))[:, 0])
+    model.pool = 'mean'
+    torch.testing.assert_close(model(x), model.head(model.norm(tokens[:, 1:].mean(1))))
+    torch.testing.assert_close(model.patch_features(x), model.head(model.norm(tokens))[:, 1:])
+
+
+def test_own_grid_keeps_positions():
+    """Resizing to the same grid returns the same numbers."""
+    positions = torch.randn(1, 17, 8)
+    assert torch.equal(m.resize_positions(positions, (4, 4)), positions)
+
+
+def test_resized_positions_keep_class_row_and_row_order():
+    """A table that rises from row to row still does after resizing to a grid that is not square."""
+    positions = torch.cat((torch.tensor([7.]), torch.arange(4.).repeat_interleave(4))).view(1, 17, 1)
+    resized = m.resize_positions(positions, (8, 3))
+    assert resized.shape == (1, 25, 1) and resized[0, 0, 0] == 7
+    rows = resized[0, 1:, 0].view(8, 3)
+    assert (rows.diff(dim=0)[1:-1] > 0).all() and torch.allclose(rows[:, :1].expand(-1, 3), rows, atol=1e-6)
+
+
+def test_any_multiple_of_the_patch_is_an_image():
+    """Other sizes run, also oblong ones; what the patch does not divide is refused with the nearest sizes."""
+    model = tiny()
+    assert model.features(torch.randn(1, 3, 24, 8)).shape == (1, 1 + 6 * 2, 16)
+    with pytest.raises(ValueError, match='image_size 18 is not a multiple of 4; use 16 or 20'):
+        model.tokens(torch.randn(1, 3, 18, 16))
+
+
+def test_normalize():
+    """Bytes become (x / 255 - mean) / std."""
+    x = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    mean, std = torch.tensor(m.CLIP_MEAN).view(3, 1, 1), torch.tensor(m.CLIP_STD).view(3, 1, 1)
+    torch.testing.assert_close(tiny().normalize(x), (x / 255 - mean) / std)
+
+
+# ---- text and CLIP
+
+def test_text_stops_at_the_longest_caption():
+    """What follows the end token does not matter, and neither does how long the other texts of the batch are."""
+    model = init_weights(CLIP(dict(**TINY, head=8, pool='class'), TEXT)).text
+    text = torch.tensor([[28, 3, 4, 29, 0, 0, 0, 0, 0, 0, 0, 0], [28, 5, 6, 7, 8, 9, 3, 29, 0, 0, 0, 0]])
+    together = model(text)
+    full = model(F.pad(text[:, :11], (0, 1), value=0))
+    assert torch.equal(together, full)
+    torch.testing.assert_close(torch.cat([model(row[None]) for row in text]), together)
+    x = model.token_embed(text) + model.pos_embed                        # nothing cut off
+    for block in model.blocks:
+        x = block(x)
+    torch.testing.assert_close(together, model.head(model.norm(x))[[0, 1], [3, 7]])
+
+
+def test_text_is_causal():
+    """A token changes only what follows it."""
+    block, x = TextTower(**TEXT).blocks[0], torch.randn(1, 6, 16)
+    before = block(x)
+    x[:, 3] += 1
+    assert torch.equal(block(x)[:, :3], before[:, :3]) and not torch.equal(block(x)[:, 4], before[:, 4])
+
+
+# ---- initial weights
+
+def test_initial_std_is_the_truncated_one():
+    """EVA truncates its normal of .015 at one standard deviation: .0081 comes out; narrower models start from .02."""
+    for width, realised in ((1408, 0.0081), (384, 0.0108)):
+        model = init_weights(ViT(**{**SIZES['g'], 'width': width, 'depth': 2}))
+        assert abs(model.blocks[1].mlp.fc1.weight.std().item() - realised) < 1e-4
+        assert abs(model.blocks[1].mlp.fc2.weight.std().item() - realised / 2) < 1e-4           # sqrt(2 * layer 2)
+        assert abs(model.blocks[0].attn.proj.weight.std().item() - realised / math.sqrt(2)) < 1e-4
+        assert model.blocks[0].attn.q_bias.abs().max() == 0 and (model.norm.weight == 1).all()
+
+
+def test_initial_weights_are_a_function_of_the_seed():
+    build = lambda: CLIP(dict(**TINY, head=8, pool='class'), TEXT)
+    torch.manual_seed(1)
+    a, b, c = plain(init_weights(build(), 5)), plain(init_weights(build(), 5)), plain(init_weights(build(), 6))
+    same(a, b)
+    assert not torch.equal(a['text.head.weight'], c['text.head.weight'])
+
+
+def test_small_models_start_from_sincos():
+    """Neighbouring patches start with nearby positions; the class token's row is zero."""
+    table = init_weights(ViT(**TINY)).pos_embed[0]
+    assert table[0].abs().max() == 0 and len(table.unique(dim=0)) == 17
+    near, far = (table[1] - table[2]).norm(), (table[1] - table[4]).norm()
+    assert near < far
+
+
+# ---- files
+
+def test_round_trip_is_exact(tmp_path):
+    """save and load keep class, config, extras and every bit."""
+    path = str(tmp_path / 'x.pt')
+    for model in (tiny(head=3, layer_scale=0.1), init_weights(CLIP(dict(**TINY, head=8, pool='class'), TEXT))):
+        save(model, path, classes=['a', 'b'])
+        loaded = load(path)
+        same(plain(model), plain(loaded))
+        assert type(loaded) is type(model) and loaded.config == model.config and not loaded.training
+        assert loaded.extra == dict(classes=['a', 'b'])
+
+
+def test_other_image_size_resizes_positions(tmp_path):
+    path, model = str(tmp_path / 'x.pt'), tiny()
+    save(model, path)
+    loaded = load(path, image_size=24)
+    assert loaded.grid == 6 and torch.equal(loaded.pos_embed, m.resize_positions(model.pos_embed, (6, 6)))
+
+
+def test_new_head_starts_afresh(tmp_path):
+    """A classifier from a pre-trained file: new head and norm, no mask token, everything else from the file."""
+    path, model = str(tmp_path / 'x.pt'), tiny(head=8)
+    save(model, path)
+    loaded = load(path, head=5, pool='mean', mask_token=False)
+    assert loaded.head.weight.shape == (5, 16) and (loaded.norm.weight == 1).all() and loaded.mask_token is None
+    kept, before = plain(loaded), plain(model)
+    for name in kept:
+        assert name.startswith(('head', 'norm')) or torch.equal(kept[name], before[name]), name
+
+
+def test_wrong_tensors_are_named(tmp_path):
+    """Missing, extra and misshapen tensors are errors with their names, in the file's words for a foreign one."""
+    state = plain(tiny())
+    for change, words in ((lambda s: s.pop('blocks.1.attn.q_bias'), 'missing blocks.1.attn.q_bias'),
+                          (lambda s: s.update(spare=torch.zeros(2)), 'unexpected spare'),
+                          (lambda s: s.update({'norm.bias': torch.zeros(3)}), 'norm.bias')):
+        broken = dict(state)
+        change(broken)
+        with pytest.raises(ValueError, match=words):
+            load_state(broken, 'ViT', tiny().config)
+
+
+def openai_state():
+    """A tiny OpenAI CLIP under its own names."""
+    r, width = torch.randn, 64
+    state = {'visual.class_embedding': r(width), 'visual.positional_embedding': r(17, width),
+             'visual.proj': r(width, 8), 'visual.conv1.weight': r(width, 3, 4, 4), 'logit_scale': r(()),
+             'token_embedding.weight': r(30, width), 'positional_embedding': r(12, width),
+             'text_projection': r(width, 8)}
+    for norm in ('visual.ln_pre', 'visual.ln_post', 'ln_final'):
+        state.update({norm + '.weight': r(width), norm + '.bias': r(width)})
+    for block in ('visual.transformer.resblocks.0.', 'transformer.resblocks.0.'):
+        shapes = {'attn.in_proj_': (3 * width, width), 'attn.out_proj.': (width, width), 'ln_1.': (width,),
+                  'ln_2.': (width,), 'mlp.c_fc.': (4 * width, width), 'mlp.c_proj.': (width, 4 * width)}
+        for name, shape in shapes.items():
+            state.update({block + name + 'weight': r(shape), block + name + 'bias': r(shape[0])})
+    return state
+
+
+def test_openai_names_are_understood(capsys):
+    """Query and value biases are taken from the packed one; the key bias is dropped, and that is said."""
+    state = openai_state()
+    model = load_state(state)
+    bias = state['transformer.resblocks.0.attn.in_proj_bias']
+    assert torch.equal(model.text.blocks[0].attn.q_bias, bias[:64])
+    assert torch.equal(model.text.blocks[0].attn.v_bias, bias[128:])
+    assert torch.equal(model.visual.head.weight, state['visual.proj'].T)
+    assert '2 key biases dropped' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', ['visual.ln_post.bias', 'text_projection', 'transformer.resblocks.0.attn.in_proj_bias',
+                                  'visual.positional_embedding', 'visual.transformer.resblocks.0.mlp.c_fc.weight'])
+def test_missing_openai_tensor_is_named(name):
+    state = openai_state()
+    del state[name]
+    with pytest.raises(ValueError, match=name.replace('.', r'\.')):
+        load_state(state)
+
+
+def test_unreadable_files_are_one_line(tmp_path):
+    """Absent, empty, text, or something else that torch saved: a ValueError of one line that names the file."""
+    empty, text, other = (str(tmp_path / name) for name in ('empty.pt', 'text.pt', 'other.pt'))
+    open(empty, 'w').close()
+    with open(text, 'w') as file:
+        file.write('hello\n' * 100)
+    torch.save([1, 2], other)
+    for path in (str(tmp_path / 'absent.pt'), str(tmp_path), empty, text, other):
+        with pytest.raises(ValueError) as error:
+            load(path)
+        assert path in str(error.value) and '\n' not in str(error.value)
+
+
+# ---- options
+
+@dataclasses.dataclass
+class Config(m.Run):
+    betas: tuple = option((0.9, 0.98), 'of AdamW')
+    eps: float = option(1e-6, 'of AdamW')
+    weight_decay: float = option(0.05, 'of AdamW, 100% decoupled')
+    warmup_steps: int = option(4, 'of lr')
+    min_lr: float = option(1e-5, 'at the end')
+
+
+RECIPES = {'pico': dict(steps=9, lr=0.5), 'nano': {}}
+
+
+def test_options_come_in_order():
+    """Defaults, then the size's recipe, then flags."""
+    cfg = m.parse_config(Config, RECIPES, ['--size', 'pico', '--lr', '0.25', '--betas', '0.5,0.6', '--no-compile'])
+    assert (cfg.steps, cfg.lr, cfg.betas, cfg.compile, cfg.min_lr) == (9, 0.25, (0.5, 0.6), False, 1e-5)
+    assert m.parse_config(Config, RECIPES, []).compile is None
+
+
+def test_help_lists_every_option(capsys):
+    with pytest.raises(SystemExit):
+        m.parse_config(Config, RECIPES, ['--help'])
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(Config):
+        assert f'--{field.name}' in shown
+
+
+@pytest.mark.parametrize('argv, words', [
+    (['--size', 'huge'], 'huge is unknown; use one of pico, nano'), (['--batch', '8'], 'batch'), (['--lr', 'x'], 'lr'),
+    (['--steps', '0'], 'steps'), (['--lr', 'nan'], 'lr'), (['--epochs', '1', '--steps', '2'], 'epochs'),
+    (['--batch_size', '8', '--micro_batch', '3'], 'micro_batch'), (['--betas', '0.9;0.8'], 'betas')])
+def test_wrong_options_are_one_line(argv, words):
+    with pytest.raises(ValueError, match=words) as error:
+        m.parse_config(Config, RECIPES, argv)
+    assert '\n' not in str(error.value)
+
+
+def test_main_shortens_only_our_errors(monkeypatch, capsys):
+    """A ValueError of ours is one line and exit code 2; one that Python raises keeps its traceback."""
+    monkeypatch.setattr(sys, 'argv', ['stage.py', '--device', 'abacus'])
+    with pytest.raises(SystemExit) as exit:
+        m.main(m.setup, Config, RECIPES)
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.startswith('error: --device abacus is not on this machine')
+    monkeypatch.setattr(sys, 'argv', ['stage.py'])
+    with pytest.raises(ValueError):
+        m.main(lambda cfg: json.loads('{'), Config, RECIPES)
+
+
+# ---- optimizer
+
+def test_lr_endpoints():
+    """Up to lr over the warm-up, down to min_lr at the end."""
+    cfg = Config(steps=100, lr=1., warmup_steps=10, min_lr=0.1)
+    assert m.lr_at(0, cfg) == pytest.approx(0.1) and m.lr_at(9, cfg) == m.lr_at(10, cfg) == 1
+    assert m.lr_at(55, cfg) == pytest.approx(0.55) and m.lr_at(100, cfg) == pytest.approx(0.1)
+    assert m.lr_at(0, Config(steps=100, lr=1., warmup_steps=0, min_lr=0.1)) == 1
+
+
+def test_param_groups():
+    """Matrices decay; biases, norms, gains, positions and tokens do not; frozen weights are left out."""
+    model = CLIP(dict(**TINY, head=8, pool='class', layer_scale=0.1), TEXT)
+    model.visual.patch_embed.weight.requires_grad_(False)
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    decayed, bare = m.param_groups(model, 0.05)
+    assert (decayed['weight_decay'], bare['weight_decay'], decayed['lr_scale'], bare['lr_scale']) == (0.05, 0, 1, 1)
+    ends = {names[id(weight)].split('.')[-2] for weight in decayed['params']}
+    assert ends == {'qkv', 'proj', 'fc1', 'fc2', 'head', 'token_embed'}
+    assert len(decayed['params']) + len(bare['params']) == len(names) - 1
+    assert {'logit_scale', 'visual.class_token', 'visual.pos_embed', 'visual.head.bias', 'text.pos_embed'} \
+        <= {names[id(weight)] for weight in bare['params']}
+
+
+# ---- save and resume
+
+def train(out_dir, cfg, steps, stop=None):
+    """A few steps as a stage makes them; returns the weights. With stop, ends there with a checkpoint."""
+    model = init_weights(ViT(**TINY, head=4), cfg.seed)
+    optimizer = m.make_optimizer(model, cfg)
+    start, constants = m.resume(out_dir, model, optimizer, cfg)
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            group['lr'] = m.lr_at(step, cfg) * group['lr_scale']
+        mask = torch.arange(16).expand(2, 16) % 3 == step % 3
+        model(images(seed=step), mask).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step + 1 == stop:
+            m.save_checkpoint(out_dir, stop, model, optimizer, cfg, constants=dict(mean=torch.tensor([1., 2.]), n=3))
+            break
+    return plain(model), start, constants
+
+
+def test_resumed_run_is_bit_equal(tmp_path, recwarn):
+    """Stopping after three of six steps and going on gives the weights of not stopping, without a warning."""
+    cfg = Config(size='pico', steps=6, lr=0.01)
+    whole, _, _ = train(str(tmp_path / 'a'), cfg, 6)
+    train(str(tmp_path / 'b'), cfg, 6, stop=3)
+    resumed, start, constants = train(str(tmp_path / 'b'), cfg, 6)
+    assert start == 3 and constants['n'] == 3 and constants['mean'].tolist() == [1, 2]
+    same(whole, resumed)
+    assert not [str(w.message) for w in recwarn if 'torch.distributed' in str(w.message)]
+
+
+def test_resume_refuses_other_options(tmp_path):
+    """Options that change the weights are listed; those that do not may differ."""
+    train(str(tmp_path), Config(steps=6, lr=0.01), 6, stop=1)
+    train(str(tmp_path), Config(steps=6, lr=0.01, save_every=7, workers=3, micro_batch=2, device='cpu'), 2)
+    with pytest.raises(ValueError, match=r'--lr 0.02 \(was 0.01\), --seed 1 \(was 0\)'):
+        train(str(tmp_path), Config(steps=6, lr=0.02, seed=1), 6)
+
+
+def test_two_checkpoints_stay(tmp_path):
+    for stop in (1, 2, 3):
+        train(str(tmp_path), Config(steps=6), 6, stop=stop)
+    assert sorted(os.listdir(tmp_path / 'checkpoint')) == ['step_0000002', 'step_0000003']
+
+
+def test_half_written_checkpoint_is_ignored(tmp_path):
+    train(str(tmp_path), Config(steps=6), 6, stop=1)
+    (tmp_path / 'checkpoint' / 'step_0000002.tmp').mkdir()
+    assert m.latest_checkpoint(str(tmp_path)).endswith('step_0000001')
+    train(str(tmp_path), Config(steps=6), 6, stop=2)
+    assert m.latest_checkpoint(str(tmp_path)).endswith('step_0000002')
+
+
+@pytest.mark.parametrize('broken', ['model.dcp.save', 'model.torch.save'])
+def test_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch, broken):
+    """A full disk is one line, and the checkpoint before it still resumes."""
+    train(str(tmp_path), Config(steps=6), 6, stop=1)
+
+    def full(*args, **kwargs):
+        raise OSError(28, 'No space left on device')
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, full)
+        with pytest.raises(ValueError, match='No space left on device.*step_0000001 is intact'):
+            train(str(tmp_path), Config(steps=6), 6, stop=2)
+    assert os.listdir(tmp_path / 'checkpoint') == ['step_0000001']
+    assert train(str(tmp_path), Config(steps=6), 2)[1] == 1
+
+
+def test_finished_run_says_so(tmp_path, capsys, monkeypatch):
+    """A folder with a result is a finished run: one line names it and what to type for another."""
+    cfg = Config(out_dir=str(tmp_path / 'a'), steps=2)
+    assert not m.finished(cfg)
+    monkeypatch.setattr(sys, 'argv', ['/somewhere/stage.py', '--data=/home/me/x', '--out_dir', str(tmp_path / 'a')])
+    log = m.Log(cfg, 0)
+    log.write(0, loss=1.)
+    log.finish(tiny(), 'loss', {}, skill=0.5)
+    result = json.loads((tmp_path / 'a' / 'result.json').read_text())
+    assert result['skill'] == 0.5 and result['parameters'] == m.count_parameters(tiny()) and result['seconds'] >= 0
+    assert result['command'] == 'python stage.py --data=x --out_dir a'
+    capsys.readouterr()
+    assert m.finished(cfg)
+    shown = capsys.readouterr().out
+    assert 'result.json' in shown and '--out_dir NAME' in shown and shown.count('\n') == 1
+
+
+def test_out_dir_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(ValueError, match='cannot be written'):
+        m.finished(Config(out_dir=str(tmp_path / 'file' / 'x')))
+
+
+def test_log_drops_what_will_be_done_again(tmp_path):
+    """Resuming at step 2 keeps the lines of steps 0 and 1, also after a line cut short."""
+    cfg = Config(out_dir=str(tmp_path), steps=9)
+    log = m.Log(cfg, 0)
+    for step in range(4):
+        log.write(step, loss=torch.tensor(0.5), lr=1e-3)
+    with open(tmp_path / 'log.jsonl', 'a') as file:
+        file.write('{"step": 4, "lo')
+    log = m.Log(cfg, 2)
+    log.write(2, loss=0.25)
+    lines = m.read_log(str(tmp_path))
+    assert [line['step'] for line in lines] == [0, 1, 2] and [line['loss'] for line in lines] == [0.5, 0.5, 0.25]
+
+
+def test_ten_bad_gradients_end_the_run(tmp_path):
+    """A gradient that is not finite is skipped; ten in a row stop the run, a good one starts the count again."""
+    log = m.Log(Config(out_dir=str(tmp_path), steps=9), 0)
+    assert log.is_finite(torch.tensor(1.))
+    assert not any(log.is_finite(torch.tensor(math.nan)) for _ in range(9)) and log.is_finite(torch.tensor(2.))
+    with pytest.raises(ValueError, match='not finite ten times'):
+        [log.is_finite(torch.tensor(math.inf)) for _ in range(10)]
+
+
+# ---- pictures, costs, neighbours
+
+def test_curves_are_drawn(tmp_path):
+    """Each curve and line leaves its colour in the picture; no points, one point and NaN are fine."""
+    from PIL import Image
+    path = str(tmp_path / 'x.png')
+    m.draw_curves(path, {'a': [(0, 1.), (10, 2.), (20, math.nan)], 'b': [(0, 2.), (20, 1.)]}, {'chance': 0.5}, 'title')
+    colours = {colour for _, colour in Image.open(path).getcolors(1 << 20)}
+    assert {(0, 114, 178), (213, 94, 0), (0, 158, 115)} <= colours
+    m.draw_curves(path, {'a': []})
+    m.draw_curves(path, {'a': [(3, 1.)]})
+
+
+def test_plan_prints(capsys):
+    m.plan(SIZES['g'], 32, teacher=SIZES['l'])
+    shown = capsys.readouterr().out
+    assert '1,011,147,520' in shown and '534.1' in shown and '1764' in shown
+
+
+def test_too_large_is_refused():
+    with pytest.raises(ValueError, match='needs 1000000.0 GB'):
+        m.check_memory(1e15, torch.device('cpu'))
+
+
+def test_linear_probe_is_ridge_regression():
+    """Linearly separable classes are told apart; labels without relation to the features are not."""
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(400, 8, generator=generator), torch.arange(400) % 4
+    apart = x + 3 * F.one_hot(labels, 8)
+    assert m.linear_probe(apart[:300], labels[:300], apart[300:], labels[300:]) > 0.9
+    assert m.linear_probe(x[:300], labels[:300], x[300:], labels[300:]) < 0.4
+
+
+def test_knn_is_the_plain_loop():
+    """Equal to votes counted one by one."""
+    generator = torch.Generator().manual_seed(0)
+    train_x, test_x = torch.randn(40, 6, generator=generator), torch.randn(15, 6, generator=generator)
+    train_y, test_y = torch.arange(40) % 4, torch.arange(15) % 4
+    right = 0
+    for x, y in zip(test_x, test_y):
+        cosines = F.cosine_similarity(x[None], train_x)
+        votes = [0.] * 4
+        for i in sorted(range(40), key=lambda i: -cosines[i])[:5]:
+            votes[train_y[i]] += math.exp(cosines[i] / 0.07)
+        right += votes.index(max(votes)) == y
+    assert m.knn_accuracy(train_x, train_y, test_x, test_y, k=5) == pytest.approx(right / 15)
