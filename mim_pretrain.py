@@ -255,18 +255,28 @@ def train(cfg):
         raise ValueError(f'mask {cfg.mask!r} is not one of block, random, columns')
     if not 0 < cfg.mask_ratio < 1:
         raise ValueError(f'mask_ratio {cfg.mask_ratio} is not between 0 and 1')
+    config = M.size_config(cfg, drop_path=cfg.drop_path)
+    M.check_grid(config['image_size'], config['image_size'], config['patch_size'])
     if cfg.plan:
-        return M.plan(M.size_config(cfg, head=768), cfg.micro_batch or cfg.batch_size, device=device)
+        return M.plan({**config, 'head': 768}, cfg.micro_batch or cfg.batch_size, device)      # 768: CLIP ViT-L/14's
     train_set, val_set = data.open_data(cfg.data, 'train'), data.open_data(cfg.data, 'val')
     look_only = cfg.eval or cfg.image
-    if not look_only and M.finished(cfg):
-        return
-    teacher = M.load(find_teacher(cfg, rank)).to(device).requires_grad_(False)
+    if not look_only:
+        if M.finished(cfg):
+            return
+        cfg.steps = M.steps_of(cfg, len(train_set))
+        M.check_memory(config, cfg.micro_batch or cfg.batch_size, device)
+    path = find_teacher(cfg, rank)
+    teacher = M.load(path)
+    if not isinstance(teacher, M.CLIP):
+        raise ValueError(f'{path} holds a {type(teacher).__name__}, not a CLIP with patch features; see clip_train.py')
+    teacher = M.to_device(teacher.requires_grad_(False), cfg, device)
+    config['head'] = teacher.visual.config['head']
     if look_only:
         model = M.load(cfg.init or f'{cfg.out_dir}/model.pt').to(device)
     else:
-        model = M.ViT(**M.size_config(cfg, head=teacher.config['text']['embed'], drop_path=cfg.drop_path))
-        model = M.init_weights(model, cfg.seed).to(device)
+        model = M.load(cfg.init, **config) if cfg.init else M.init_weights(M.ViT(**config), cfg.seed)
+        model = M.to_device(model, cfg, device)
     grid, image_size = model.grid, model.config['image_size']
     autocast = M.autocast(device)
     bank = next(iter(data.batches(train_set, max(8, BANK // grid ** 2), image_size, 0, 1, cfg.seed, device)))['images']

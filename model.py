@@ -271,28 +271,30 @@ def sincos_positions(width, grid):
 def init_weights(model, seed=0):
     """First values of a ViT or a CLIP on the CPU, a function of the seed; returns the model. Biases start at 0, norms
     at 1; ViTs as narrow as ours start from sin-cos positions, which they learn from there (not in the paper)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, is_clip = torch.Generator().manual_seed(seed), isinstance(model, CLIP)
     for tower in [module for module in model.modules() if isinstance(module, (ViT, TextTower))]:
-        is_vit, width, depth = isinstance(tower, ViT), tower.config['width'], tower.config['depth']
+        width, depth = tower.config['width'], tower.config['depth']
         for name, weight in tower.named_parameters():
             layer = int(name.split('.')[1]) + 1 if name.startswith('blocks') else 1
-            if is_vit:      # EVA's standard deviations, the first match
+            if is_clip:     # OpenAI's standard deviations for both towers, the first match
+                table = {r'token_embed': .02, r'pos_embed': .01, r'patch_embed': (3 * 3 * tower.config.get('patch_size', 1) ** 2) ** -.5,
+                         r'.*(attn\.proj|mlp\.fc2)': (2 * depth * width) ** -.5, r'.*mlp\.fc1': (2 * width) ** -.5,
+                         r'.*': width ** -.5}
+            else:           # EVA's
                 std = .015 if width == 1408 else .02
                 table = {r'.*(attn\.proj|mlp\.fc2)': std / (2 * layer) ** .5, r'.*': std}
-            else:           # OpenAI CLIP's
-                table = {r'token_embed': .02, r'pos_embed': .01, r'.*(attn\.proj|mlp\.fc2)': (2 * depth * width) ** -.5,
-                         r'.*mlp\.fc1': (2 * width) ** -.5, r'.*': width ** -.5}
             if 'gamma' in name:
                 weight.fill_(tower.config['layer_scale'])
             elif weight.ndim == 1:
                 weight.fill_(1 if name.endswith('weight') else 0)
-            elif name == 'pos_embed' and is_vit and width <= SIZES['ti']['width']:
+            elif name == 'pos_embed' and isinstance(tower, ViT) and width <= SIZES['ti']['width']:
                 weight.copy_(sincos_positions(width, tower.grid))
             else:
                 std = next(std for pattern, std in table.items() if re.match(pattern, name))
-                # EVA truncates at one std: .0081 comes out of .015. Bounds are absolute, torch's defaults cut nothing
-                bound = std if is_vit else math.inf
-                nn.init.trunc_normal_(weight, std=std, a=-bound, b=bound, generator=generator)
+                if is_clip:
+                    weight.normal_(0, std, generator=generator)
+                else:       # cut at one std, as EVA does, so that .0081 comes out of .015: erf(1 / sqrt(2)) = .683
+                    weight.uniform_(-0.6826895, 0.6826895, generator=generator).erfinv_().mul_(2 ** .5 * std)
     if isinstance(model, CLIP):
         model.logit_scale.fill_(math.log(1 / 0.07))
     return model
@@ -898,23 +900,26 @@ def activation_bytes(config, element=4):
     return config['depth'] * tokens * (2 * D * 4 + element * (6 * D + 2 * mlp_width))
 
 
-def plan(config, batch_size, teacher=None, device=torch.device('cpu')):
-    """Prints what training a ViT costs: parameters, FLOPs and memory on one device; teacher is its config, if any."""
+def training_memory(config, batch_size, device):
+    """Bytes that training a ViT with AdamW takes on one device: {what: bytes}."""
     with torch.device('meta'):
         parameters = count_parameters(ViT(**config))
-    forward, element = flops_per_image(config), 2 if device.type == 'cuda' else 4
-    training = 3 * forward + (flops_per_image(teacher) if teacher else 0)      # backward costs two forwards
-    weights, activations = 4 * parameters / 1e9, activation_bytes(config, element) / 1e9
-    print0(table({
-        'parameters': parameters,
-        'forward': f'{forward / 1e9:.4g} GFLOP an image',
-        'training': f'{training / 1e9:.4g} GFLOP an image{", the teacher included" if teacher else ""}',
-        'weights': f'{weights:.4g} GB',
-        'gradients': f'{weights:.4g} GB',
-        'AdamW': f'{2 * weights:.4g} GB',
-        'activations': f'{activations:.4g} GB an image',
-        'memory': f'{4 * weights + batch_size * activations:.4g} GB for {batch_size} images at once; '
-                  f'{available_memory(device) / 1e9:.4g} GB are free'}))
+    element = 2 if device.type == 'cuda' else 4         # bf16 under autocast
+    return dict(weights=4 * parameters, gradients=4 * parameters, AdamW=8 * parameters,
+                activations=batch_size * activation_bytes(config, element))
+
+
+def plan(config, batch_size, device):
+    """Prints what training a ViT costs: parameters, FLOPs and memory on one device. The teacher is not counted."""
+    memory, forward = training_memory(config, batch_size, device), flops_per_image(config)
+    print0(f'parameters           {memory["weights"] // 4:,}')
+    print0(f'forward              {forward / 1e9:.4g} GFLOP an image')
+    print0(f'training             {3 * forward / 1e9:.4g} GFLOP an image (backward costs two forwards)')
+    for name, size in memory.items():
+        note = f'  ({batch_size} images of {size / batch_size / 1e6:.4g} MB)' if name == 'activations' else ''
+        print0(f'{name:<20} {size / 1e9:.4g} GB{note}')
+    total, there = sum(memory.values()), available_memory(device)
+    print0(f'memory               {total / 1e9:.4g} GB; {there / 1e9:.4g} GB are free')
 
 
 def available_memory(device):
@@ -927,11 +932,27 @@ def available_memory(device):
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith('MemAvailable'))
 
 
-def check_memory(needed, device, advice='use a smaller --micro_batch'):
-    """Refuses before any work what would not fit."""
-    there = available_memory(device)
+def check_memory(config, batch_size, device):
+    """Refuses before any work a training that would not fit."""
+    needed, there = sum(training_memory(config, batch_size, device).values()), available_memory(device)
     if needed > there:
-        raise ValueError(f'this needs {needed / 1e9:.1f} GB, {there / 1e9:.1f} GB are free on {device.type}; {advice}')
+        raise ValueError(f'training needs {needed / 1e9:.1f} GB with {batch_size} images at once, {there / 1e9:.1f} GB '
+                         f'are free on {device.type}; use a smaller --micro_batch or --size')
+
+
+def to_device(model, cfg, device):
+    """Moves a model; its blocks are compiled in place on cuda, or where --compile asks for it."""
+    model.to(device)
+    if cfg.compile or cfg.compile is None and device.type == 'cuda':
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.compile()
+    return model
+
+
+def steps_of(cfg, num_images):
+    """How many updates a run makes: --steps, or as many as --epochs passes over num_images take."""
+    return max(1, round(cfg.epochs * num_images / cfg.batch_size)) if cfg.epochs else cfg.steps
 
 
 @torch.no_grad()

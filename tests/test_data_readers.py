@@ -110,7 +110,7 @@ def test_fetched_table_must_be_the_known_one(tmp_path, monkeypatch):
     (tmp_path / TABLE).write_bytes(b'something else')
     monkeypatch.setattr(data, 'CLIP_MERGES', (tmp_path / TABLE).as_uri())
     monkeypatch.setattr(data.importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(ValueError, match='not the known merge table'):
+    with pytest.raises(ValueError, match='not the known file'):
         data.Tokenizer.openai(folder=tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
 

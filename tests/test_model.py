@@ -523,14 +523,26 @@ def test_curves_are_drawn(tmp_path):
 
 
 def test_plan_prints(capsys):
-    m.plan(SIZES['g'], 32, teacher=SIZES['l'])
+    """g: parameters, FLOPs forward and in training; 16 bytes a weight and .54 GB an image in bf16."""
+    m.plan(SIZES['g'], 32, torch.device('cpu'))
     shown = capsys.readouterr().out
-    assert '1,011,147,520' in shown and '534.1' in shown and '1764' in shown
+    assert '1,011,147,520' in shown and '534.1' in shown and '1602' in shown
+    memory = m.training_memory(SIZES['g'], 1, torch.device('cuda'))
+    assert memory['activations'] / 1e9 == pytest.approx(0.542, abs=1e-3)
+    assert sum(memory.values()) - memory['activations'] == 16 * 1_011_147_520
 
 
 def test_too_large_is_refused():
-    with pytest.raises(ValueError, match='needs 1000000.0 GB'):
-        m.check_memory(1e15, torch.device('cpu'))
+    """A training that cannot fit is one line before it starts; one that fits passes."""
+    m.check_memory(SIZES['pico'], 1, torch.device('cpu'))
+    with pytest.raises(ValueError, match=r'needs \d+\.\d GB with 10000000 images .* GB are free on cpu; .*micro_batch'):
+        m.check_memory(SIZES['g'], 10 ** 7, torch.device('cpu'))
+
+
+def test_epochs_become_steps():
+    """--epochs counts passes over the images; without it --steps stands."""
+    assert m.steps_of(Config(epochs=2, batch_size=10), 1000) == 200
+    assert m.steps_of(Config(steps=7), 1000) == 7
 
 
 def test_linear_probe_is_ridge_regression():
