@@ -41,7 +41,9 @@ RECIPES = {  # differences from the defaults; the small rows are ours, tuned on 
     'g':     dict(batch_size=40_960, steps=268_000, lr=4e-4, embed=1024, warmup_steps=2000),    # 11B pairs, LAION-400M
 }
 TEXT_TOWERS = {  # the paper's g reads with CLIP-L's text tower, 768 x 12
-    'b': dict(width=512, depth=12, heads=8), 'l': dict(width=768, depth=12, heads=12), 'g': dict(width=768, depth=12, heads=12)}
+    'b': dict(width=512, depth=12, heads=8),
+    'l': dict(width=768, depth=12, heads=12),
+    'g': dict(width=768, depth=12, heads=12)}
 SMALL_TEXT_TOWER = dict(width=64, depth=2, heads=4)
 TEMPLATES = ('a {}', 'a photo of a {}', 'one {}')       # zero-shot averages over these
 NUM_EVAL = 1024                                         # validation images
@@ -70,7 +72,8 @@ def class_embeddings(model, tokenizer, names, device):
 @torch.no_grad()
 def evaluate(model, dataset, tokenizer, cfg, device, autocast, picture=None):
     """Zero-shot top-1 on the validation classes with its chance, and retrieval R@1 among 256 pairs each way."""
-    batches = data.eval_batches(dataset, min(cfg.batch_size, 256), model.config['vision']['image_size'], NUM_EVAL, device)
+    image_size = model.config['vision']['image_size']
+    batches = data.eval_batches(dataset, min(cfg.batch_size, 256), image_size, NUM_EVAL, device)
     images, image_features, labels, texts = [], [], [], []
     for batch in batches:
         with autocast:
@@ -95,9 +98,9 @@ def evaluate(model, dataset, tokenizer, cfg, device, autocast, picture=None):
 def patch_probes(model, dataset, seed):
     """Linear probes of what most of each patch shows (a ground or a kind), from the teacher's patch features, from raw
     pixels, and from the features of a ViT that never learnt: does the teacher know what its patches are?"""
-    vision = model.config['vision']
-    untrained = M.init_weights(M.ViT(**vision), seed).to(model.logit_scale.device)
-    batch = dataset.batch(torch.arange(768), vision['image_size'], device=model.logit_scale.device, want=('images', 'semantic'))
+    vision, device = model.config['vision'], model.logit_scale.device
+    untrained = M.init_weights(M.ViT(**vision), seed).to(device)
+    batch = dataset.batch(torch.arange(768), vision['image_size'], device=device, want=('images', 'semantic'))
     pixels, size = model.normalize(batch['images']), vision['patch_size']
     classes = F.one_hot(batch['semantic']).permute(0, 3, 1, 2).float()              # [B, K, H, W]
     labels = F.avg_pool2d(classes, size).argmax(1).flatten()                        # [B * N]
@@ -165,7 +168,7 @@ def train(cfg):
            f'a blind model has loss ln({cfg.batch_size}) = {math.log(cfg.batch_size):.2f}')
     autocast, log = M.autocast(device), M.Log(cfg, start)
     batches = data.batches(train_set, cfg.batch_size, image_size, start, cfg.steps, cfg.seed, device, cfg.workers,
-                           scale=(.9, 1), flip=False)               # nearly the whole image: captions speak of all of it
+                           scale=(.9, 1), flip=False)      # nearly the whole image: captions speak of all of it
     for step, batch in zip(range(start, cfg.steps), batches):
         for group in optimizer.param_groups:
             group['lr'] = M.lr_at(step, cfg) * group['lr_scale']

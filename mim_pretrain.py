@@ -25,7 +25,7 @@ from model import option, print0
 
 @dataclass
 class Config(M.Run):
-    teacher: str = option('', "a CLIP's weights; default: the built-in teacher, or OpenAI's ViT-L/14 (b, l, g with --data)")
+    teacher: str = option('', "a CLIP's file; default: the built-in teacher, for b, l, g with --data OpenAI's ViT-L/14")
     mask: str = option('block', "which patches are hidden: block (EVA's), random, or columns (EVA's own validation)")
     mask_ratio: float = option(105 / 256, 'share of the patches hidden: 105 of 256')
     drop_path: float = option(.1, 'chance of skipping a residual branch in the last block, growing linearly with depth')
@@ -37,12 +37,12 @@ class Config(M.Run):
     grad_clip: float = option(3., 'largest global gradient norm')
 
 
-RECIPES = {  # differences from the defaults. g: the paper, table 2; ti to l: EVA-02's; the rest ours, tuned on two cores
+RECIPES = {  # differences from the defaults. g: the paper; ti to l: EVA-02's; the rest ours, tuned on two cores
     'pico':  dict(batch_size=64, steps=1600, lr=3e-3, drop_path=0.),
     'nano':  dict(batch_size=64, steps=1600, lr=3e-3, drop_path=0.),
     'micro': dict(batch_size=64, steps=1600, lr=3e-3, drop_path=0.),
     'mini':  dict(batch_size=64, steps=1600, lr=2e-3, drop_path=0.),
-    'ti':    dict(batch_size=4000, steps=852_000,   lr=3e-3,   drop_path=0., warmup_steps=3550),     # 240 epochs of IN-21K
+    'ti':    dict(batch_size=4000, steps=852_000,   lr=3e-3,   drop_path=0., warmup_steps=3550),   # 240 epochs, IN-21K
     's':     dict(batch_size=4000, steps=852_000,   lr=3e-3,   drop_path=0., warmup_steps=3550),
     'b':     dict(batch_size=2048, steps=1_040_000, lr=1.5e-3, drop_path=0., warmup_steps=6934),     # 150 epochs
     'l':     dict(batch_size=2048, steps=1_040_000, lr=1.5e-3, drop_path=.1, warmup_steps=6934),
@@ -55,8 +55,8 @@ BANK = 65_536           # training patches among which the picture looks for the
 # ---- the idea ---------------------------------------------------------------------------------------------------
 
 def block_mask(index, grid, num_hidden, seed=0):
-    """Block-wise masks (BEiT's; EVA, section 2.2): rectangles until num_hidden of the grid x grid patches are hidden,
-    or ten tries in a row fit nowhere, so a mask may fall a little short. index int64 [B] -> [B, N] bool, True = hidden."""
+    """Block-wise masks (BEiT's; EVA, section 2.2): rectangles until num_hidden of the grid x grid patches are hidden, or
+    ten tries in a row fit nowhere, so a mask may fall a little short. index int64 [B] -> [B, N] bool, True = hidden."""
     smallest = max(4, grid * grid // 16)                            # 16 of 256 patches
     mask = torch.zeros(len(index), grid, grid, dtype=torch.bool)
     hidden, failures, places = torch.zeros(len(index)), torch.zeros(len(index)), torch.arange(grid)
@@ -64,7 +64,7 @@ def block_mask(index, grid, num_hidden, seed=0):
     while (active := (hidden < num_hidden) & (failures < 10)).any():
         u = data.uniform(seed, f'block {attempt}', index.cpu(), 4).double()
         left_over = num_hidden - hidden
-        area = smallest + u[:, 0] * (left_over - smallest)          # the bounds cross once few are left, as in the original
+        area = smallest + u[:, 0] * (left_over - smallest)      # the bounds cross when few are left, as in the original
         aspect = torch.exp((2 * u[:, 1] - 1) * math.log(1 / .3))    # log-uniform in .3 to 3.3
         height, width = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
         top, left = (u[:, 2] * (grid - height + 1)).floor(), (u[:, 3] * (grid - width + 1)).floor()
@@ -113,8 +113,8 @@ class Validation(NamedTuple):
     images: torch.Tensor        # uint8 [B, 3, H, W]
     mask: torch.Tensor          # bool [B, N], True = hidden
     targets: torch.Tensor       # [B, N, C]
-    position: float             # cosine of the best constant vector per position
-    inpaint: float              # cosine of features interpolated from what is visible
+    position: torch.Tensor      # [B, N], cosine of the best constant vector per position
+    inpaint: torch.Tensor       # [B, N], cosine of features interpolated from what is visible
 
 
 def hidden_distance(mask, grid):
@@ -131,7 +131,8 @@ def hidden_distance(mask, grid):
 
 def interpolate_hidden(features, mask, grid, sharpness):
     """Fills hidden patches with the mean of the visible ones, weighted by exp(-sharpness * squared distance)."""
-    row, column = torch.arange(grid * grid, device=mask.device) // grid, torch.arange(grid * grid, device=mask.device) % grid
+    place = torch.arange(grid * grid, device=mask.device)
+    row, column = place // grid, place % grid
     squared = (row[:, None] - row) ** 2 + (column[:, None] - column) ** 2                       # [N, N]
     weights = (-sharpness * squared).float().expand(len(mask), -1, -1).masked_fill(mask[:, None, :], -torch.inf)
     return weights.softmax(-1) @ features.float()                                               # [B, N, C]
@@ -146,11 +147,12 @@ def make_validation(cfg, dataset, teacher, image_size, grid, device):
     targets = torch.cat([teacher_features(teacher, batch['images'], grid) for batch in batches])
     # the sum of unit vectors points where their mean cosine is largest: no constant per position can do better
     directions = F.normalize(targets.float(), dim=-1) * mask[..., None]
-    position = -mim_loss(directions.sum(0).expand_as(targets), targets, mask).item()
+    position = F.cosine_similarity(directions.sum(0).expand_as(targets), targets, dim=-1)
     visible = torch.cat([teacher_features(teacher, paint_hidden(*part), grid)
                          for part in zip(images.split(64), mask.split(64))])
-    inpaint = max(-mim_loss(interpolate_hidden(visible, mask, grid, sharpness), targets, mask).item()
-                  for sharpness in (.25, .5, 1., 2.))           # the best of four kernels: a strict baseline
+    inpaint = [F.cosine_similarity(interpolate_hidden(visible, mask, grid, sharpness), targets, dim=-1)
+               for sharpness in (.25, .5, 1., 2.)]
+    inpaint = max(inpaint, key=lambda cosine: cosine[mask].mean())      # the best of four kernels: a strict baseline
     return Validation(images, mask, targets, position, inpaint)
 
 
@@ -163,19 +165,24 @@ def paint_hidden(images, mask, value=128):
 
 @torch.no_grad()
 def evaluate(model, val, autocast):
-    """Cosine on the hidden validation patches; skill = (cosine - position) / (1 - position), also by distance."""
+    """Cosine on the hidden validation patches, what the two baselines reach there, and skill = (cosine - baseline) /
+    (1 - baseline) over the position baseline; also by the distance to the nearest visible patch."""
     cosine = []
     for images, mask, targets in zip(val.images.split(64), val.mask.split(64), val.targets.split(64)):
         with autocast:
             predictions = model(model.normalize(images), mask)                      # [B, N, C]
         cosine.append(F.cosine_similarity(predictions.float(), targets.float(), dim=-1))
     cosine, distance = torch.cat(cosine), hidden_distance(val.mask, math.isqrt(val.mask.shape[1]))     # [B, N]
-    skill = lambda value: (value - val.position) / (1 - val.position)
-    metrics = dict(cosine=cosine[val.mask].mean().item(), baseline=val.position, inpaint=val.inpaint)
-    metrics['skill'], metrics['inpaint_skill'] = skill(metrics['cosine']), skill(val.inpaint)
-    for name, chosen in (('1', distance == 1), ('2', distance == 2), ('3+', distance >= 3)):
-        if chosen.any():
-            metrics[f'skill_distance_{name}'] = skill(cosine[chosen].mean().item())
+
+    def skill(cosine, patches):
+        baseline = val.position[patches].mean()
+        return ((cosine[patches].mean() - baseline) / (1 - baseline)).item()
+    metrics = {name: x[val.mask].mean().item()
+               for name, x in (('cosine', cosine), ('baseline', val.position), ('inpaint', val.inpaint))}
+    metrics |= dict(skill=skill(cosine, val.mask), inpaint_skill=skill(val.inpaint, val.mask))
+    for name, patches in (('1', distance == 1), ('2', distance == 2), ('3+', distance >= 3)):
+        if patches.any():
+            metrics[f'skill_distance_{name}'] = skill(cosine, patches)
     return metrics
 
 
@@ -198,8 +205,8 @@ def draw_features(path, model, teacher, images, mask, bank_images):
     grid, tile, size = math.isqrt(mask.shape[1]), 128, images.shape[-1] // math.isqrt(mask.shape[1])
     teach = lambda x: torch.cat([teacher_features(teacher, part, grid) for part in x.split(64)]).float()
     targets, predictions = teach(images), model(model.normalize(images), mask).float()          # [B, N, C]
-    predictions = predictions * (targets.norm(dim=-1).mean() / predictions.norm(dim=-1, keepdim=True))   # only directions
-    rgb = principal_axes(targets)                                                               # were learnt
+    predictions = F.normalize(predictions, dim=-1) * targets.norm(dim=-1).mean()        # only directions were learnt
+    rgb = principal_axes(targets)
     bank = F.normalize(teach(bank_images), dim=-1).flatten(0, 1)                                # [BANK, C]
     patches = F.unfold(bank_images.float(), size, stride=size).transpose(1, 2).flatten(0, 1)    # [BANK, 3 * size^2]
     filled = F.unfold(images.float(), size, stride=size).transpose(1, 2)                        # [B, N, 3 * size^2]
@@ -207,7 +214,7 @@ def draw_features(path, model, teacher, images, mask, bank_images):
         nearest = (F.normalize(predictions[n][mask[n]], dim=-1) @ bank.T).argmax(1)
         filled[n, mask[n]] = patches[nearest]
     filled = F.fold(filled.transpose(1, 2), images.shape[-2:], size, stride=size)
-    as_image = lambda x: (x.transpose(1, 2).unflatten(2, (grid, grid)) * 255)                   # [B, N, 3] -> [B, 3, h, w]
+    as_image = lambda x: x.transpose(1, 2).unflatten(2, (grid, grid)) * 255             # [B, N, 3] -> [B, 3, h, w]
     faded = .75 + .25 * rgb(targets)
     columns = {'input': images, 'masked': paint_hidden(images, mask), "teacher's features": as_image(rgb(targets)),
                'prediction': as_image(torch.where(mask[..., None], rgb(predictions), faded)), 'nearest patches': filled}
@@ -217,7 +224,8 @@ def draw_features(path, model, teacher, images, mask, bank_images):
         draw.text((6 + x * (tile + 6), 6), name, fill='black', font=font)
         for y, picture in enumerate(column.clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()):
             resample = Image.BICUBIC if picture.shape[0] > tile else Image.NEAREST
-            sheet.paste(Image.fromarray(picture).resize((tile, tile), resample), (6 + x * (tile + 6), 28 + y * (tile + 6)))
+            picture = Image.fromarray(picture).resize((tile, tile), resample)
+            sheet.paste(picture, (6 + x * (tile + 6), 28 + y * (tile + 6)))
     sheet.save(path)
 
 
@@ -292,9 +300,10 @@ def train(cfg):
 
     optimizer = M.make_optimizer(model, cfg)
     start, _ = M.resume(cfg.out_dir, model, optimizer, cfg)
-    print0(f'EVA {cfg.size}: {M.count_parameters(model) / 1e6:.2f}M parameters, {image_size} px, {grid}x{grid} patches, '
-           f'{round(grid * grid * cfg.mask_ratio)} hidden; {cfg.steps:,} steps of {cfg.batch_size} images on {device}. '
-           f'Cosine to beat: {val.position:.3f} (position mean), {val.inpaint:.3f} (inpainting)')
+    baseline, inpaint = val.position[val.mask].mean().item(), val.inpaint[val.mask].mean().item()
+    print0(f'EVA {cfg.size}: {M.count_parameters(model) / 1e6:.2f}M parameters, {image_size} px, '
+           f'{round(grid * grid * cfg.mask_ratio)} of {grid * grid} patches hidden; {cfg.steps:,} steps of {cfg.batch_size} images on {device}. '
+           f'Cosine to beat: {baseline:.3f} (position mean), {inpaint:.3f} (inpainting)')
     log = M.Log(cfg, start)
     batches = data.batches(train_set, cfg.batch_size, image_size, start, cfg.steps, cfg.seed, device, cfg.workers)
     for step, batch in zip(range(start, cfg.steps), batches):
@@ -302,10 +311,10 @@ def train(cfg):
             group['lr'] = M.lr_at(step, cfg) * group['lr_scale']
         images = batch['images']                                                    # uint8 [B, 3, H, W]
         mask = make_mask(cfg.mask, batch['position'], grid, cfg.mask_ratio, cfg.seed)           # [B, N], True = hidden
-        drop = data.uniform(cfg.seed, 'drop path', batch['position'], 2 * len(model.blocks)).unflatten(1, (-1, 2)).to(device)
+        drop = data.uniform(cfg.seed, 'drop', batch['position'], 2 * len(model.blocks)).unflatten(1, (-1, 2))
         num_hidden, loss = mask.sum(), 0
         for images, mask, drop in zip(*(x.split(cfg.micro_batch or len(x)) for x in (images, mask, drop))):
-            share, mask = mask.sum() / num_hidden, mask.to(device)                  # of the batch's hidden patches
+            share, mask, drop = mask.sum() / num_hidden, mask.to(device), drop.to(device)
             with torch.no_grad(), autocast:
                 targets = teacher_features(teacher, images, grid)                   # [B, N, C]
             with autocast:
@@ -328,7 +337,7 @@ def train(cfg):
     metrics = evaluate(model, val, autocast)
     M.save(model, f'{cfg.out_dir}/model.pt')
     draw_features(f'{cfg.out_dir}/features.png', model, teacher, val.images[:8], val.mask[:8], bank)
-    log.finish(model, '- cosine', {'position mean': -val.position, 'inpainting': -val.inpaint}, **metrics)
+    log.finish(model, '- cosine', {'position mean': -baseline, 'inpainting': -inpaint}, **metrics)
     print0(data.report_broken(train_set))
 
 

@@ -277,7 +277,8 @@ def init_weights(model, seed=0):
         for name, weight in tower.named_parameters():
             layer = int(name.split('.')[1]) + 1 if name.startswith('blocks') else 1
             if is_clip:     # OpenAI's standard deviations for both towers, the first match
-                table = {r'token_embed': .02, r'pos_embed': .01, r'patch_embed': (3 * 3 * tower.config.get('patch_size', 1) ** 2) ** -.5,
+                pixels = 3 * tower.config.get('patch_size', 1) ** 2     # of a patch; .08 = torch's default if it has 48
+                table = {r'token_embed': .02, r'pos_embed': .01, r'patch_embed': (3 * pixels) ** -.5,
                          r'.*(attn\.proj|mlp\.fc2)': (2 * depth * width) ** -.5, r'.*mlp\.fc1': (2 * width) ** -.5,
                          r'.*': width ** -.5}
             else:           # EVA's

@@ -388,7 +388,7 @@ def test_unusable_folders_say_what_was_looked_for(tmp_path, make, message):
 
 @pytest.mark.parametrize('spec', ['shapes:unique', 'shapes:unique=', 'shapes:=3', 'shapes:unique=many'])
 def test_wrong_knobs(spec):
-    with pytest.raises(ValueError, match='name=number'):
+    with pytest.raises(ValueError, match='unique=N'):
         data.open_data(spec)
 
 
