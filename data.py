@@ -64,7 +64,8 @@ KINDS = {  # coarse classes, with the words that captions use for them; the firs
     'disc': ('disc', 'circle'), 'square': ('square', 'box'), 'triangle': ('triangle',), 'star': ('star',),
     'cross': ('cross', 'plus'), 'ring': ('ring', 'hoop'), 'heart': ('heart',), 'moon': ('moon', 'crescent'),
     'arrow': ('arrow', 'pointer'), 'drop': ('drop', 'droplet'), 'flower': ('flower', 'blossom'),
-    'gear': ('gear', 'cog'), 'diamond': ('diamond', 'rhombus'), 'leaf': ('leaf',), 'hourglass': ('hourglass',), 'bar': ('bar', 'plank')}
+    'gear': ('gear', 'cog'), 'diamond': ('diamond', 'rhombus'), 'leaf': ('leaf',), 'hourglass': ('hourglass',),
+    'bar': ('bar', 'plank')}
 TEXTURES = {'plain': ('plain', 'solid'), 'striped': ('striped', 'lined'), 'dotted': ('dotted', 'spotted'),
             'checkered': ('checkered', 'chequered'), 'ringed': ('ringed',), 'zigzag': ('zigzag', 'jagged'),
             'gridded': ('gridded', 'netted'), 'split': ('split', 'halved')}
@@ -298,7 +299,7 @@ class World:
 
     def scenes(self, index):
         """The scene of each index as integers, exact on every device: type, layout, rotation_step, ground, ... [B];
-        valid, kind, texture, part, fine, colour, x, y, radius [B, 6]; matrix [B, 6, 4], from places to a shape's cells."""
+        valid, kind, texture, part, fine, colour, x, y, radius [B, 6]; matrix [B, 6, 4], from places to table cells."""
         g = grammar(index.device, self.num_fine or NUM_FINE, bool(self.num_fine))
         u = uniform(WORLD_SEED, 'scene', index, 26).unbind(1)
         o = uniform(WORLD_SEED, 'objects', index, MAX_OBJECTS * 10).view(-1, MAX_OBJECTS, 10)
@@ -315,7 +316,7 @@ class World:
 
         # who repeats whom: rows, rings and grids show one class (or two in turn, or two colours); mirrors show pairs
         repeats = is_layout('row', 'ring', 'grid')[:, None]
-        mode = pick(u[3], 4)[:, None] * repeats        # 0, 1: all the same; 2: class and colour in turn; 3: colour in turn
+        mode = pick(u[3], 4)[:, None] * repeats        # 0, 1: all alike; 2: class and colour in turn; 3: colour in turn
         own = torch.where(is_layout('mirror')[:, None], i - i % 2, i)
         class_of = torch.where(repeats, i % 2 * (mode == 2), own)
         colour_of = torch.where(repeats, i % 2 * (mode >= 2), own)
@@ -962,7 +963,7 @@ def check_world(num=20_000):
             ('held-out pairs seen in training, of 24', len(held_out & seen), 0, not held_out & seen),
             ('other pairs in the held-out split', len(pair(twin) - held_out), 0, pair(twin) <= held_out),
             ('fine classes seen, of 240', int((counts > 0).sum()), 240, bool((counts > 0).all())),
-            ('commonest / median fine class', f'{counts[0] / counts[120]:.0f}', '8 or more', counts[0] >= 8 * counts[120]),
+            ('commonest / median fine class', int(counts[0] / counts[120]), '8 or more', counts[0] >= 8 * counts[120]),
             ('fine classes that look the same', same, 0, same == 0),
             ('pixels on things', f'{things:.0%}', '20% to 50%', .2 <= things <= .5),
             ("raw pixels' k-NN on 16 kinds (chance 6%)", f'{knn:.1%}', 'under 15%', knn < .15),

@@ -38,10 +38,10 @@ class Config(M.Run):
 
 
 RECIPES = {  # differences from the defaults. g: the paper; ti to l: EVA-02's; the rest ours, tuned on two cores
-    'pico':  dict(batch_size=64, steps=1600, lr=3e-3, drop_path=0.),
-    'nano':  dict(batch_size=64, steps=1600, lr=3e-3, drop_path=0.),
-    'micro': dict(batch_size=64, steps=1600, lr=3e-3, drop_path=0.),
-    'mini':  dict(batch_size=64, steps=1600, lr=2e-3, drop_path=0.),
+    'pico':  dict(batch_size=64, steps=1600, lr=8e-3, drop_path=0., save_every=400),
+    'nano':  dict(batch_size=64, steps=1600, lr=6e-3, drop_path=0., save_every=400),
+    'micro': dict(batch_size=64, steps=1600, lr=5e-3, drop_path=0., save_every=400),
+    'mini':  dict(batch_size=64, steps=1600, lr=4e-3, drop_path=0., save_every=400),
     'ti':    dict(batch_size=4000, steps=852_000,   lr=3e-3,   drop_path=0., warmup_steps=3550),   # 240 epochs, IN-21K
     's':     dict(batch_size=4000, steps=852_000,   lr=3e-3,   drop_path=0., warmup_steps=3550),
     'b':     dict(batch_size=2048, steps=1_040_000, lr=1.5e-3, drop_path=0., warmup_steps=6934),     # 150 epochs
@@ -55,7 +55,7 @@ BANK = 65_536           # training patches among which the picture looks for the
 # ---- the idea ---------------------------------------------------------------------------------------------------
 
 def block_mask(index, grid, num_hidden, seed=0):
-    """Block-wise masks (BEiT's; EVA, section 2.2): rectangles until num_hidden of the grid x grid patches are hidden, or
+    """Block-wise masks (BEiT's; EVA, section 2.2): rectangles until num_hidden of grid x grid patches are hidden, or
     ten tries in a row fit nowhere, so a mask may fall a little short. index int64 [B] -> [B, N] bool, True = hidden."""
     smallest = max(4, grid * grid // 16)                            # 16 of 256 patches
     mask = torch.zeros(len(index), grid, grid, dtype=torch.bool)
@@ -302,7 +302,8 @@ def train(cfg):
     start, _ = M.resume(cfg.out_dir, model, optimizer, cfg)
     baseline, inpaint = val.position[val.mask].mean().item(), val.inpaint[val.mask].mean().item()
     print0(f'EVA {cfg.size}: {M.count_parameters(model) / 1e6:.2f}M parameters, {image_size} px, '
-           f'{round(grid * grid * cfg.mask_ratio)} of {grid * grid} patches hidden; {cfg.steps:,} steps of {cfg.batch_size} images on {device}. '
+           f'{round(grid * grid * cfg.mask_ratio)} of {grid * grid} patches hidden; '
+           f'{cfg.steps:,} steps of {cfg.batch_size} images on {device}. '
            f'Cosine to beat: {baseline:.3f} (position mean), {inpaint:.3f} (inpainting)')
     log = M.Log(cfg, start)
     batches = data.batches(train_set, cfg.batch_size, image_size, start, cfg.steps, cfg.seed, device, cfg.workers)
