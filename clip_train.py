@@ -144,22 +144,52 @@ def build(cfg, tokenizer):
     return M.CLIP(vision, text)
 
 
+def tokenizer_of(model, cfg):
+    """The vocabulary that a CLIP was trained with: its own, stored beside its weights, or OpenAI's."""
+    return data.Tokenizer(model.extra['merges']) if 'merges' in model.extra else data.Tokenizer.openai(cfg.bpe)
+
+
+@torch.no_grad()
+def look(cfg, val_set, device):
+    """--eval: zero-shot accuracy and retrieval of a trained model; --image: the five classes nearest to a picture."""
+    model = M.load(cfg.init or f'{cfg.out_dir}/model.pt').to(device)
+    if not isinstance(model, M.CLIP):
+        raise ValueError(f'{cfg.init} holds a {type(model).__name__}, not a CLIP')
+    tokenizer = tokenizer_of(model, cfg)
+    if cfg.eval:
+        return print0(M.table(evaluate(model, val_set, tokenizer, cfg, device, M.autocast(device))))
+    image = data.load_crop(cfg.image, model.visual.image_size)[None].to(device)
+    features = F.normalize(model.encode_image(model.normalize(image)), dim=-1)
+    logits = model.logit_scale.exp() * features @ class_embeddings(model, tokenizer, val_set.classes, device).T
+    for probability, n in zip(*(x.tolist() for x in logits[0].softmax(0).topk(min(5, len(val_set.classes))))):
+        print0(f'{probability:6.1%}  {val_set.classes[n]}')
+
+
 def train(cfg):
-    """Trains two towers from scratch; leaves model.pt (with its tokenizer), log.jsonl, result.json and pictures."""
+    """Trains two towers; leaves model.pt (with its tokenizer), log.jsonl, result.json and pictures."""
     rank, world, device = M.setup(cfg)
     cfg.out_dir = cfg.out_dir or f'out/clip_train-{cfg.size}'
+    if cfg.plan:
+        return M.plan(M.size_config(cfg, head=cfg.embed), cfg.batch_size, device)
     train_set, val_set = data.open_data(cfg.data, 'train'), data.open_data(cfg.data, 'val')
+    if cfg.eval or cfg.image:
+        return look(cfg, val_set, device)
     if not train_set.has_captions:
         raise ValueError(f'{cfg.data} has neither captions nor class folders; CLIP needs a .txt beside each image, '
                          'or one folder per class')
-    if cfg.batch_size < 2:
-        raise ValueError(f'batch_size {cfg.batch_size} leaves nothing to contrast with; use at least 2')
+    if cfg.batch_size < 2 or cfg.micro_batch:
+        raise ValueError('the contrastive loss compares all pairs of a batch at once: --batch_size is at least 2, and '
+                         '--micro_batch does not apply')
     if M.finished(cfg):
         return
     cfg.steps = M.steps_of(cfg, len(train_set))
-    tokenizer = data.Tokenizer.openai(cfg.bpe) if cfg.bpe else data.Tokenizer.learn(train_set.some_captions(20_000))
-    model = build(cfg, tokenizer)
-    model = M.to_device(M.init_weights(model, cfg.seed), cfg, device)
+    if cfg.init:
+        model = M.load(cfg.init)
+        tokenizer = tokenizer_of(model, cfg)
+    else:
+        tokenizer = data.Tokenizer.openai(cfg.bpe) if cfg.bpe else data.Tokenizer.learn(train_set.some_captions(20_000))
+        model = M.init_weights(build(cfg, tokenizer), cfg.seed)
+    model = M.to_device(model, cfg, device)
     optimizer = M.make_optimizer(model, cfg)
     start, _ = M.resume(cfg.out_dir, model, optimizer, cfg)
     image_size = model.config['vision']['image_size']

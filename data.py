@@ -978,7 +978,7 @@ def world_hash():
     return hashlib.sha256(b''.join(parts) + '\n'.join(batch['captions']).encode()).hexdigest()[:12]
 
 
-def contact_sheet(path, rows=8, columns=12, tile=96):
+def contact_sheet(path, rows=5, columns=12, tile=64):
     """Scenes of the world as a picture."""
     images = World().batch(torch.arange(rows * columns), tile, want=('images',))['images']
     sheet = images.view(rows, columns, 3, tile, tile).permute(0, 3, 1, 4, 2).reshape(rows * tile, columns * tile, 3)
@@ -990,4 +990,4 @@ if __name__ == '__main__':
     for what, measured, wanted, passed in check_world():
         print(f'{"ok  " if passed else "FAIL"} {what:<52} {measured!s:>12}   (wanted: {wanted})')
     contact_sheet('out/world.png')
-    print('out/world.png: 96 scenes')
+    print('out/world.png: 60 scenes')

@@ -48,6 +48,8 @@ RECIPES = {  # differences from the defaults. g: the paper; ti to l: EVA-02's; t
     'l':     dict(batch_size=2048, steps=1_040_000, lr=1.5e-3, drop_path=.1, warmup_steps=6934),
     'g':     dict(batch_size=4096, steps=1_086_300, lr=1e-3,   drop_path=.1, warmup_steps=14_484),   # 150 x 7,242
 }
+OPENAI_VIT_L14 = ('https://openaipublic.azureedge.net/clip/models/'       # the folder's name is the file's SHA-256
+                  'b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt')
 NUM_EVAL = 1024         # validation images; the same, with the same masks, for every run
 BANK = 65_536           # training patches among which the picture looks for the nearest
 
@@ -240,7 +242,7 @@ def find_teacher(cfg, rank):
         if cfg.size in ('l', 'g'):
             print0(f'a rehearsal: {cfg.size} on the built-in world with its small teacher. For real: --data DIR')
     elif cfg.size in ('b', 'l', 'g'):
-        return data.fetch('ViT-L-14.pt', data.OPENAI_VIT_L14)
+        return data.fetch(OPENAI_VIT_L14, OPENAI_VIT_L14.split('/')[-2], 'out/ViT-L-14.pt', 'pass --teacher FILE')
     else:
         print0('teacher: the built-in one, which has seen drawn scenes only. Train one on your own pictures with '
                '`python clip_train.py --data DIR`, or pass --teacher ViT-L-14.pt')
@@ -269,6 +271,8 @@ def train(cfg):
         return M.plan({**config, 'head': 768}, cfg.micro_batch or cfg.batch_size, device)      # 768: CLIP ViT-L/14's
     train_set, val_set = data.open_data(cfg.data, 'train'), data.open_data(cfg.data, 'val')
     look_only = cfg.eval or cfg.image
+    if cfg.image and not os.path.isfile(cfg.image):
+        raise ValueError(f'--image {cfg.image} is not a file')
     if not look_only:
         if M.finished(cfg):
             return
@@ -289,7 +293,7 @@ def train(cfg):
     autocast = M.autocast(device)
     bank = next(iter(data.batches(train_set, max(8, BANK // grid ** 2), image_size, 0, 1, cfg.seed, device)))['images']
     if cfg.image:
-        images = data.read_square(cfg.image, image_size)[None].to(device)
+        images = data.load_crop(cfg.image, image_size)[None].to(device)
         mask = make_mask(cfg.mask, torch.tensor([cfg.seed]), grid, cfg.mask_ratio).to(device)
         path = f'{cfg.out_dir}/{Path(cfg.image).stem}.features.png'
         draw_features(path, model, teacher, images, mask, bank)

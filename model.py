@@ -593,7 +593,7 @@ def main(train, Config, RECIPES):
     """Runs a stage. What we refuse is one line and exit code 2; what we did not foresee keeps its traceback."""
     try:
         train(parse_config(Config, RECIPES))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         frame = error.__traceback__
         while frame.tb_next:
             frame = frame.tb_next

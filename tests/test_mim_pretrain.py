@@ -159,3 +159,27 @@ def test_position_baseline_is_the_best_constant():
         loss.backward()
         optimizer.step()
     assert -1e-3 < val.position[val.mask].mean() + loss.item() < 1e-2
+
+
+def test_eval_and_image_only_look_at_a_trained_model(tmp_path, capsys):
+    """--eval prints the run's own skill again, --image leaves a row of pictures, and neither changes the weights."""
+    from PIL import Image
+    mim_pretrain.train(config(tmp_path))
+    before = (tmp_path / 'run' / 'model.pt').read_bytes()
+    skill = json.loads((tmp_path / 'run' / 'result.json').read_text())['skill']
+    capsys.readouterr()
+    mim_pretrain.train(config(tmp_path, '--eval'))
+    assert f'skill                {skill:.4g}' in capsys.readouterr().out
+    Image.new('L', (50, 70), 90).save(tmp_path / 'grey.png')
+    mim_pretrain.train(config(tmp_path, '--image', str(tmp_path / 'grey.png')))
+    assert Image.open(tmp_path / 'run' / 'grey.features.png').size[0] > 5 * 128
+    assert (tmp_path / 'run' / 'model.pt').read_bytes() == before
+
+
+def test_init_continues_from_given_weights(tmp_path):
+    """A run that starts from another's model.pt, with a learning rate of nearly nothing, has its last loss."""
+    mim_pretrain.train(config(tmp_path))
+    init = ['--init', str(tmp_path / 'run' / 'model.pt'), '--lr', '1e-12', '--min_lr', '0']
+    mim_pretrain.train(config(tmp_path, *init, '--out_dir', str(tmp_path / 'again')))
+    first, again = (json.loads((tmp_path / name / 'result.json').read_text())['cosine'] for name in ('run', 'again'))
+    assert abs(first - again) < 1e-5
