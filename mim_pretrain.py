@@ -50,7 +50,7 @@ RECIPES = {  # differences from the defaults. g: the paper; ti to l: EVA-02's; t
 }
 OPENAI_VIT_L14 = ('https://openaipublic.azureedge.net/clip/models/'       # the folder's name is the file's SHA-256
                   'b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt')
-NUM_EVAL = 1024         # validation images; the same, with the same masks, for every run
+NUM_EVAL = 1024         # validation images; the same, with the same masks, for every run of at least as many
 BANK = 65_536           # training patches among which the picture looks for the nearest
 
 
@@ -141,9 +141,9 @@ def interpolate_hidden(features, mask, grid, sharpness):
 
 
 @torch.no_grad()
-def make_validation(cfg, dataset, teacher, image_size, grid, device):
+def make_validation(cfg, dataset, teacher, image_size, grid, num, device):
     """Validation images, masks and targets, and the two baselines that any prediction has to beat."""
-    batches = list(data.eval_batches(dataset, 64, image_size, NUM_EVAL, device))
+    batches = list(data.eval_batches(dataset, 64, image_size, num, device))
     images = torch.cat([batch['images'] for batch in batches])
     mask = make_mask(cfg.mask, torch.arange(len(images)), grid, cfg.mask_ratio, seed=-1).to(device)
     targets = torch.cat([teacher_features(teacher, batch['images'], grid) for batch in batches])
@@ -246,64 +246,85 @@ def find_teacher(cfg, rank):
     else:
         print0('teacher: the built-in one, which has seen drawn scenes only. Train one on your own pictures with '
                '`python clip_train.py --data DIR`, or pass --teacher ViT-L-14.pt')
-    path = Path('out/teacher')
-    if rank == 0 and not (path / 'result.json').exists():
-        print0('first the teacher, once (out/teacher):')
+    folder = 'out/teacher'
+    if rank == 0 and not os.path.exists(f'{folder}/result.json'):
+        print0(f'first the teacher, once ({folder}):')
         environment = {k: v for k, v in os.environ.items() if k not in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')}
-        script = Path(__file__).with_name('clip_train.py')
-        done = subprocess.run([sys.executable, script, '--out_dir', path, '--device', cfg.device], env=environment)
+        flags = ['--out_dir', folder] + (['--device', cfg.device] if cfg.device else [])
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'clip_train.py')
+        done = subprocess.run([sys.executable, script, *flags], env=environment)
         if done.returncode:
             sys.exit(done.returncode)       # it has said why; the same command continues it
-    return path / 'model.pt'
+    return f'{folder}/model.pt'
+
+
+def load_teacher(cfg, rank, device):
+    """The frozen CLIP whose patch features are the targets."""
+    path = find_teacher(cfg, rank)
+    teacher = M.load(path)
+    if not isinstance(teacher, M.CLIP):
+        raise ValueError(f'{path} holds a {type(teacher).__name__}, not a CLIP with patch features; see clip_train.py')
+    return M.to_device(teacher.requires_grad_(False), cfg, device)
+
+
+def some_images(dataset, num, image_size, cfg, device):
+    """The first training images: among their patches the picture looks for the nearest."""
+    return next(iter(data.batches(dataset, num, image_size, 0, 1, cfg.seed, device)))['images']
+
+
+def look(cfg, train_set, val_set, rank, device):
+    """--eval: the metrics of a trained model; --image: its row of pictures for any photo."""
+    model = M.load(cfg.init or f'{cfg.out_dir}/model.pt').to(device)
+    if not isinstance(model, M.ViT):
+        raise ValueError(f'{cfg.init} holds a {type(model).__name__}, not a ViT that was pre-trained here')
+    teacher, size, grid = load_teacher(cfg, rank, device), model.image_size, model.grid
+    if cfg.eval:
+        val = make_validation(cfg, val_set, teacher, size, grid, NUM_EVAL, device)
+        return print0(M.table(evaluate(model, val, M.autocast(device))))
+    images = data.load_crop(cfg.image, size)[None].to(device)
+    mask = make_mask(cfg.mask, torch.tensor([cfg.seed]), grid, cfg.mask_ratio).to(device)
+    os.makedirs(cfg.out_dir, exist_ok=True)
+    path = f'{cfg.out_dir}/{Path(cfg.image).stem}.features.png'
+    draw_features(path, model, teacher, images, mask, some_images(train_set, BANK // grid ** 2, size, cfg, device))
+    print0(path)
+
+
+def check(cfg):
+    """The student's options, or one line about what does not fit."""
+    config = M.size_config(cfg, drop_path=cfg.drop_path)
+    M.check_grid(config['image_size'], config['image_size'], config['patch_size'])
+    num_patches = (config['image_size'] // config['patch_size']) ** 2
+    if cfg.mask not in ('block', 'random', 'columns'):
+        raise ValueError(f'mask {cfg.mask!r} is not one of block, random, columns')
+    if not 0 < round(num_patches * cfg.mask_ratio) < num_patches:
+        raise ValueError(f'mask_ratio {cfg.mask_ratio} of {num_patches} patches hides none or all; EVA hides .41')
+    return config
 
 
 def train(cfg):
     """Pre-trains; leaves model.pt, features.png, loss.png, log.jsonl and result.json. --eval and --image only look."""
     rank, world, device = M.setup(cfg)
     cfg.out_dir = cfg.out_dir or f'out/mim_pretrain-{cfg.size}'
-    if cfg.mask not in ('block', 'random', 'columns'):
-        raise ValueError(f'mask {cfg.mask!r} is not one of block, random, columns')
-    if not 0 < cfg.mask_ratio < 1:
-        raise ValueError(f'mask_ratio {cfg.mask_ratio} is not between 0 and 1')
-    config = M.size_config(cfg, drop_path=cfg.drop_path)
-    M.check_grid(config['image_size'], config['image_size'], config['patch_size'])
+    config = check(cfg)
     if cfg.plan:
         return M.plan({**config, 'head': 768}, cfg.micro_batch or cfg.batch_size, device)      # 768: CLIP ViT-L/14's
     train_set, val_set = data.open_data(cfg.data, 'train'), data.open_data(cfg.data, 'val')
-    look_only = cfg.eval or cfg.image
-    if cfg.image and not os.path.isfile(cfg.image):
-        raise ValueError(f'--image {cfg.image} is not a file')
-    if not look_only:
-        if M.finished(cfg):
-            return
-        cfg.steps = M.steps_of(cfg, len(train_set))
-        M.check_memory(config, cfg.micro_batch or cfg.batch_size, device)
-    path = find_teacher(cfg, rank)
-    teacher = M.load(path)
-    if not isinstance(teacher, M.CLIP):
-        raise ValueError(f'{path} holds a {type(teacher).__name__}, not a CLIP with patch features; see clip_train.py')
-    teacher = M.to_device(teacher.requires_grad_(False), cfg, device)
+    if cfg.eval or cfg.image:
+        return look(cfg, train_set, val_set, rank, device)
+    if M.finished(cfg):
+        return
+    cfg.steps = M.steps_of(cfg, len(train_set))
+    M.check_memory(config, cfg.micro_batch or cfg.batch_size, device)
+    teacher = load_teacher(cfg, rank, device)
     config['head'] = teacher.visual.config['head']
-    if look_only:
-        model = M.load(cfg.init or f'{cfg.out_dir}/model.pt').to(device)
-    else:
-        model = M.load(cfg.init, **config) if cfg.init else M.init_weights(M.ViT(**config), cfg.seed)
-        model = M.to_device(model, cfg, device)
-    grid, image_size = model.grid, model.config['image_size']
-    autocast = M.autocast(device)
-    bank = next(iter(data.batches(train_set, max(8, BANK // grid ** 2), image_size, 0, 1, cfg.seed, device)))['images']
-    if cfg.image:
-        images = data.load_crop(cfg.image, image_size)[None].to(device)
-        mask = make_mask(cfg.mask, torch.tensor([cfg.seed]), grid, cfg.mask_ratio).to(device)
-        path = f'{cfg.out_dir}/{Path(cfg.image).stem}.features.png'
-        draw_features(path, model, teacher, images, mask, bank)
-        return print0(path)
-    val = make_validation(cfg, val_set, teacher, image_size, grid, device)
-    if cfg.eval:
-        return print0(M.table(evaluate(model, val, autocast)))
-
+    model = M.load(cfg.init, **config) if cfg.init else M.init_weights(M.ViT(**config), cfg.seed)
+    model = M.to_device(model, cfg, device)
     optimizer = M.make_optimizer(model, cfg)
     start, _ = M.resume(cfg.out_dir, model, optimizer, cfg)
+    autocast, grid, image_size = M.autocast(device), model.grid, model.image_size
+    bank = some_images(train_set, max(8, BANK // grid ** 2), image_size, cfg, device)
+    num_eval = min(NUM_EVAL, max(8, cfg.steps * cfg.batch_size))        # a rehearsal of one step is not judged on 1024
+    val = make_validation(cfg, val_set, teacher, image_size, grid, num_eval, device)
     baseline, inpaint = val.position[val.mask].mean().item(), val.inpaint[val.mask].mean().item()
     print0(f'EVA {cfg.size}: {M.count_parameters(model) / 1e6:.2f}M parameters, {image_size} px, '
            f'{round(grid * grid * cfg.mask_ratio)} of {grid * grid} patches hidden; '

@@ -32,6 +32,8 @@ def refusal(monkeypatch, capsys, stage, *flags):
     (['--data', 'shapes:colour=3'], 'colour'),
     (['--mask', 'round'], 'block, random, columns'),
     (['--mask_ratio', '1.5'], 'mask_ratio'),
+    (['--mask_ratio', '.001'], 'hides none'),
+    (['--image', 'missing.jpg'], 'model.pt'),
     (['--patch_size', '5'], 'multiple of 5'),
     (['--device', 'abacus'], 'abacus'),
     (['--steps', '5', '--epochs', '1'], '--epochs'),

@@ -150,7 +150,7 @@ def test_position_baseline_is_the_best_constant():
     vision = dict(M.SIZES['pico'], head=16, pool='mean', mask_token=False)
     teacher = M.init_weights(M.CLIP(vision, dict(width=16, depth=1, heads=2, vocab=600, embed=16)))
     cfg = type('cfg', (), dict(mask='random', mask_ratio=.4))
-    val = mim_pretrain.make_validation(cfg, data.World('val'), teacher, 32, 8, torch.device('cpu'))
+    val = mim_pretrain.make_validation(cfg, data.World('val'), teacher, 32, 8, 32, torch.device('cpu'))
     guess = torch.randn(64, 16, requires_grad=True)
     optimizer = torch.optim.Adam([guess], lr=.05)
     for _ in range(200):
