@@ -2,7 +2,7 @@
 Stage 0, the teacher: a ViT and a text transformer learn to tell which caption belongs to which image. What the ViT
 then says of each patch is what EVA regresses. CLIP, arXiv:2103.00020; EVA-CLIP, arXiv:2211.07636, section 3.4.
 
-    python clip_train.py                                  # the built-in teacher: the world, minutes on a laptop
+    python clip_train.py --out_dir out/teacher            # the built-in teacher: the world, minutes on a laptop
     python clip_train.py --data photos --out_dir out/mine # any folder with classes or captions
 """
 import math
@@ -30,9 +30,9 @@ class Config(M.Run):
 
 
 RECIPES = {  # differences from the defaults; the small rows are ours, tuned on two cores
-    'pico':  dict(batch_size=128, steps=700, lr=1.5e-3, embed=64, save_every=250),
-    'nano':  dict(batch_size=128, steps=700, lr=1.5e-3, embed=64, save_every=250),
-    'micro': dict(batch_size=128, steps=700, lr=1.5e-3, embed=64, save_every=250),
+    'pico':  dict(batch_size=128, steps=700, lr=1.5e-3, save_every=250),
+    'nano':  dict(batch_size=128, steps=700, lr=1.5e-3, save_every=250),
+    'micro': dict(batch_size=128, steps=700, lr=1.5e-3, save_every=250),
     'mini':  dict(batch_size=256, steps=4000, lr=1e-3, embed=128),
     'ti':    dict(batch_size=512, steps=20_000, lr=1e-3, embed=192, warmup_steps=500),
     's':     dict(batch_size=1024, steps=50_000, lr=5e-4, embed=384, warmup_steps=2000),
@@ -62,7 +62,7 @@ def contrastive_loss(image_features, text_features, scale):
 @torch.no_grad()
 def class_embeddings(model, tokenizer, names, device):
     """One text feature per class, the mean over TEMPLATES: [K, D], L2-normalised."""
-    texts = [template.format(name) for name in names for template in TEMPLATES]
+    texts = [template.format(name.replace('_', ' ')) for name in names for template in TEMPLATES]
     features = F.normalize(model.encode_text(tokenizer(texts).to(device)).float(), dim=-1)
     return F.normalize(features.view(len(names), len(TEMPLATES), -1).mean(1), dim=-1)
 
@@ -73,7 +73,7 @@ def class_embeddings(model, tokenizer, names, device):
 def evaluate(model, dataset, tokenizer, cfg, device, autocast, picture=None):
     """Zero-shot top-1 on the validation classes with its chance, and retrieval R@1 among 256 pairs each way."""
     image_size = model.config['vision']['image_size']
-    batches = data.eval_batches(dataset, min(cfg.batch_size, 256), image_size, NUM_EVAL, device)
+    batches = data.eval_batches(dataset, min(cfg.batch_size, 256), image_size, NUM_EVAL, device, cfg.workers)
     images, image_features, labels, texts = [], [], [], []
     for batch in batches:
         with autocast:
@@ -100,10 +100,13 @@ def patch_probes(model, dataset, seed):
     pixels, and from the features of a ViT that never learnt: does the teacher know what its patches are?"""
     vision, device = model.config['vision'], model.logit_scale.device
     untrained = M.init_weights(M.ViT(**vision), seed).to(device)
-    batch = dataset.batch(torch.arange(768), vision['image_size'], device=device, want=('images', 'semantic'))
-    pixels, size = model.normalize(batch['images']), vision['patch_size']
-    classes = F.one_hot(batch['semantic']).permute(0, 3, 1, 2).float()              # [B, K, H, W]
-    labels = F.avg_pool2d(classes, size).argmax(1).flatten()                        # [B * N]
+    pixels, labels = [], []
+    for position in torch.arange(768).split(64):
+        batch = dataset.batch(position, vision['image_size'], device=device, want=('images', 'semantic'))
+        classes = F.one_hot(batch['semantic']).permute(0, 3, 1, 2).float()          # [B, K, H, W]
+        labels.append(F.avg_pool2d(classes, vision['patch_size']).argmax(1).flatten())          # [B * N]
+        pixels.append(model.normalize(batch['images']))
+    pixels, labels, size = torch.cat(pixels), torch.cat(labels), vision['patch_size']
     accuracy = {}
     for name, features in (('patch_probe', model.patch_features(pixels)),
                            ('patch_probe_pixels', F.unfold(pixels, size, stride=size).transpose(1, 2)),
@@ -139,23 +142,27 @@ def draw_retrieval(path, images, similarity, texts, rows=8):
 def build(cfg, tokenizer):
     """The two towers. Small teachers pool their patches: with a class token's training alone, patch features of a
     minutes-long run mean little, and they are what EVA regresses (OpenAI's CLIP pools a class token)."""
-    vision = M.size_config(cfg, head=cfg.embed, pool='class' if cfg.size in 'blg' else 'mean', mask_token=False)
+    vision = M.size_config(cfg, head=cfg.embed, pool='class' if cfg.size in TEXT_TOWERS else 'mean', mask_token=False)
     text = dict(TEXT_TOWERS.get(cfg.size, SMALL_TEXT_TOWER), vocab=tokenizer.vocab_size, embed=cfg.embed)
     return M.CLIP(vision, text)
 
 
 def tokenizer_of(model, cfg):
     """The vocabulary that a CLIP was trained with: its own, stored beside its weights, or OpenAI's."""
-    return data.Tokenizer(model.extra['merges']) if 'merges' in model.extra else data.Tokenizer.openai(cfg.bpe)
+    tokenizer = data.Tokenizer(model.extra['merges']) if 'merges' in model.extra else data.Tokenizer.openai(cfg.bpe)
+    if tokenizer.vocab_size != model.config['text']['vocab']:
+        raise ValueError(f'{cfg.init} knows {model.config["text"]["vocab"]} tokens, the vocabulary has '
+                         f'{tokenizer.vocab_size}; pass its merges with --bpe FILE')
+    return tokenizer
 
 
 @torch.no_grad()
 def look(cfg, val_set, device):
     """--eval: zero-shot accuracy and retrieval of a trained model; --image: the five classes nearest to a picture."""
-    model = M.load(cfg.init or f'{cfg.out_dir}/model.pt').to(device)
-    if not isinstance(model, M.CLIP):
-        raise ValueError(f'{cfg.init} holds a {type(model).__name__}, not a CLIP')
+    model = M.load(cfg.init or f'{cfg.out_dir}/model.pt', M.CLIP).to(device)
     tokenizer = tokenizer_of(model, cfg)
+    if not val_set.classes and cfg.image:
+        raise ValueError('--image needs names to choose from: --data with a folder per class')
     if cfg.eval:
         return print0(M.table(evaluate(model, val_set, tokenizer, cfg, device, M.autocast(device))))
     image = data.load_crop(cfg.image, model.visual.image_size)[None].to(device)
@@ -170,21 +177,24 @@ def train(cfg):
     rank, world, device = M.setup(cfg)
     cfg.out_dir = cfg.out_dir or f'out/clip_train-{cfg.size}'
     if cfg.plan:
+        print0('the image tower alone:')
         return M.plan(M.size_config(cfg, head=cfg.embed), cfg.batch_size, device)
     train_set, val_set = data.open_data(cfg.data, 'train'), data.open_data(cfg.data, 'val')
-    if cfg.eval or cfg.image:
+    if cfg.image:
         return look(cfg, val_set, device)
-    if not train_set.has_captions:
-        raise ValueError(f'{cfg.data} has neither captions nor class folders; CLIP needs a .txt beside each image, '
-                         'or one folder per class')
+    if not (train_set.has_captions and val_set.has_captions):
+        raise ValueError(f'{cfg.data} lacks captions or class folders, in training or in validation; CLIP needs a .txt '
+                         'beside each image, or one folder per class')
+    if cfg.eval:
+        return look(cfg, val_set, device)
     if cfg.batch_size < 2 or cfg.micro_batch:
         raise ValueError('the contrastive loss compares all pairs of a batch at once: --batch_size is at least 2, and '
                          '--micro_batch does not apply')
     if M.finished(cfg):
         return
-    cfg.steps = M.steps_of(cfg, len(train_set))
+    M.settle_steps(cfg, train_set)
     if cfg.init:
-        model = M.load(cfg.init)
+        model = M.load(cfg.init, M.CLIP)     # whatever its sizes: --size is then the recipe's alone
         tokenizer = tokenizer_of(model, cfg)
     else:
         tokenizer = data.Tokenizer.openai(cfg.bpe) if cfg.bpe else data.Tokenizer.learn(train_set.some_captions(20_000))
@@ -221,11 +231,13 @@ def train(cfg):
             log.say(step, **evaluate(model, val_set, tokenizer, cfg, device, autocast, f'{cfg.out_dir}/retrieval.png'))
 
     metrics = evaluate(model, val_set, tokenizer, cfg, device, autocast, f'{cfg.out_dir}/retrieval.png')
+    M.save(model, f'{cfg.out_dir}/model.pt', merges=tokenizer.merges)
     if isinstance(val_set, data.World):
         metrics |= patch_probes(model, val_set, cfg.seed)
-    M.save(model, f'{cfg.out_dir}/model.pt', merges=tokenizer.merges)
     log.finish(model, 'contrastive loss', {f'blind: ln {cfg.batch_size}': math.log(cfg.batch_size)}, **metrics)
-    print0(data.report_broken(train_set))
+    for dataset in (train_set, val_set):
+        if dataset.broken:
+            print0(data.report_broken(dataset))
 
 
 if __name__ == '__main__':

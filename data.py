@@ -289,7 +289,8 @@ class World:
         scenes = self.scenes(index)
         out = dict(scenes, position=position, index=index)
         if {'images', 'semantic', 'boxes'} & set(want):
-            chunk = max(1, 32 * 32 * 64 // image_size ** 2) if index.device.type == 'cpu' else 4096    # stay in cache
+            pixels = 2 ** 16 if index.device.type == 'cpu' else 2 ** 24     # at once: what a CPU's cache holds
+            chunk = max(1, pixels // image_size ** 2)
             parts = [self.render({k: v[i:i + chunk] for k, v in scenes.items()}, image_size,
                                  annotate=bool({'semantic', 'boxes'} & set(want))) for i in range(0, len(index), chunk)]
             out |= {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

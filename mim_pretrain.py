@@ -25,8 +25,8 @@ from model import option, print0
 
 @dataclass
 class Config(M.Run):
-    teacher: str = option('', "a CLIP's file; default: the built-in teacher, for b, l, g with --data OpenAI's ViT-L/14")
-    mask: str = option('block', "which patches are hidden: block (EVA's), random, or columns (EVA's own validation)")
+    teacher: str = option('', "a CLIP's file; without it the built-in teacher, trained at first use")
+    mask: str = option('block', "what is hidden: block (EVA's), random, or columns (half of all: EVA's validation)")
     mask_ratio: float = option(105 / 256, 'share of the patches hidden: 105 of 256')
     drop_path: float = option(.1, 'chance of skipping a residual branch in the last block, growing linearly with depth')
     warmup_steps: int = option(100, 'steps of linear warm-up')
@@ -38,18 +38,16 @@ class Config(M.Run):
 
 
 RECIPES = {  # differences from the defaults. g: the paper; ti to l: EVA-02's; the rest ours, tuned on two cores
-    'pico':  dict(batch_size=64, steps=1600, lr=8e-3, drop_path=0., save_every=400),
-    'nano':  dict(batch_size=64, steps=1600, lr=6e-3, drop_path=0., save_every=400),
-    'micro': dict(batch_size=64, steps=1600, lr=5e-3, drop_path=0., save_every=400),
-    'mini':  dict(batch_size=64, steps=1600, lr=4e-3, drop_path=0., save_every=400),
+    'pico':  dict(batch_size=64, steps=1600, lr=6e-3, drop_path=0., save_every=400),
+    'nano':  dict(batch_size=64, steps=1600, lr=4e-3, drop_path=0., save_every=400),
+    'micro': dict(batch_size=64, steps=1600, lr=3e-3, drop_path=0., save_every=400),
+    'mini':  dict(batch_size=64, steps=1600, lr=2.5e-3, drop_path=0., save_every=400),
     'ti':    dict(batch_size=4000, steps=852_000,   lr=3e-3,   drop_path=0., warmup_steps=3550),   # 240 epochs, IN-21K
     's':     dict(batch_size=4000, steps=852_000,   lr=3e-3,   drop_path=0., warmup_steps=3550),
     'b':     dict(batch_size=2048, steps=1_040_000, lr=1.5e-3, drop_path=0., warmup_steps=6934),     # 150 epochs
-    'l':     dict(batch_size=2048, steps=1_040_000, lr=1.5e-3, drop_path=.1, warmup_steps=6934),
-    'g':     dict(batch_size=4096, steps=1_086_300, lr=1e-3,   drop_path=.1, warmup_steps=14_484),   # 150 x 7,242
+    'l':     dict(batch_size=2048, steps=1_040_000, lr=1.5e-3, warmup_steps=6934),
+    'g':     dict(batch_size=4096, steps=1_086_300, lr=1e-3,   warmup_steps=14_484),   # 150 x 7,242
 }
-OPENAI_VIT_L14 = ('https://openaipublic.azureedge.net/clip/models/'       # the folder's name is the file's SHA-256
-                  'b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt')
 NUM_EVAL = 1024         # validation images; the same, with the same masks, for every run of at least as many
 BANK = 65_536           # training patches among which the picture looks for the nearest
 
@@ -123,11 +121,9 @@ def hidden_distance(mask, grid):
     """Steps (chessboard king's) from each patch to the nearest visible one, 0 for visible patches: [B, N]."""
     hidden = mask.view(-1, 1, grid, grid).float()
     distance = torch.zeros_like(hidden)
-    while hidden.any():
+    for _ in range(grid):
         distance += hidden
-        hidden = -F.max_pool2d(F.pad(-hidden, (1,) * 4, value=-1.), 3, 1)       # erode: the border counts as hidden
-        if (hidden == 1).all(dim=(1, 2, 3)).any():
-            break               # a row without any visible patch
+        hidden = -F.max_pool2d(F.pad(-hidden, (1,) * 4, value=-1.), 3, 1)       # erode: beyond the border is hidden too
     return distance.view_as(mask).long()
 
 
@@ -143,7 +139,7 @@ def interpolate_hidden(features, mask, grid, sharpness):
 @torch.no_grad()
 def make_validation(cfg, dataset, teacher, image_size, grid, num, device):
     """Validation images, masks and targets, and the two baselines that any prediction has to beat."""
-    batches = list(data.eval_batches(dataset, 64, image_size, num, device))
+    batches = list(data.eval_batches(dataset, 64, image_size, num, device, cfg.workers))
     images = torch.cat([batch['images'] for batch in batches])
     mask = make_mask(cfg.mask, torch.arange(len(images)), grid, cfg.mask_ratio, seed=-1).to(device)
     targets = torch.cat([teacher_features(teacher, batch['images'], grid) for batch in batches])
@@ -192,12 +188,12 @@ def evaluate(model, val, autocast):
 
 def principal_axes(features):
     """Three axes on which features look most different, and their range: what turns [..., C] into RGB."""
-    features = features.flatten(0, -2).float()
+    features = features.flatten(0, -2).float().cpu()
     mean = features.mean(0)
     axes = torch.linalg.eigh((features - mean).T @ (features - mean))[1][:, -3:].flip(1)        # [C, 3]
     projected = (features - mean) @ axes
     low, high = projected.quantile(.02, dim=0), projected.quantile(.98, dim=0)
-    return lambda x: (((x.float() - mean) @ axes - low) / (high - low)).clamp(0, 1)
+    return lambda x: (((x.float().cpu() - mean) @ axes - low) / (high - low)).clamp(0, 1)
 
 
 @torch.no_grad()
@@ -219,7 +215,8 @@ def draw_features(path, model, teacher, images, mask, bank_images):
     as_image = lambda x: x.transpose(1, 2).unflatten(2, (grid, grid)) * 255             # [B, N, 3] -> [B, 3, h, w]
     faded = .75 + .25 * rgb(targets)
     columns = {'input': images, 'masked': paint_hidden(images, mask), "teacher's features": as_image(rgb(targets)),
-               'prediction': as_image(torch.where(mask[..., None], rgb(predictions), faded)), 'nearest patches': filled}
+               'prediction': as_image(torch.where(mask[..., None].cpu(), rgb(predictions), faded)),
+               'nearest patches': filled}
     sheet = Image.new('RGB', (len(columns) * (tile + 6) + 6, len(images) * (tile + 6) + 30), 'white')
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for x, (name, column) in enumerate(columns.items()):
@@ -234,18 +231,19 @@ def draw_features(path, model, teacher, images, mask, bank_images):
 # ---- the loop ---------------------------------------------------------------------------------------------------
 
 def find_teacher(cfg, rank):
-    """The teacher's weights: --teacher; OpenAI's ViT-L/14 for b, l, g on real data; else the built-in one, trained at
-    first use by clip_train.py's default command, the same for every size so that their skills compare."""
+    """The teacher's weights: --teacher, else the built-in one, trained at first use by clip_train.py's default command,
+    the same for every size so that their skills compare."""
     if cfg.teacher:
         return cfg.teacher
-    if cfg.data.startswith('shapes'):
+    if cfg.data.partition(':')[0] == 'shapes':
         if cfg.size in ('l', 'g'):
             print0(f'a rehearsal: {cfg.size} on the built-in world with its small teacher. For real: --data DIR')
     elif cfg.size in ('b', 'l', 'g'):
-        return data.fetch(OPENAI_VIT_L14, OPENAI_VIT_L14.split('/')[-2], 'out/ViT-L-14.pt', 'pass --teacher FILE')
+        raise ValueError(f"--size {cfg.size} on your own pictures takes OpenAI's ViT-L/14 as teacher, whose TorchScript "
+                         'archive cannot be read yet; pass --teacher FILE with a CLIP trained here or its state dict')
     else:
         print0('teacher: the built-in one, which has seen drawn scenes only. Train one on your own pictures with '
-               '`python clip_train.py --data DIR`, or pass --teacher ViT-L-14.pt')
+               '`python clip_train.py --data DIR`, and pass it with --teacher')
     folder = 'out/teacher'
     if rank == 0 and not os.path.exists(f'{folder}/result.json'):
         print0(f'first the teacher, once ({folder}):')
@@ -260,11 +258,7 @@ def find_teacher(cfg, rank):
 
 def load_teacher(cfg, rank, device):
     """The frozen CLIP whose patch features are the targets."""
-    path = find_teacher(cfg, rank)
-    teacher = M.load(path)
-    if not isinstance(teacher, M.CLIP):
-        raise ValueError(f'{path} holds a {type(teacher).__name__}, not a CLIP with patch features; see clip_train.py')
-    return M.to_device(teacher.requires_grad_(False), cfg, device)
+    return M.to_device(M.load(find_teacher(cfg, rank), M.CLIP).requires_grad_(False), cfg, device)
 
 
 def some_images(dataset, num, image_size, cfg, device):
@@ -274,10 +268,12 @@ def some_images(dataset, num, image_size, cfg, device):
 
 def look(cfg, train_set, val_set, rank, device):
     """--eval: the metrics of a trained model; --image: its row of pictures for any photo."""
-    model = M.load(cfg.init or f'{cfg.out_dir}/model.pt').to(device)
-    if not isinstance(model, M.ViT):
-        raise ValueError(f'{cfg.init} holds a {type(model).__name__}, not a ViT that was pre-trained here')
-    teacher, size, grid = load_teacher(cfg, rank, device), model.image_size, model.grid
+    path = cfg.init or f'{cfg.out_dir}/model.pt'
+    model, teacher = M.load(path, M.ViT).to(device), load_teacher(cfg, rank, device)
+    size, grid, width = model.image_size, model.grid, teacher.visual.config['head']
+    if model.config['head'] != width or model.pool:
+        raise ValueError(f"{path} predicts {model.config['head']} features a patch, the teacher has {width}; "
+                         'use the teacher it was trained with')
     if cfg.eval:
         val = make_validation(cfg, val_set, teacher, size, grid, NUM_EVAL, device)
         return print0(M.table(evaluate(model, val, M.autocast(device))))
@@ -296,8 +292,12 @@ def check(cfg):
     num_patches = (config['image_size'] // config['patch_size']) ** 2
     if cfg.mask not in ('block', 'random', 'columns'):
         raise ValueError(f'mask {cfg.mask!r} is not one of block, random, columns')
-    if not 0 < round(num_patches * cfg.mask_ratio) < num_patches:
-        raise ValueError(f'mask_ratio {cfg.mask_ratio} of {num_patches} patches hides none or all; EVA hides .41')
+    num_hidden, smallest = round(num_patches * cfg.mask_ratio), max(4, num_patches // 16) if cfg.mask == 'block' else 1
+    if not smallest <= num_hidden < num_patches:
+        raise ValueError(f'mask_ratio {cfg.mask_ratio} hides {num_hidden} of {num_patches} patches; {cfg.mask} masks '
+                         f'hide {smallest} to {num_patches - 1}. EVA hides .41')
+    if cfg.drop_path >= 1:
+        raise ValueError(f'drop_path {cfg.drop_path} is not below 1')
     return config
 
 
@@ -313,11 +313,14 @@ def train(cfg):
         return look(cfg, train_set, val_set, rank, device)
     if M.finished(cfg):
         return
-    cfg.steps = M.steps_of(cfg, len(train_set))
+    M.settle_steps(cfg, train_set)
     M.check_memory(config, cfg.micro_batch or cfg.batch_size, device)
     teacher = load_teacher(cfg, rank, device)
     config['head'] = teacher.visual.config['head']
-    model = M.load(cfg.init, **config) if cfg.init else M.init_weights(M.ViT(**config), cfg.seed)
+    if cfg.init:
+        model = M.load(cfg.init, M.ViT, **config, pool=None, mask_token=True)
+    else:
+        model = M.init_weights(M.ViT(**config), cfg.seed)
     model = M.to_device(model, cfg, device)
     optimizer = M.make_optimizer(model, cfg)
     start, _ = M.resume(cfg.out_dir, model, optimizer, cfg)
@@ -327,7 +330,7 @@ def train(cfg):
     val = make_validation(cfg, val_set, teacher, image_size, grid, num_eval, device)
     baseline, inpaint = val.position[val.mask].mean().item(), val.inpaint[val.mask].mean().item()
     print0(f'EVA {cfg.size}: {M.count_parameters(model) / 1e6:.2f}M parameters, {image_size} px, '
-           f'{round(grid * grid * cfg.mask_ratio)} of {grid * grid} patches hidden; '
+           f'{val.mask.sum(1).float().mean():.1f} of {grid * grid} patches hidden on average; '
            f'{cfg.steps:,} steps of {cfg.batch_size} images on {device}. '
            f'Cosine to beat: {baseline:.3f} (position mean), {inpaint:.3f} (inpainting)')
     log = M.Log(cfg, start)
@@ -336,11 +339,12 @@ def train(cfg):
         for group in optimizer.param_groups:
             group['lr'] = M.lr_at(step, cfg) * group['lr_scale']
         images = batch['images']                                                    # uint8 [B, 3, H, W]
-        mask = make_mask(cfg.mask, batch['position'], grid, cfg.mask_ratio, cfg.seed)           # [B, N], True = hidden
-        drop = data.uniform(cfg.seed, 'drop', batch['position'], 2 * len(model.blocks)).unflatten(1, (-1, 2))
+        position = step * cfg.batch_size + torch.arange(cfg.batch_size)             # on the CPU: nothing to wait for
+        mask = make_mask(cfg.mask, position, grid, cfg.mask_ratio, cfg.seed)        # [B, N], True = hidden
+        drop = data.uniform(cfg.seed, 'drop', position, 2 * len(model.blocks)).unflatten(1, (-1, 2))
         num_hidden, loss = mask.sum(), 0
         for images, mask, drop in zip(*(x.split(cfg.micro_batch or len(x)) for x in (images, mask, drop))):
-            share, mask, drop = mask.sum() / num_hidden, mask.to(device), drop.to(device)
+            share, mask, drop = mask.sum() / num_hidden, mask.to(device), drop.to(device)       # of the whole batch
             with torch.no_grad(), autocast:
                 targets = teacher_features(teacher, images, grid)                   # [B, N, C]
             with autocast:
@@ -357,14 +361,16 @@ def train(cfg):
         done = step + 1
         if done % cfg.save_every == 0 and done < cfg.steps:
             M.save_checkpoint(cfg.out_dir, done, model, optimizer, cfg)
-            log.say(step, **evaluate(model, val, autocast))
             draw_features(f'{cfg.out_dir}/features.png', model, teacher, val.images[:8], val.mask[:8], bank)
+            log.say(step, **evaluate(model, val, autocast))
 
     metrics = evaluate(model, val, autocast)
     M.save(model, f'{cfg.out_dir}/model.pt')
     draw_features(f'{cfg.out_dir}/features.png', model, teacher, val.images[:8], val.mask[:8], bank)
     log.finish(model, '- cosine', {'position mean': -baseline, 'inpainting': -inpaint}, **metrics)
-    print0(data.report_broken(train_set))
+    for dataset in (train_set, val_set):
+        if dataset.broken:
+            print0(data.report_broken(dataset))
 
 
 if __name__ == '__main__':

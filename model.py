@@ -281,8 +281,8 @@ def init_weights(model, seed=0):
                 table = {r'token_embed': .02, r'pos_embed': .01, r'patch_embed': (3 * pixels) ** -.5,
                          r'.*(attn\.proj|mlp\.fc2)': (2 * depth * width) ** -.5, r'.*mlp\.fc1': (2 * width) ** -.5,
                          r'.*': width ** -.5}
-            else:           # EVA's
-                std = .015 if width == 1408 else .02
+            else:           # EVA's .015 for g and .02 else; both are .56 / width ** .5, which our small sizes follow
+                std = .015 if width == 1408 else .02 if width > SIZES['ti']['width'] else .56 * width ** -.5
                 table = {r'.*(attn\.proj|mlp\.fc2)': std / (2 * layer) ** .5, r'.*': std}
             if 'gamma' in name:
                 weight.fill_(tower.config['layer_scale'])
@@ -491,9 +491,9 @@ def save(model, path, **extra):
         raise ValueError(f'{path} cannot be written ({first_line(error)})') from None
 
 
-def load(path, **overrides):
-    """A ViT or a CLIP in eval mode, recognised by what the file holds; see load_state for the overrides.
-    What `save` was given beside the model is in `model.extra`."""
+def load(path, expected=None, **overrides):
+    """A ViT or a CLIP in eval mode, recognised by what the file holds; see load_state for the overrides. If one of the
+    two classes is expected, the other is refused. What `save` was given beside the model is in `model.extra`."""
     try:
         held = torch.load(path, map_location='cpu', weights_only=True)
     except OSError as error:
@@ -504,6 +504,8 @@ def load(path, **overrides):
         raise ValueError(f'{path} holds a {type(held).__name__}, expected a dict of tensors')
     try:
         if held.get('format') == 'nanoEVA':
+            if expected and held['name'] != expected.__name__:
+                raise ValueError(f'this is a {held["name"]}, expected a {expected.__name__}')
             model = load_state(held['state_dict'], held['name'], held['config'], **overrides)
             model.extra = held['extra']
             return model
@@ -525,7 +527,7 @@ def option(default, help):
 class Run:
     """What means the same in every stage."""
     size: str = option('nano', 'row of SIZES in model.py')
-    data: str = option('shapes', 'the built-in world, a folder, an archive or a .json')
+    data: str = option('shapes', 'the built-in world (shapes:unique=N,classes=N,objects=N) or a folder of images')
     init: str = option('', 'file to start from instead of random weights')
     out_dir: str = option('', 'where results go; out/<stage>-<size> if empty')
     steps: int = option(1000, 'updates of the weights')
@@ -553,7 +555,8 @@ NEVER_DIFFER = {'out_dir', 'micro_batch', 'device', 'compile', 'shard', 'save_ev
 
 def parse_config(Config, RECIPES, argv=None):
     """Defaults, then the size's recipe, then flags."""
-    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False, epilog=(
+        "Defaults stand in brackets. What the size's row of RECIPES says goes before them, and a flag before both."))
 
     def one_line(message):
         raise ValueError(f'{message}; --help lists the options')
@@ -580,6 +583,10 @@ def parse_config(Config, RECIPES, argv=None):
             raise ValueError(f'--{name} {value} is not a number from 0 up')
         if name in ('steps', 'batch_size', 'save_every', 'log_every') and value < 1:
             raise ValueError(f'--{name} {value} is too small; use 1 or more')
+        if name == 'betas' and not (len(value) == 2 and all(0 <= beta < 1 for beta in value)):
+            raise ValueError(f'--betas {value} are not two numbers from 0 to below 1')
+    if cfg.seed > 127:      # each seed of the built-in world owns 2^33 of its 2^40 scenes
+        raise ValueError(f'--seed {cfg.seed} is too large; use 0 to 127')
     if cfg.micro_batch and cfg.batch_size % cfg.micro_batch:
         raise ValueError(f'--batch_size {cfg.batch_size} is not a multiple of --micro_batch {cfg.micro_batch}')
     return cfg
@@ -603,6 +610,9 @@ def main(train, Config, RECIPES):
         if get_rank() == 0:
             print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print0('\nstopped; the same command goes on from the last checkpoint')
+        sys.exit(130)
 
 
 def get_rank():
@@ -715,7 +725,11 @@ def resume(out_dir, model, optimizer, cfg):
     path = latest_checkpoint(out_dir)
     if path is None:
         return 0, {}
-    run = torch.load(os.path.join(path, 'run.pt'), map_location='cpu', weights_only=True)
+    damaged = f'{path} is damaged; delete that folder, and the run goes on from the one before'
+    try:
+        run = torch.load(os.path.join(path, 'run.pt'), map_location='cpu', weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f'{damaged} ({first_line(error)})') from None
     now, then = dataclasses.asdict(cfg), run['config']
     changed = [f'--{name} {now.get(name)} (was {then.get(name)})' for name in sorted(now.keys() | then.keys())
                if now.get(name) != then.get(name) and name not in NEVER_DIFFER]
@@ -723,8 +737,11 @@ def resume(out_dir, model, optimizer, cfg):
         raise ValueError(f'{out_dir} holds an unfinished run with other options: {", ".join(changed)}; '
                          'repeat its options, or start another with --out_dir NAME')
     state = dict(model=get_model_state_dict(model), optim=get_optimizer_state_dict(model, optimizer))
-    with single_process_is_fine():
-        dcp.load(state, checkpoint_id=path)
+    try:
+        with single_process_is_fine():
+            dcp.load(state, checkpoint_id=path)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, CheckpointException) as error:
+        raise ValueError(f'{damaged} ({first_line(error)})') from None
     set_model_state_dict(model, state['model'])
     set_optimizer_state_dict(model, optimizer, optim_state_dict=state['optim'])
     print0(f'continuing {out_dir} at step {run["step"]}')
@@ -759,7 +776,7 @@ class Log:
     be done again. `seconds` runs on over interruptions. Only the first process writes."""
 
     def __init__(self, cfg, start):
-        self.cfg, self.step, self.skipped = cfg, start, 0
+        self.cfg, self.step, self.in_a_row, self.skipped = cfg, start, 0, 0
         kept = [line for line in read_log(cfg.out_dir) if line['step'] < start]
         self.began = time.time() - (kept[-1]['seconds'] if kept else 0)
         self.last_write = time.time()
@@ -779,11 +796,12 @@ class Log:
 
     def is_finite(self, grad_norm):
         """False for a gradient that must not be applied; ten in a row end the run, its last checkpoint whole."""
-        self.skipped = 0 if math.isfinite(grad_norm) else self.skipped + 1
-        if self.skipped == 10:
+        finite = math.isfinite(grad_norm)
+        self.in_a_row, self.skipped = (0, self.skipped) if finite else (self.in_a_row + 1, self.skipped + 1)
+        if self.in_a_row == 10:
             raise ValueError(f'gradients were not finite ten times in a row, near step {self.step}; lower --lr. '
                              f'The last checkpoint is {latest_checkpoint(self.cfg.out_dir)}')
-        return self.skipped == 0
+        return finite
 
     def write(self, step, **values):
         """A line of log.jsonl; values are numbers. The bar shows them, and step + 1 of its steps done."""
@@ -812,8 +830,8 @@ class Log:
             self.file.close()
             curve = [(line['step'], line['loss']) for line in read_log(self.cfg.out_dir)]
             draw_curves(os.path.join(self.cfg.out_dir, 'loss.png'), {'loss': curve}, lines, ylabel=ylabel)
-            result = dict(metrics, seconds=round(time.time() - self.began, 1), parameters=count_parameters(model),
-                          command=command_line())
+            result = dict(metrics, skipped=self.skipped, seconds=round(time.time() - self.began, 1),
+                          parameters=count_parameters(model), command=command_line())
             path = os.path.join(self.cfg.out_dir, 'result.json')
             with open(path + '.tmp', 'w') as file:
                 json.dump(result, file, indent=2)
@@ -829,11 +847,10 @@ def table(values):
 
 def command_line():
     """The command as typed, without this machine's absolute paths."""
-    words = [re.sub(r'^(--\w+=)?/.*/', r'\1', word) for word in sys.argv]
-    return shlex.join(['python', *words])
+    return shlex.join(['python', *(re.sub(r'^(--\w+=)?/.*/', r'\1', word) for word in sys.argv)])
 
 
-def draw_curves(path, curves, lines={}, title='', xlabel='step', ylabel=''):
+def draw_curves(path, curves, lines={}, xlabel='step', ylabel=''):
     """A picture of {name: [(x, y), ...]}, with dashed horizontal lines {name: y}."""
     from PIL import Image, ImageDraw, ImageFont
     colours = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000'    # Okabe and Ito's
@@ -856,7 +873,6 @@ def draw_curves(path, curves, lines={}, title='', xlabel='step', ylabel=''):
         draw.line((*place(x, y0), place(x, y0)[0], H - bottom + 6), fill='black')
         draw.text((place(x, y0)[0], H - bottom + 10), f'{x:g}', fill='black', font=font, anchor='mt')
     draw.rectangle((left, top, W - right, H - bottom), outline='black')
-    draw.text((W / 2, top / 2), title, fill='black', font=font, anchor='mm')
     draw.text(((left + W - right) / 2, H - 22), xlabel, fill='black', font=font, anchor='mm')
     draw.text((8, top / 2), ylabel, fill='black', font=font, anchor='lm')
     for i, (name, shape) in enumerate([*curves.items(), *lines.items()]):
@@ -919,8 +935,7 @@ def plan(config, batch_size, device):
     for name, size in memory.items():
         note = f'  ({batch_size} images of {size / batch_size / 1e6:.4g} MB)' if name == 'activations' else ''
         print0(f'{name:<20} {size / 1e9:.4g} GB{note}')
-    total, there = sum(memory.values()), available_memory(device)
-    print0(f'memory               {total / 1e9:.4g} GB; {there / 1e9:.4g} GB are free')
+    print0(f'memory               {sum(memory.values()) / 1e9:.4g} GB; {available_memory(device) / 1e9:.4g} GB are free')
 
 
 def available_memory(device):
@@ -951,9 +966,13 @@ def to_device(model, cfg, device):
     return model
 
 
-def steps_of(cfg, num_images):
-    """How many updates a run makes: --steps, or as many as --epochs passes over num_images take."""
-    return max(1, round(cfg.epochs * num_images / cfg.batch_size)) if cfg.epochs else cfg.steps
+def settle_steps(cfg, dataset):
+    """Turns --epochs into steps, and keeps the warm-up within a quarter of a short run."""
+    if cfg.epochs and len(dataset) >= 2 ** 40:
+        raise ValueError('--epochs needs data that ends, a folder or shapes:unique=N; use --steps')
+    if cfg.epochs:
+        cfg.steps = max(1, round(cfg.epochs * len(dataset) / cfg.batch_size))
+    cfg.warmup_steps = min(cfg.warmup_steps, cfg.steps // 4)
 
 
 @torch.no_grad()
@@ -975,7 +994,7 @@ def linear_probe(train_x, train_y, test_x, test_y, ridge=1e-3):
     """Accuracy of the best linear map to one-hot labels, in closed form: ridge regression on standardised features.
     Shapes as in knn_accuracy."""
     mean, std = train_x.float().mean(0), train_x.float().std(0) + 1e-6
-    standard = lambda x: F.pad((x.float() - mean) / std, (0, 1), value=1.).double()     # [n, D + 1], the last a bias
-    x, y = standard(train_x), F.one_hot(train_y).double()
-    weights = torch.linalg.solve(x.T @ x + ridge * len(x) * torch.eye(x.shape[1], device=x.device), x.T @ y)
-    return ((standard(test_x) @ weights).argmax(1) == test_y).float().mean().item()
+    standard = lambda x: F.pad((x.float() - mean) / std, (0, 1), value=1.).cpu().double()   # [n, D + 1], last a bias
+    x, y = standard(train_x), F.one_hot(train_y).cpu().double()
+    weights = torch.linalg.solve(x.T @ x + ridge * len(x) * torch.eye(x.shape[1]), x.T @ y)
+    return ((standard(test_x) @ weights).argmax(1) == test_y.cpu()).float().mean().item()

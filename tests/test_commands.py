@@ -32,7 +32,10 @@ def refusal(monkeypatch, capsys, stage, *flags):
     (['--data', 'shapes:colour=3'], 'colour'),
     (['--mask', 'round'], 'block, random, columns'),
     (['--mask_ratio', '1.5'], 'mask_ratio'),
-    (['--mask_ratio', '.001'], 'hides none'),
+    (['--mask_ratio', '.001'], 'hides 0 of 64'),
+    (['--patch_size', '16'], 'hides 2 of 4'),
+    (['--epochs', '1'], 'shapes:unique=N'),
+    (['--betas', '.9'], '--betas'),
     (['--image', 'missing.jpg'], 'model.pt'),
     (['--patch_size', '5'], 'multiple of 5'),
     (['--device', 'abacus'], 'abacus'),
@@ -77,8 +80,8 @@ def test_an_unwritable_out_dir_is_refused(monkeypatch, capsys, tmp_path):
 
 def test_plan_counts_the_papers_parameters(tmp_path):
     """The real command, with neither data nor teacher."""
-    done = subprocess.run([sys.executable, os.path.join(ROOT, 'mim_pretrain.py'), '--size', 'g', '--plan'], cwd=tmp_path,
-                          capture_output=True, text=True)
+    command = [sys.executable, os.path.join(ROOT, 'mim_pretrain.py'), '--size', 'g', '--plan']
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and '1,012,229,632' in done.stdout and not os.listdir(tmp_path)
 
 

@@ -11,8 +11,8 @@ import mim_pretrain
 import model as M
 from mim_pretrain import block_mask, hidden_distance, interpolate_hidden, make_mask, mim_loss
 
-GOLDEN = [Path(folder) / 'masking.json' for folder in os.environ.get('GOLDEN', 'tests/golden').split(':')]
-MASKING = [pytest.param(path, id=path.name) for path in GOLDEN if path.exists()]
+FOLDERS = os.environ.get('GOLDEN', str(Path(__file__).parent / 'golden')).split(':')
+MASKING = [pytest.param(path, id=path.name) for folder in FOLDERS for path in Path(folder).glob('masking*.json')]
 
 
 def test_loss_ignores_visible_patches():
@@ -64,7 +64,6 @@ def test_hidden_distance_counts_steps_to_the_visible():
     mask = torch.zeros(1, 5, 5, dtype=torch.bool)
     mask[0, :3, :3] = True                                         # in a corner: the border shows nothing
     expected = torch.tensor([[3, 2, 1, 0, 0], [2, 2, 1, 0, 0], [1, 1, 1, 0, 0], [0] * 5, [0] * 5])
-    expected[0] = torch.tensor([3, 2, 1, 0, 0])
     assert torch.equal(hidden_distance(mask.flatten(1), 5).view(5, 5), expected)
 
 
@@ -149,7 +148,7 @@ def test_position_baseline_is_the_best_constant():
     import data
     vision = dict(M.SIZES['pico'], head=16, pool='mean', mask_token=False)
     teacher = M.init_weights(M.CLIP(vision, dict(width=16, depth=1, heads=2, vocab=600, embed=16)))
-    cfg = type('cfg', (), dict(mask='random', mask_ratio=.4))
+    cfg = type('cfg', (), dict(mask='random', mask_ratio=.4, workers=0))
     val = mim_pretrain.make_validation(cfg, data.World('val'), teacher, 32, 8, 32, torch.device('cpu'))
     guess = torch.randn(64, 16, requires_grad=True)
     optimizer = torch.optim.Adam([guess], lr=.05)

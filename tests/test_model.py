@@ -202,7 +202,10 @@ def test_text_is_causal():
 # ---- initial weights
 
 def test_initial_std_is_the_truncated_one():
-    """EVA truncates its normal of .015 at one standard deviation: .0081 comes out; narrower models start from .02."""
+    """EVA truncates its normal of .015 at one standard deviation: .0081 comes out; narrower models start from .02, and
+    ours of up to 192 from .56 / sqrt(width)."""
+    small = init_weights(ViT(**SIZES['nano']))
+    assert abs(small.blocks[1].mlp.fc1.weight.std().item() / (.56 / 8 * .5396) - 1) < 0.02
     for width, realised in ((1408, 0.0081), (384, 0.0108)):
         model = init_weights(ViT(**{**SIZES['g'], 'width': width, 'depth': 2}))
         assert abs(model.blocks[1].mlp.fc1.weight.std().item() - realised) < 1e-4
@@ -540,9 +543,11 @@ def test_too_large_is_refused():
 
 
 def test_epochs_become_steps():
-    """--epochs counts passes over the images; without it --steps stands."""
-    assert m.steps_of(Config(epochs=2, batch_size=10), 1000) == 200
-    assert m.steps_of(Config(steps=7), 1000) == 7
+    """--epochs counts passes over the images; without it --steps stands; a short run has a short warm-up."""
+    by_epochs, by_steps = Config(epochs=2, batch_size=10), Config(steps=8)
+    m.settle_steps(by_epochs, range(1000))
+    m.settle_steps(by_steps, range(1000))
+    assert by_epochs.steps == 200 and by_steps.steps == 8 and by_steps.warmup_steps == 2
 
 
 def test_linear_probe_is_ridge_regression():
