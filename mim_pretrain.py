@@ -239,7 +239,7 @@ def find_teacher(cfg, rank):
         if cfg.size in ('l', 'g'):
             print0(f'a rehearsal: {cfg.size} on the built-in world with its small teacher. For real: --data DIR')
     elif cfg.size in ('b', 'l', 'g'):
-        raise ValueError(f"--size {cfg.size} on your own pictures takes OpenAI's ViT-L/14 as teacher, whose TorchScript "
+        raise ValueError(f"--size {cfg.size} on your own pictures takes OpenAI's ViT-L/14 as teacher; its TorchScript "
                          'archive cannot be read yet; pass --teacher FILE with a CLIP trained here or its state dict')
     else:
         print0('teacher: the built-in one, which has seen drawn scenes only. Train one on your own pictures with '

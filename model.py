@@ -935,7 +935,7 @@ def plan(config, batch_size, device):
     for name, size in memory.items():
         note = f'  ({batch_size} images of {size / batch_size / 1e6:.4g} MB)' if name == 'activations' else ''
         print0(f'{name:<20} {size / 1e9:.4g} GB{note}')
-    print0(f'memory               {sum(memory.values()) / 1e9:.4g} GB; {available_memory(device) / 1e9:.4g} GB are free')
+    print0(f'memory               {sum(memory.values()) / 1e9:.4g} GB of {available_memory(device) / 1e9:.4g} GB free')
 
 
 def available_memory(device):
