@@ -443,7 +443,7 @@ def override(before, changes, state, prefix):
     return after, fresh
 
 
-def load_state(state, name=None, config=None, **overrides):
+def load_state(state, name=None, config=None, expected=None, **overrides):
     """Tensors, of our own format (its class name and config given) or of a family in FAMILIES, to a model in eval mode.
     overrides change the config, CLIP's by tower (vision=dict(...)): a new image_size resizes positions; a new head,
     mask_token or pool='mean' (whose norm EVA starts afresh) starts with initial values instead of the file's."""
@@ -460,6 +460,8 @@ def load_state(state, name=None, config=None, **overrides):
         except KeyError as key:
             raise ValueError(f'weights of {family} miss {original_name(key.args[0], rules)}') from None
         name = 'CLIP' if 'vision' in config else 'ViT'
+    if expected and name != expected.__name__:
+        raise ValueError(f'this is a {name}, expected a {expected.__name__}')
     if name == 'CLIP':
         vision, fresh = override(config['vision'], overrides.get('vision', {}), state, 'visual.')
         text, fresh_text = override(config['text'], overrides.get('text', {}), state, 'text.')
@@ -504,14 +506,13 @@ def load(path, expected=None, **overrides):
         raise ValueError(f'{path} holds a {type(held).__name__}, expected a dict of tensors')
     try:
         if held.get('format') == 'nanoEVA':
-            if expected and held['name'] != expected.__name__:
-                raise ValueError(f'this is a {held["name"]}, expected a {expected.__name__}')
-            model = load_state(held['state_dict'], held['name'], held['config'], **overrides)
+            model = load_state(held['state_dict'], held['name'], held['config'], expected, **overrides)
             model.extra = held['extra']
             return model
         for wrapper in ('model', 'module', 'state_dict'):
             held = held[wrapper] if isinstance(held.get(wrapper), dict) else held
-        return load_state({name: tensor for name, tensor in held.items() if torch.is_tensor(tensor)}, **overrides)
+        state = {name: tensor for name, tensor in held.items() if torch.is_tensor(tensor)}
+        return load_state(state, expected=expected, **overrides)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from None
 
@@ -921,9 +922,8 @@ def training_memory(config, batch_size, device):
     """Bytes that training a ViT with AdamW takes on one device: {what: bytes}."""
     with torch.device('meta'):
         parameters = count_parameters(ViT(**config))
-    element = 2 if device.type == 'cuda' else 4         # bf16 under autocast
-    return dict(weights=4 * parameters, gradients=4 * parameters, AdamW=8 * parameters,
-                activations=batch_size * activation_bytes(config, element))
+    activations = batch_size * activation_bytes(config, 2 if device.type == 'cuda' else 4)      # bf16 under autocast
+    return dict(weights=4 * parameters, gradients=4 * parameters, AdamW=8 * parameters, activations=activations)
 
 
 def plan(config, batch_size, device):

@@ -54,6 +54,8 @@ def test_a_teacher_that_is_not_one_is_refused(monkeypatch, capsys, tmp_path):
     M.save(M.ViT(**M.SIZES['pico']), 'vit.pt')
     assert 'picture.pt' in refusal(monkeypatch, capsys, mim_pretrain, '--teacher', 'picture.pt')
     assert 'vit.pt' in refusal(monkeypatch, capsys, mim_pretrain, '--teacher', 'vit.pt')
+    released = os.path.join(ROOT, 'tests', 'golden', 'eva01_mim_layerscale.pt')
+    assert 'expected a CLIP' in refusal(monkeypatch, capsys, mim_pretrain, '--teacher', released)
 
 
 def test_an_empty_folder_is_refused(monkeypatch, capsys, tmp_path):
