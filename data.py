@@ -16,9 +16,13 @@ import hashlib
 import html
 import http.client
 import importlib.util
+import io
+import json
 import math
 import os
 import re
+import runpy
+import tarfile
 import urllib.request
 import zlib
 from collections import Counter
@@ -201,10 +205,6 @@ def world_tables(device):
 
 # ---- the world: the grammar -------------------------------------------------------------------------------------
 
-def cumulative(weights):
-    return torch.cumsum(weights.long(), -1)
-
-
 def choose(u, cumulative_weights):
     """Index drawn in proportion to integer weights. u [...], cumulative_weights [..., n] or [n]."""
     level = ((u * 2 ** 24).long() * cumulative_weights[..., -1]) >> 24
@@ -236,8 +236,8 @@ def grammar(device, classes, uniform_classes):
     swap = lambda wanted: torch.stack([torch.stack([(c + steps)[wanted[k, (c + steps) % NUM_COLOURS]][0] % NUM_COLOURS
                                                     for c in range(NUM_COLOURS)]) for k in range(NUM_KINDS)])
     turn = [(round(1024 * math.cos(i * math.pi / 32)), round(1024 * math.sin(i * math.pi / 32))) for i in range(64)]
-    tables = dict(fine=fine, classes=cumulative(frequency * boost), palette=cumulative(palette), grounds=grounds,
-                  layouts=cumulative(layouts), scene_types=cumulative(10_000 // (torch.arange(NUM_SCENE_TYPES) + 3)),
+    tables = dict(fine=fine, classes=(frequency * boost).cumsum(-1), palette=palette.cumsum(-1), grounds=grounds,
+                  layouts=layouts.cumsum(-1), scene_types=(10_000 // (torch.arange(NUM_SCENE_TYPES) + 3)).cumsum(-1),
                   held_out=held_out, allowed=swap(~held_out), forbidden=swap(held_out), turn=torch.tensor(turn),
                   colours=torch.tensor(list(COLOURS.values())), stuff=torch.tensor(list(STUFF.values())),
                   outlines=torch.tensor(OUTLINES), second=torch.tensor(SECOND_COLOURS))
@@ -684,14 +684,9 @@ def to_rgb(image):
     return image.convert('RGB')
 
 
-def read_image(path):
-    """An image file as PIL 'RGB', upright. OSError if it cannot be decoded."""
-    return read_part(path, lambda width, height: (0, 0, width, height))[0]
-
-
 def read_part(path, box_of, size=None):
     """-> (PIL 'RGB' image, box_of(width, height) of the upright image). Where the box is at least 4 x size, a JPEG is
-    decoded at 1/2, 1/4 or 1/8, which is much faster, and the box is scaled with it."""
+    decoded at 1/2, 1/4 or 1/8, which is much faster, and the box is scaled with it. OSError if it cannot be."""
     try:
         with Image.open(path) as image:
             turn = image.getexif().get(0x0112, 1)
@@ -775,15 +770,15 @@ class Folder:
             others, _ = list_files(os.path.join(bases[0], 'val' if split == 'train' else 'train'))
         self.paths = files if bases else split_by_hash(files)[split]
         if not self.paths:
-            raise ValueError(f'{self.root}: no images in it or below; looked for {" ".join(SUFFIXES)} '
-                             '(tar shards, json lists and the like are not read: unpack them)')
+            raise ValueError(f'{self.root}: no images in it or below; looked for {" ".join(SUFFIXES)} and .tar shards '
+                             '(json lists and the like are not read: unpack them)')
         names = class_names(files + others)
         self.classes, class_of = sorted(set(names)), dict(zip(files, names))
         ids = {name: i for i, name in enumerate(self.classes)}
         self.labels = [ids[class_of[path]] for path in self.paths] if names else None
         self.texts = {path for path in self.paths if os.path.splitext(path)[0] in texts}   # images with a caption file
         self.has_captions = bool(names) or len(self.texts) == len(self.paths)
-        self.broken = set()     # paths of unreadable images met by batches()
+        self.broken = set()     # (what, name) of what could not be read, met so far
         self.sample(0, 8, None, None, False, [])            # ValueError unless some image can be read
 
     def __len__(self):
@@ -793,25 +788,28 @@ class Folder:
         """Captions of the first num images, from which a tokenizer learns its vocabulary."""
         return [self.caption(i) for i in range(min(num, len(self)))]
 
-    def caption(self, i):
+    def caption(self, i, broken=None):
         """The .txt beside image i, else its class in a sentence, else ''."""
         if self.paths[i] in self.texts:
             path = os.path.join(self.root, os.path.splitext(self.paths[i])[0] + '.txt')
-            with open(path, encoding='utf-8', errors='replace') as file:
-                return file.read().strip()
+            with open(path, 'rb') as file:
+                return as_text(file.read(), path, broken)
         return f'a photo of a {self.classes[self.labels[i]].replace("_", " ")}' if self.classes else ''
 
+    def image(self, i):
+        """What PIL can open of image i: a path, or its bytes as a file."""
+        return os.path.join(self.root, self.paths[i])
+
     def sample(self, first, image_size, u, scale, flip, broken):
-        """-> (index, image [3, S, S], caption) of image first or the next that can be read; others' paths to broken."""
+        """-> (index, image [3, S, S], caption) of image first or the next that can be read; others' names to broken."""
         for offset in range(len(self)):
             i = (first + offset) % len(self)
-            path = os.path.join(self.root, self.paths[i])
             try:
-                caption = self.caption(i)                   # 'left of the house' is untrue of the mirror image
+                caption = self.caption(i, broken)           # 'left of the house' is untrue of the mirror image
                 turnable = flip and not re.search(r'\b(left|right)', caption, re.IGNORECASE)
-                return i, load_crop(path, image_size, None if scale is None else u, scale, turnable), caption
+                return i, load_crop(self.image(i), image_size, None if scale is None else u, scale, turnable), caption
             except OSError as error:
-                broken.append(self.paths[i])
+                broken.append(('images could not be read and were replaced', self.paths[i]))
                 last = error
         raise ValueError(f'{self.root}: none of its {len(self):,} images can be decoded; the last: {last}')
 
@@ -830,11 +828,105 @@ class Folder:
         return to_device(batch, device) | {'broken': broken}
 
 
+def as_text(raw, name, broken=None):
+    """Bytes of a caption as text; what is not UTF-8 in them becomes U+FFFD, noted in broken."""
+    text = raw.decode('utf-8', 'replace').strip()
+    if broken is not None and '\ufffd' in text and '\ufffd'.encode() not in raw:
+        broken.append(('captions are not UTF-8', name))
+    return text
+
+
+def json_caption(text):
+    """The caption in img2dataset's JSON; '' if there is none."""
+    try:
+        return str(json.loads(text)['caption'] or '')
+    except (ValueError, LookupError, TypeError):
+        return ''
+
+
+def expand(spec):
+    """'x/{00000..00003}.tar' -> the four paths; every range in it counts, outer first."""
+    found = re.search(r'\{(\d+)\.\.(\d+)\}', spec)
+    if not found:
+        return [spec]
+    first, last = found.groups()
+    return [path for n in range(int(first), int(last) + 1)
+            for path in expand(spec[:found.start()] + str(n).zfill(len(first)) + spec[found.end():])]
+
+
+def tar_members(path):
+    """-> ([(name, offset, size)] of a tar's files, whether it is whole). Of a damaged one: what comes before."""
+    members = []
+    try:
+        with tarfile.open(path, 'r:') as archive:
+            for member in archive:
+                if member.isfile():
+                    members.append((member.name, member.offset_data, member.size))
+            archive.fileobj.seek(archive.offset)
+            whole = archive.fileobj.read(512) == bytes(512)         # the block of zeros that ends every tar
+    except (OSError, tarfile.TarError):
+        whole = False
+    end = os.path.getsize(path) if os.path.exists(path) else 0
+    return [member for member in members if member[1] + member[2] <= end], whole
+
+
+class Shards(Folder):
+    """Samples in tar files, as img2dataset and webdataset write them: members of one basename are an image, its caption
+    (.txt, or "caption" in .json) and its class (.cls). 5% by hash of shard and basename are validation. Every shard's
+    headers are read once at the start; after that a sample is read where it lies, in the order of a folder's."""
+
+    def __init__(self, paths, split='train'):
+        self.root, self.shards, self.broken = os.path.commonpath(paths) if len(paths) > 1 else paths[0], paths, set()
+        rows = {}               # 'shard/basename' -> {what: (shard, offset, size)}
+        for shard, path in enumerate(paths):
+            members, whole = tar_members(path)
+            if not whole:
+                self.broken.add(('shards are cut short or damaged', path))
+            for name, offset, size in members:
+                base, _, suffix = os.path.basename(name).partition('.')
+                what = 'image' if f'.{suffix.lower()}' in SUFFIXES else suffix
+                key = f'{os.path.basename(path)}/{os.path.join(os.path.dirname(name), base)}'
+                rows.setdefault(key, {})[what] = shard, offset, size
+        rows = {key: row for key, row in rows.items() if 'image' in row}
+        if not rows:
+            raise ValueError(f'{self.root}: no images in {len(paths)} tar shards; looked for {" ".join(SUFFIXES)}')
+        described = {key for key, row in rows.items() if 'txt' in row or 'json' in row}
+        self.has_captions = bool(described)
+        if described:           # a caption for each, or for none
+            self.broken |= {('images without a caption were left out', key) for key in rows.keys() - described}
+        self.paths = split_by_hash(sorted(described or rows))[split]
+        self.rows = np.array([[rows[key].get(what, (0, 0, 0)) for what in ('image', 'txt', 'json', 'cls')]
+                              for key in self.paths])                                       # [n, 4, 3] int64
+        labelled = all('cls' in row for row in rows.values())
+        class_of = {key: self.read(*row['cls']).decode().strip() for key, row in rows.items()} if labelled else {}
+        names = sorted(set(class_of.values()), key=lambda name: (len(name) if name.isdecimal() else 0, name))
+        self.labels = [names.index(class_of[key]) for key in self.paths] if labelled else None
+        self.classes = [] if all(name.isdecimal() for name in names) else names     # numbers are no names
+        self.sample(0, 8, None, None, False, [])            # ValueError unless some image can be read
+
+    def read(self, shard, offset, size):
+        with open(self.shards[shard], 'rb') as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def caption(self, i, broken=None):
+        for what, place in zip(('txt', 'json'), self.rows[i, 1:3]):
+            if place[2]:
+                text = as_text(self.read(*place), f'{self.paths[i]}.{what}', broken)
+                return text if what == 'txt' else json_caption(text)
+        return ''
+
+    def image(self, i):
+        return io.BytesIO(self.read(*self.rows[i, 0]))
+
+
 def report_broken(dataset):
-    """One line about the images that could not be read, '' if all could."""
-    names = [name.encode('utf-8', 'replace').decode() for name in sorted(dataset.broken)]
-    line = f'{len(names):,} of {len(dataset):,} images could not be read and were replaced: {", ".join(names[:3])}'
-    return line + ', ...' * (len(names) > 3) if names else ''
+    """A line for each kind of trouble with the data, '' if there was none."""
+    lines = []
+    for what in sorted({what for what, _ in dataset.broken}):
+        names = sorted(name.encode('utf-8', 'replace').decode() for kind, name in dataset.broken if kind == what)
+        lines.append(f'{len(names):,} {what}: {", ".join(names[:3])}' + ', ...' * (len(names) > 3))
+    return '\n'.join(lines)
 
 
 # ---- loading ----------------------------------------------------------------------------------------------------
@@ -888,7 +980,7 @@ class Batches(torch.utils.data.Dataset):
             loader = torch.utils.data.DataLoader(self, batch_size=None, num_workers=workers,
                                                  generator=torch.Generator(), pin_memory='cuda' in str(device))
         for batch in loader:    # one pass; the workers end with it, or when the caller drops it
-            self.dataset.broken.update(batch.pop('broken', ()))
+            self.dataset.broken.update(map(tuple, batch.pop('broken', ())))
             yield to_device(batch, device)
 
 
@@ -911,84 +1003,23 @@ def eval_batches(dataset, batch_size, image_size, num, device, workers=0):
 
 
 def open_data(spec, split='train'):
-    """--data -> a dataset: 'shapes' or 'shapes:unique=2000,objects=1' is the built-in World, else an image folder."""
+    """--data -> a dataset: 'shapes' or 'shapes:unique=2000,objects=1' is the built-in World; tar shards; an image folder."""
     name, _, knobs = spec.partition(':')
     if name == 'shapes':
         pairs = [knob.partition('=')[::2] for knob in knobs.split(',') if knob]
         if wrong := [f'{key}={value}' for key, value in pairs if key not in World.KNOBS or not value.isdecimal()]:
             raise ValueError(f'--data {spec}: {wrong[0]!r} is not a knob; expected shapes:unique=N,classes=N,objects=N')
         return World(split, **{key: int(value) for key, value in pairs})
+    shards = sorted(glob.glob(os.path.join(glob.escape(spec), '*.tar'))) if os.path.isdir(spec) else expand(spec)
+    if shards and all(path.endswith('.tar') and os.path.exists(path) for path in shards):
+        return Shards(shards, split)
     if os.path.isdir(spec):
         return Folder(spec, split)
-    found = 'is a file (tar shards, json lists: not read yet)' if os.path.exists(spec) else 'does not exist'
-    raise ValueError(f"--data {spec} {found}; expected a folder of images or 'shapes', the built-in world")
-
-
-# ---- the world's checks: python data.py -------------------------------------------------------------------------
-
-def pixel_knn(world, num=2000, num_test=500, k=5):
-    """Accuracy of telling the largest object's kind by the nearest images in raw pixels: it should be near chance."""
-    batch = world.batch(torch.arange(num), 32, want=('images',))
-    images, labels = batch['images'].flatten(1).float(), batch['labels']
-    nearest = torch.cdist(images[:num_test], images[num_test:]).topk(k, largest=False).indices      # [num_test, k]
-    votes = torch.nn.functional.one_hot(labels[num_test:][nearest], NUM_KINDS).sum(1)
-    return (votes.argmax(1) == labels[:num_test]).float().mean().item()
-
-
-def identical_classes():
-    """Pairs of fine classes whose shapes, drawn alike at 32 px, give the same image: there should be none."""
-    g, singles = grammar('cpu', NUM_FINE, False), World(objects=1).scenes(torch.arange(1000))
-    largest = singles['radius'][:, 0].argmax()
-    s = {name: value[largest].expand(NUM_FINE, *value.shape[1:]).clone() for name, value in singles.items()}
-    s['x'][:], s['y'][:] = 512, 512
-    for column, name in enumerate(('kind', 'texture', 'part')):
-        s[name][:, 0] = g['fine'][:, column]
-    images = World().render(s, 32)['images'].flatten(1)
-    return NUM_FINE - len(images.unique(dim=0))
-
-
-def check_world(num=20_000):
-    """(what, measured, wanted, passed) of the world by itself: FACTS a reader should know before trusting a curve."""
-    world = World()
-    s = world.scenes(torch.arange(num))
-    valid, twin = s['valid'], World('heldout').scenes(torch.arange(500))
-    pair = lambda scenes: set((scenes['kind'] * NUM_COLOURS + scenes['colour'])[scenes['valid']].tolist())
-    seen, held_out = pair(s), {list(KINDS).index(k) * NUM_COLOURS + list(COLOURS).index(c) for k, c in held_out_pairs()}
-    counts = s['fine'][valid].bincount(minlength=NUM_FINE).sort(descending=True).values
-    repeated = (s['layout'] >= 2).float().mean().item()
-    things = (world.batch(torch.arange(512), 32, want=('semantic',))['semantic'] >= NUM_STUFF).float().mean().item()
-    words = {word for caption in world.some_captions(5000) for word in caption.split()}
-    same, knn, digest = identical_classes(), pixel_knn(world), world_hash()
-    return [('scenes in which objects repeat', f'{repeated:.0%}', '50% or more', repeated >= .5),
-            ('kinds x colours seen in training, of 160', len(seen), 136, len(seen) == 136),
-            ('held-out pairs seen in training, of 24', len(held_out & seen), 0, not held_out & seen),
-            ('other pairs in the held-out split', len(pair(twin) - held_out), 0, pair(twin) <= held_out),
-            ('fine classes seen, of 240', int((counts > 0).sum()), 240, bool((counts > 0).all())),
-            ('commonest / median fine class', int(counts[0] / counts[120]), '8 or more', counts[0] >= 8 * counts[120]),
-            ('fine classes that look the same', same, 0, same == 0),
-            ('pixels on things', f'{things:.0%}', '20% to 50%', .2 <= things <= .5),
-            ("raw pixels' k-NN on 16 kinds (chance 6%)", f'{knn:.1%}', 'under 15%', knn < .15),
-            ('words in captions', len(words), '100 or more', len(words) >= 100),
-            (f'hash of 64 scenes, version {WORLD_VERSION}', digest, WORLD_HASH, digest == WORLD_HASH)]
-
-
-def world_hash():
-    """Of 64 scenes' integers, semantic maps and captions: what must not change while WORLD_VERSION stays."""
-    batch = World().batch(torch.arange(64), 32, want=('semantic', 'captions'))
-    parts = [batch[name].long().numpy().tobytes() for name in sorted(batch) if name not in ('images', 'captions')]
-    return hashlib.sha256(b''.join(parts) + '\n'.join(batch['captions']).encode()).hexdigest()[:12]
-
-
-def contact_sheet(path, rows=5, columns=12, tile=64):
-    """Scenes of the world as a picture."""
-    images = World().batch(torch.arange(rows * columns), tile, want=('images',))['images']
-    sheet = images.view(rows, columns, 3, tile, tile).permute(0, 3, 1, 4, 2).reshape(rows * tile, columns * tile, 3)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    Image.fromarray(sheet.numpy()).save(path)
+    absent = next((path for path in shards if not os.path.exists(path)), '')
+    found = f'lacks {absent}' if spec != absent and absent else 'is a file' if os.path.exists(spec) else 'does not exist'
+    raise ValueError(f"--data {spec} {found}; expected a folder of images, a folder or {{00000..00099}}.tar range of "
+                     "shards, or 'shapes', the built-in world")
 
 
 if __name__ == '__main__':
-    for what, measured, wanted, passed in check_world():
-        print(f'{"ok  " if passed else "FAIL"} {what:<52} {measured!s:>12}   (wanted: {wanted})')
-    contact_sheet('out/world.png')
-    print('out/world.png: 60 scenes')
+    runpy.run_path(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', 'world.py'), run_name='__main__')

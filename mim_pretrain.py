@@ -26,6 +26,8 @@ from model import option, print0
 @dataclass
 class Config(M.Run):
     teacher: str = option('', "a CLIP's file; without it the built-in teacher, trained at first use")
+    target: str = option('clip', 'what is reconstructed: clip (EVA), tokens (k-means codes of its features), distill (no '
+                                 'mask), pixels (normalised, as MAE), untrained (features of a random teacher)')
     mask: str = option('block', "what is hidden: block (EVA's), random, or columns (half of all: EVA's validation)")
     mask_ratio: float = option(105 / 256, 'share of the patches hidden: 105 of 256')
     drop_path: float = option(.1, 'chance of skipping a residual branch in the last block, growing linearly with depth')
@@ -48,8 +50,11 @@ RECIPES = {  # differences from the defaults. g: the paper; ti to l: EVA-02's; t
     'l':     dict(batch_size=2048, steps=1_040_000, lr=1.5e-3, warmup_steps=6934),
     'g':     dict(batch_size=4096, steps=1_086_300, lr=1e-3,   warmup_steps=14_484),   # 150 x 7,242
 }
+TARGETS = ('clip', 'tokens', 'distill', 'pixels', 'untrained')
+NUM_CODES = 512         # k-means centres of --target tokens
 NUM_EVAL = 1024         # validation images; the same, with the same masks, for every run of at least as many
-BANK = 65_536           # training patches among which the picture looks for the nearest
+NUM_PROBE = 2048        # training images that fit the probes, and validation images that judge them
+BANK = 65_536           # training patches: the picture looks for the nearest among them, k-means for its centres
 
 
 # ---- the idea ---------------------------------------------------------------------------------------------------
@@ -107,6 +112,65 @@ def teacher_features(teacher, images, grid):
     return teacher.patch_features(images)
 
 
+# ---- other targets: the pilot study -----------------------------------------------------------------------------
+
+def token_loss(predictions, targets, mask, codebook):
+    """Cross-entropy of each hidden patch's code, the centre nearest to its features: BEiT v2's way, which EVA's table 1
+    compares. predictions [B, N, K] logits; targets [B, N, C]; mask [B, N]; codebook [K, C] of unit length."""
+    codes = (targets[mask].float() @ codebook.T).argmax(-1)                     # [M]
+    return F.cross_entropy(predictions[mask].float(), codes)
+
+
+def pixel_loss(predictions, targets, mask):
+    """Mean squared error over the hidden patches; predictions, targets [B, N, C], mask [B, N]. MAE, arXiv:2111.06377."""
+    return F.mse_loss(predictions[mask].float(), targets[mask].float())
+
+
+def normalized_patches(images, grid):
+    """Each patch's pixels with mean 0 and variance 1: MAE's target. uint8 [B, 3, H, W] -> [B, N, 3 * size * size]."""
+    size = images.shape[-1] // grid
+    patches = F.unfold(images.float() / 255, size, stride=size).transpose(1, 2)
+    return (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def kmeans(features, num, seed=0, rounds=20):
+    """Centres of unit length [num, C] of features [n, C] by cosine, from `num` of them. A centre that nobody is
+    nearest to stays where it was."""
+    features = F.normalize(features.float(), dim=-1)
+    centres = features[data.permutation(torch.arange(num) % len(features), len(features), seed, 0).to(features.device)]
+    for _ in range(rounds):
+        nearest = torch.cat([(part @ centres.T).argmax(-1) for part in features.split(8192)])
+        sums = torch.zeros_like(centres).index_add_(0, nearest, features)
+        centres = torch.where(sums.norm(dim=-1, keepdim=True) > 0, F.normalize(sums, dim=-1), centres)
+    return centres
+
+
+class Target:
+    """One of TARGETS: what is reconstructed, with which loss, and how a prediction compares with it. EVA, table 1.
+    teacher: a CLIP, or None for pixels; codebook [NUM_CODES, C] for tokens."""
+
+    def __init__(self, kind, grid, teacher=None, codebook=None):
+        self.kind, self.grid, self.teacher, self.codebook = kind, grid, teacher, codebook
+        self.masked = kind != 'distill'         # distillation sees every patch, and regresses every one
+
+    def of(self, images):
+        """images uint8 [B, 3, H, W] -> [B, N, C]; for tokens the features whose codes are predicted."""
+        if self.kind == 'pixels':
+            return normalized_patches(images, self.grid)
+        return teacher_features(self.teacher, images, self.grid)
+
+    def loss(self, predictions, targets, mask):
+        """Mean over the patches of the mask."""
+        if self.kind == 'tokens':
+            return token_loss(predictions, targets, mask, self.codebook)
+        return (pixel_loss if self.kind == 'pixels' else mim_loss)(predictions, targets, mask)
+
+    def predict(self, model, images, mask):
+        """What the model says of every patch, as of(images) would: [B, N, C]; for tokens the centres' mean."""
+        x = model(model.normalize(images), mask if self.masked else None).float()
+        return x.softmax(-1) @ self.codebook if self.kind == 'tokens' else x
+
+
 # ---- measuring --------------------------------------------------------------------------------------------------
 
 class Validation(NamedTuple):
@@ -137,17 +201,17 @@ def interpolate_hidden(features, mask, grid, sharpness):
 
 
 @torch.no_grad()
-def make_validation(cfg, dataset, teacher, image_size, grid, num, device):
+def make_validation(cfg, dataset, target, image_size, num, device):
     """Validation images, masks and targets, and the two baselines that any prediction has to beat."""
-    batches = list(data.eval_batches(dataset, 64, image_size, num, device, cfg.workers))
-    images = torch.cat([batch['images'] for batch in batches])
+    grid = target.grid
+    images = torch.cat([batch['images'] for batch in
+                        data.eval_batches(dataset, 64, image_size, num, device, cfg.workers)])
     mask = make_mask(cfg.mask, torch.arange(len(images)), grid, cfg.mask_ratio, seed=-1).to(device)
-    targets = torch.cat([teacher_features(teacher, batch['images'], grid) for batch in batches])
+    targets = torch.cat([target.of(part) for part in images.split(64)])
     # the sum of unit vectors points where their mean cosine is largest: no constant per position can do better
     directions = F.normalize(targets.float(), dim=-1) * mask[..., None]
     position = F.cosine_similarity(directions.sum(0).expand_as(targets), targets, dim=-1)
-    visible = torch.cat([teacher_features(teacher, paint_hidden(*part), grid)
-                         for part in zip(images.split(64), mask.split(64))])
+    visible = torch.cat([target.of(paint_hidden(*part)) for part in zip(images.split(64), mask.split(64))])
     inpaint = [F.cosine_similarity(interpolate_hidden(visible, mask, grid, sharpness), targets, dim=-1)
                for sharpness in (.25, .5, 1., 2.)]
     inpaint = max(inpaint, key=lambda cosine: cosine[mask].mean())      # the best of four kernels: a strict baseline
@@ -162,13 +226,13 @@ def paint_hidden(images, mask, value=128):
 
 
 @torch.no_grad()
-def evaluate(model, val, autocast):
+def evaluate(model, target, val, autocast):
     """Cosine on the hidden validation patches, what the two baselines reach there, and skill = (cosine - baseline) /
     (1 - baseline) over the position baseline; also by the distance to the nearest visible patch."""
     cosine = []
     for images, mask, targets in zip(val.images.split(64), val.mask.split(64), val.targets.split(64)):
         with autocast:
-            predictions = model(model.normalize(images), mask)                      # [B, N, C]
+            predictions = target.predict(model, images, mask)                       # [B, N, C]
         cosine.append(F.cosine_similarity(predictions.float(), targets.float(), dim=-1))
     cosine, distance = torch.cat(cosine), hidden_distance(val.mask, math.isqrt(val.mask.shape[1]))     # [B, N]
 
@@ -184,6 +248,35 @@ def evaluate(model, val, autocast):
     return metrics
 
 
+def pooled_features(model):
+    """What the probes see of a model: images uint8 [B, 3, H, W] -> the mean of its final patch tokens [B, D]. EVA's
+    class token has no loss in pre-training, so it says nothing."""
+    return lambda images: model.features(model.normalize(images))[:, 1:].mean(1)
+
+
+@torch.no_grad()
+def probe(encode, train_set, val_set, image_size, num, cfg, device):
+    """Top-1 of frozen features on the data's labels, by k-NN and by a closed-form linear map; {} without labels.
+    The world has two: the largest object's kind, which captions name, and its part pattern, which they never do
+    (`unnamed`). encode: images uint8 [B, 3, H, W] -> [B, D]."""
+    features, labels = [], []
+    for dataset in (train_set, val_set):
+        x, y = [], []
+        for batch in data.eval_batches(dataset, 64, image_size, num, device, cfg.workers):
+            if 'labels' not in batch:
+                return {}
+            rows = {'top1': batch['labels']}
+            if 'part' in batch:
+                largest = (batch['radius'] * batch['valid']).argmax(1, keepdim=True)
+                rows['unnamed'] = batch['part'].gather(1, largest)[:, 0]
+            x.append(encode(batch['images']).float())
+            y.append(rows)
+        features.append(torch.cat(x))
+        labels.append({name: torch.cat([rows[name] for rows in y]).to(device) for name in y[0]})
+    return {f'{how}_{name}': measure(features[0], labels[0][name], features[1], labels[1][name])
+            for name in labels[0] for how, measure in (('knn', M.knn_accuracy), ('linear', M.linear_probe))}
+
+
 # ---- the picture ------------------------------------------------------------------------------------------------
 
 def principal_axes(features):
@@ -197,15 +290,16 @@ def principal_axes(features):
 
 
 @torch.no_grad()
-def draw_features(path, model, teacher, images, mask, bank_images):
-    """features.png, a row per image: input, masked input, the teacher's features, the prediction (hidden patches only,
-    the teacher's faded around them), and hidden patches filled with the training patch nearest to the prediction."""
+def draw_features(path, model, target, images, mask, bank_images):
+    """features.png, a row per image: input, masked input, the targets (the teacher's features), the prediction (hidden
+    patches only, the targets faded around them), and hidden patches filled with the training patch whose target is
+    nearest to the prediction."""
     grid, tile, size = math.isqrt(mask.shape[1]), 128, images.shape[-1] // math.isqrt(mask.shape[1])
-    teach = lambda x: torch.cat([teacher_features(teacher, part, grid) for part in x.split(64)]).float()
-    targets, predictions = teach(images), model(model.normalize(images), mask).float()          # [B, N, C]
+    targets_of = lambda x: torch.cat([target.of(part) for part in x.split(64)]).float()
+    targets, predictions = targets_of(images), target.predict(model, images, mask)              # [B, N, C]
     predictions = F.normalize(predictions, dim=-1) * targets.norm(dim=-1).mean()        # only directions were learnt
     rgb = principal_axes(targets)
-    bank = F.normalize(teach(bank_images), dim=-1).flatten(0, 1)                                # [BANK, C]
+    bank = F.normalize(targets_of(bank_images), dim=-1).flatten(0, 1)                                # [BANK, C]
     patches = F.unfold(bank_images.float(), size, stride=size).transpose(1, 2).flatten(0, 1)    # [BANK, 3 * size^2]
     filled = F.unfold(images.float(), size, stride=size).transpose(1, 2)                        # [B, N, 3 * size^2]
     for n in range(len(images)):
@@ -214,7 +308,8 @@ def draw_features(path, model, teacher, images, mask, bank_images):
     filled = F.fold(filled.transpose(1, 2), images.shape[-2:], size, stride=size)
     as_image = lambda x: x.transpose(1, 2).unflatten(2, (grid, grid)) * 255             # [B, N, 3] -> [B, 3, h, w]
     faded = .75 + .25 * rgb(targets)
-    columns = {'input': images, 'masked': paint_hidden(images, mask), "teacher's features": as_image(rgb(targets)),
+    columns = {'input': images, 'masked': paint_hidden(images, mask),
+               'target' if target.kind == 'pixels' else "teacher's features": as_image(rgb(targets)),
                'prediction': as_image(torch.where(mask[..., None].cpu(), rgb(predictions), faded)),
                'nearest patches': filled}
     sheet = Image.new('RGB', (len(columns) * (tile + 6) + 6, len(images) * (tile + 6) + 30), 'white')
@@ -256,9 +351,23 @@ def find_teacher(cfg, rank):
     return f'{folder}/model.pt'
 
 
-def load_teacher(cfg, rank, device):
-    """The frozen CLIP whose patch features are the targets."""
-    return M.to_device(M.load(find_teacher(cfg, rank), M.CLIP).requires_grad_(False), cfg, device)
+def find_target(cfg, grid, rank, device, kind=None, codebook=None):
+    """The Target of a run: its teacher, if any, is a frozen CLIP, or for `untrained` that CLIP before it learnt."""
+    kind = kind or cfg.target
+    if kind == 'pixels':
+        return Target(kind, grid)
+    teacher = M.load(find_teacher(cfg, rank), M.CLIP)
+    if kind == 'untrained':
+        teacher = M.init_weights(M.CLIP(**teacher.config)).eval()
+    codebook = None if codebook is None else codebook.to(device)
+    return Target(kind, grid, M.to_device(teacher.requires_grad_(False), cfg, device), codebook)
+
+
+def width_of(target, patch_size):
+    """How many numbers the model says of each patch."""
+    if target.kind == 'tokens':
+        return NUM_CODES if target.codebook is None else len(target.codebook)
+    return 3 * patch_size ** 2 if target.kind == 'pixels' else target.teacher.visual.config['head']
 
 
 def some_images(dataset, num, image_size, cfg, device):
@@ -267,21 +376,31 @@ def some_images(dataset, num, image_size, cfg, device):
 
 
 def look(cfg, train_set, val_set, rank, device):
-    """--eval: the metrics of a trained model; --image: its row of pictures for any photo."""
+    """--eval: what any checkpoint's frozen features and, if it predicts what the target is, its predictions are worth;
+    --image: its row of pictures for any photo."""
     path = cfg.init or f'{cfg.out_dir}/model.pt'
-    model, teacher = M.load(path, M.ViT).to(device), load_teacher(cfg, rank, device)
-    size, grid, width = model.image_size, model.grid, teacher.visual.config['head']
-    if model.config['head'] != width or model.pool:
-        raise ValueError(f"{path} predicts {model.config['head']} features a patch, the teacher has {width}; "
-                         'use the teacher it was trained with')
+    model = M.load(path)
+    extra = model.extra
+    model = (model.visual if isinstance(model, M.CLIP) else model).to(device)
+    size, metrics = model.image_size, {}
     if cfg.eval:
-        val = make_validation(cfg, val_set, teacher, size, grid, NUM_EVAL, device)
-        return print0(M.table(evaluate(model, val, M.autocast(device))))
+        metrics = probe(pooled_features(model), train_set, val_set, size, NUM_PROBE, cfg, device)
+    target = find_target(cfg, model.grid, rank, device, extra.get('target', cfg.target), extra.get('codebook'))
+    width = width_of(target, model.patch_size)
+    predicts = model.config['head'] == width and not model.pool
+    if cfg.image and not predicts:
+        raise ValueError(f"{path} predicts {model.config['head']} numbers a patch, the target has {width}; "
+                         'use the teacher it was trained with')
+    if cfg.eval and predicts:
+        val = make_validation(cfg, val_set, target, size, NUM_EVAL, device)
+        metrics |= evaluate(model, target, val, M.autocast(device))
+    if cfg.eval:
+        return print0(M.table(metrics))
     images = data.load_crop(cfg.image, size)[None].to(device)
-    mask = make_mask(cfg.mask, torch.tensor([cfg.seed]), grid, cfg.mask_ratio).to(device)
+    mask = make_mask(cfg.mask, torch.tensor([cfg.seed]), model.grid, cfg.mask_ratio).to(device)
     os.makedirs(cfg.out_dir, exist_ok=True)
     path = f'{cfg.out_dir}/{Path(cfg.image).stem}.features.png'
-    draw_features(path, model, teacher, images, mask, some_images(train_set, BANK // grid ** 2, size, cfg, device))
+    draw_features(path, model, target, images, mask, some_images(train_set, BANK // model.grid ** 2, size, cfg, device))
     print0(path)
 
 
@@ -290,6 +409,8 @@ def check(cfg):
     config = M.size_config(cfg, drop_path=cfg.drop_path)
     M.check_grid(config['image_size'], config['image_size'], config['patch_size'])
     num_patches = (config['image_size'] // config['patch_size']) ** 2
+    if cfg.target not in TARGETS:
+        raise ValueError(f'target {cfg.target!r} is not one of {", ".join(TARGETS)}')
     if cfg.mask not in ('block', 'random', 'columns'):
         raise ValueError(f'mask {cfg.mask!r} is not one of block, random, columns')
     num_hidden, smallest = round(num_patches * cfg.mask_ratio), max(4, num_patches // 16) if cfg.mask == 'block' else 1
@@ -315,24 +436,33 @@ def train(cfg):
         return
     M.settle_steps(cfg, train_set)
     M.check_memory(config, cfg.micro_batch or cfg.batch_size, device)
-    teacher = load_teacher(cfg, rank, device)
-    config['head'] = teacher.visual.config['head']
+    grid, image_size = config['image_size'] // config['patch_size'], config['image_size']
+    target = find_target(cfg, grid, rank, device)
+    config |= dict(head=width_of(target, config['patch_size']), mask_token=target.masked)
     if cfg.init:
-        model = M.load(cfg.init, M.ViT, **config, pool=None, mask_token=True)
+        model = M.load(cfg.init, M.ViT, **config, pool=None)
     else:
         model = M.init_weights(M.ViT(**config), cfg.seed)
     model = M.to_device(model, cfg, device)
     optimizer = M.make_optimizer(model, cfg)
-    start, _ = M.resume(cfg.out_dir, model, optimizer, cfg)
-    autocast, grid, image_size = M.autocast(device), model.grid, model.image_size
+    start, constants = M.resume(cfg.out_dir, model, optimizer, cfg)
+    autocast, constants = M.autocast(device), {'target': cfg.target, **constants}
     bank = some_images(train_set, max(8, BANK // grid ** 2), image_size, cfg, device)
+    if cfg.target == 'tokens':
+        if 'codebook' not in constants:         # stored with the run
+            features = torch.cat([target.of(part) for part in bank.split(64)]).flatten(0, 1)
+            constants['codebook'] = kmeans(features, NUM_CODES).cpu()
+        target.codebook = constants['codebook'].to(device)
     num_eval = min(NUM_EVAL, max(8, cfg.steps * cfg.batch_size))        # a rehearsal of one step is not judged on 1024
-    val = make_validation(cfg, val_set, teacher, image_size, grid, num_eval, device)
+    num_probe = min(NUM_PROBE, max(8, cfg.steps * cfg.batch_size))
+    val = make_validation(cfg, val_set, target, image_size, num_eval, device)
     baseline, inpaint = val.position[val.mask].mean().item(), val.inpaint[val.mask].mean().item()
     print0(f'EVA {cfg.size}: {M.count_parameters(model) / 1e6:.2f}M parameters, {image_size} px, '
            f'{val.mask.sum(1).float().mean():.1f} of {grid * grid} patches hidden on average; '
            f'{cfg.steps:,} steps of {cfg.batch_size} images on {device}. '
            f'Cosine to beat: {baseline:.3f} (position mean), {inpaint:.3f} (inpainting)')
+    measure = lambda: evaluate(model, target, val, autocast) | probe(
+        pooled_features(model), train_set, val_set, image_size, num_probe, cfg, device)
     log = M.Log(cfg, start)
     batches = data.batches(train_set, cfg.batch_size, image_size, start, cfg.steps, cfg.seed, device, cfg.workers)
     for step, batch in zip(range(start, cfg.steps), batches):
@@ -341,15 +471,16 @@ def train(cfg):
         images = batch['images']                                                    # uint8 [B, 3, H, W]
         position = step * cfg.batch_size + torch.arange(cfg.batch_size)             # on the CPU: nothing to wait for
         mask = make_mask(cfg.mask, position, grid, cfg.mask_ratio, cfg.seed)        # [B, N], True = hidden
+        mask = mask | (not target.masked)                                           # distill: every patch counts
         drop = data.uniform(cfg.seed, 'drop', position, 2 * len(model.blocks)).unflatten(1, (-1, 2))
         num_hidden, loss = mask.sum(), 0
         for images, mask, drop in zip(*(x.split(cfg.micro_batch or len(x)) for x in (images, mask, drop))):
             share, mask, drop = mask.sum() / num_hidden, mask.to(device), drop.to(device)       # of the whole batch
             with torch.no_grad(), autocast:
-                targets = teacher_features(teacher, images, grid)                   # [B, N, C]
+                targets = target.of(images)                                         # [B, N, C]
             with autocast:
-                predictions = model(model.normalize(images), mask, drop=drop)       # [B, N, C]
-            part = mim_loss(predictions, targets, mask) * share
+                predictions = model(model.normalize(images), mask if target.masked else None, drop=drop)    # [B, N, C]
+            part = target.loss(predictions, targets, mask) * share
             part.backward()
             loss += part.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
@@ -360,14 +491,15 @@ def train(cfg):
             log.write(step, loss=loss, lr=optimizer.param_groups[0]['lr'], grad_norm=grad_norm)
         done = step + 1
         if done % cfg.save_every == 0 and done < cfg.steps:
-            M.save_checkpoint(cfg.out_dir, done, model, optimizer, cfg)
-            draw_features(f'{cfg.out_dir}/features.png', model, teacher, val.images[:8], val.mask[:8], bank)
-            log.say(step, **evaluate(model, val, autocast))
+            M.save_checkpoint(cfg.out_dir, done, model, optimizer, cfg, constants)
+            draw_features(f'{cfg.out_dir}/features.png', model, target, val.images[:8], val.mask[:8], bank)
+            log.say(step, **measure())
 
-    metrics = evaluate(model, val, autocast)
-    M.save(model, f'{cfg.out_dir}/model.pt')
-    draw_features(f'{cfg.out_dir}/features.png', model, teacher, val.images[:8], val.mask[:8], bank)
-    log.finish(model, '- cosine', {'position mean': -baseline, 'inpainting': -inpaint}, **metrics)
+    metrics = measure()
+    M.save(model, f'{cfg.out_dir}/model.pt', **constants)
+    draw_features(f'{cfg.out_dir}/features.png', model, target, val.images[:8], val.mask[:8], bank)
+    lines = {'position mean': -baseline, 'inpainting': -inpaint} if cfg.target in ('clip', 'untrained') else {}
+    log.finish(model, 'training loss', lines, **metrics)
     for dataset in (train_set, val_set):
         if dataset.broken:
             print0(data.report_broken(dataset))

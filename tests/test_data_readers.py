@@ -1,8 +1,10 @@
 """Readers of real data: CLIP's tokenizer, any folder of images, crops, and a stream that is a function of (seed, step)."""
+import io
 import json
 import os
 import random
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,11 @@ def make_folder(root, num=12, size=(12, 8)):
     for i in range(num):
         save(root / f'{i:03}.png', size, (i * 20 % 256,) * 3)
     return root
+
+
+def read_image(path):
+    """The whole image, as the readers decode it."""
+    return data.read_part(path, lambda width, height: (0, 0, width, height))[0]
 
 
 def half_red(size=(64, 32)):
@@ -295,7 +302,7 @@ def test_modes_become_rgb(tmp_path, mode, suffix):
     if mode == 'LAB':
         image = Image.merge('LAB', [image.convert('L')] + [Image.new('L', (16, 16), 128)] * 2)
     image.convert(mode).save(path)
-    pixels = np.asarray(data.read_image(path)).astype(int)
+    pixels = np.asarray(read_image(path)).astype(int)
     assert pixels.shape == (16, 16, 3) and pixels[:, :4].min() > 235 and pixels[:, 12:].max() < 20
 
 
@@ -304,13 +311,13 @@ def test_modes_become_rgb(tmp_path, mode, suffix):
 def test_deep_pixels_are_scaled(tmp_path, dtype, top):
     ramp = np.linspace(0, top, 256).astype(dtype).reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path / 'a.tif')
-    pixels = np.asarray(data.read_image(tmp_path / 'a.tif')).astype(int)
+    pixels = np.asarray(read_image(tmp_path / 'a.tif')).astype(int)
     assert abs(pixels[..., 0].ravel() - np.arange(256)).max() <= 1
 
 
 def test_16_bit_png_is_scaled(tmp_path):
     Image.fromarray(np.full((4, 4), 32768, np.uint16)).save(tmp_path / 'a.png')
-    assert np.asarray(data.read_image(tmp_path / 'a.png')).tolist() == np.full((4, 4, 3), 128).tolist()
+    assert np.asarray(read_image(tmp_path / 'a.png')).tolist() == np.full((4, 4, 3), 128).tolist()
 
 
 @pytest.mark.parametrize('mode', ['RGBA', 'LA', 'P'])
@@ -319,7 +326,7 @@ def test_transparency_is_white(tmp_path, mode):
     image.putpixel((0, 0), (0, 0, 0, 255))
     image = image.quantize(4) if mode == 'P' else image.convert(mode)
     image.save(tmp_path / 'a.png')
-    pixels = np.asarray(data.read_image(tmp_path / 'a.png'))
+    pixels = np.asarray(read_image(tmp_path / 'a.png'))
     assert pixels[0, 0].max() < 10 and pixels[2:, 2:].min() > 245
 
 
@@ -329,13 +336,13 @@ def test_exif_orientation_is_applied(tmp_path, turn):
     exif[0x0112] = turn
     half_red().save(tmp_path / 'a.png', exif=exif)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / 'a.png')))
-    assert np.array_equal(np.asarray(data.read_image(tmp_path / 'a.png')), expected)
+    assert np.array_equal(np.asarray(read_image(tmp_path / 'a.png')), expected)
 
 
 @pytest.mark.filterwarnings('ignore:Corrupt EXIF')
 def test_damaged_metadata_does_not_lose_the_image(tmp_path):
     save(tmp_path / 'a.jpg', exif=b'Exif\0\0MM\0*\xff\xff\xff\xff garbage')
-    assert data.read_image(tmp_path / 'a.jpg').size == (12, 8)
+    assert read_image(tmp_path / 'a.jpg').size == (12, 8)
 
 
 @pytest.mark.parametrize('suffix', ['png', 'jpg'])
@@ -358,9 +365,8 @@ def test_broken_images_are_replaced_and_counted(tmp_path, workers):
     (tmp_path / 'train/009.png').write_bytes((tmp_path / 'train/009.png').read_bytes()[:50])
     dataset = data.Folder(tmp_path)
     stream = take(dataset, 0, 6, workers)
-    assert dataset.broken == {'004b.jpg', '000.png', '009.png'} and len(dataset) == 11
-    assert data.report_broken(dataset) == ('3 of 11 images could not be read and were replaced: '
-                                           '000.png, 004b.jpg, 009.png')
+    assert {name for _, name in dataset.broken} == {'004b.jpg', '000.png', '009.png'} and len(dataset) == 11
+    assert data.report_broken(dataset) == '3 images could not be read and were replaced: 000.png, 004b.jpg, 009.png'
     for batch in stream:
         wanted = data.sample_index(batch['position'], 11, 0).tolist()
         assert batch['index'].tolist() == [{0: 1, 5: 6, 10: 1}.get(i, i) for i in wanted]
@@ -375,7 +381,7 @@ def test_nothing_broken_reports_nothing(tmp_path):
 # folders
 
 @pytest.mark.parametrize('make, message', [
-    (lambda root: None, "does not exist; expected a folder of images or 'shapes'"),
+    (lambda root: None, "does not exist; expected a folder of images, a folder or"),
     (lambda root: root.mkdir(), 'no images in it or below; looked for .jpg'),
     (lambda root: root.write_text('x'), 'is a file'),
     (lambda root: (root.mkdir(), (root / 'a.jpg').write_text('x'), (root / 'b.png').write_text('x')), 'can be decoded'),
@@ -460,3 +466,115 @@ def test_captions_need_a_file_for_every_image(tmp_path):
         assert not data.Folder(tmp_path).has_captions
         (tmp_path / f'{i:03}.txt').write_text(f'image {i}')
     assert data.Folder(tmp_path).has_captions and data.Folder(tmp_path, 'val').has_captions
+
+
+# tar shards
+
+def jpeg(level, size=(12, 8)):
+    out = io.BytesIO()
+    Image.new('RGB', size, (level,) * 3).save(out, 'JPEG', quality=95)
+    return out.getvalue()
+
+
+def make_shard(path, members):
+    """A tar of {name: bytes}, in this order."""
+    with tarfile.open(path, 'w') as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def shard_members(first, num):
+    """num samples as image datasets have them: image, caption, class."""
+    return {f'{i:05}.{suffix}': content for i in range(first, first + num)
+            for suffix, content in (('jpg', jpeg(i * 5)), ('txt', f'grey {i}'.encode()), ('cls', str(i % 2).encode()))}
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Three shards: one whole; one with a member that lacks its caption, an undecodable image, a caption that is not
+    UTF-8; one cut off inside its third image. Samples 0 to 9, 10 to 19, 20 to 29."""
+    make_shard(tmp_path / '00000.tar', shard_members(0, 10))
+    members = shard_members(10, 10) | {'00013.jpg': b'no image', '00014.txt': 'caf\u00e9'.encode('latin-1')}
+    del members['00012.txt']
+    make_shard(tmp_path / '00001.tar', members)
+    make_shard(tmp_path / '00002.tar', shard_members(20, 10))
+    with tarfile.open(tmp_path / '00002.tar') as archive:
+        end = archive.getmember('00022.jpg').offset_data + 100
+    (tmp_path / '00002.tar').write_bytes((tmp_path / '00002.tar').read_bytes()[:end])
+    return tmp_path
+
+
+def test_damage_in_shards_is_skipped_and_counted(damaged):
+    train, val = data.open_data(f'{damaged}/{{00000..00002}}.tar'), data.open_data(str(damaged), 'val')
+    assert len(train) + len(val) == 10 + 9 + 2
+    shown = set()
+    for batch in data.eval_batches(train, 4, 8, 99, 'cpu'):
+        for image, caption, label in zip(batch['images'].float(), batch['captions'], batch['labels']):
+            number = round(image.mean().item() / 5)         # what the picture shows, its caption and class belong to it
+            assert caption == ('caf\ufffd' if number == 14 else f'grey {number}') and label == number % 2
+            shown.add(number)
+    assert shown == {int(name[-5:]) for name in train.paths} - {13}
+    list(data.eval_batches(val, 4, 8, 99, 'cpu'))
+    lines = '\n'.join([data.report_broken(train), data.report_broken(val)]).splitlines()
+    assert sorted(set(lines)) == [
+        '1 captions are not UTF-8: 00001.tar/00014.txt',
+        '1 images could not be read and were replaced: 00001.tar/00013',
+        '1 images without a caption were left out: 00001.tar/00012',
+        f'1 shards are cut short or damaged: {damaged}/00002.tar']
+
+
+@pytest.mark.parametrize('workers', [0, 1, 3])
+def test_stream_of_shards_is_a_function_of_the_step(damaged, workers):
+    """The same from the start and from the middle, for any number of workers, and so is what it reports."""
+    stream, dataset = take(data.open_data(str(damaged)), 0, 7), data.open_data(str(damaged))
+    assert same(take(dataset, 0, 7, workers), stream)
+    assert same(take(data.open_data(str(damaged)), 3, 7, workers), stream[3:])
+    whole = data.open_data(str(damaged))
+    take(whole, 0, 7)
+    assert dataset.broken == whole.broken
+
+
+@pytest.mark.parametrize('damage', ['cut inside a header', 'a header of noise', 'no tar at all', 'lost its end'])
+def test_a_shard_gives_what_comes_before_its_damage(tmp_path, damage):
+    path = tmp_path / 'a.tar'
+    make_shard(path, shard_members(0, 6))
+    with tarfile.open(path) as archive:
+        header = archive.getmember('00004.jpg').offset
+    raw = path.read_bytes()
+    path.write_bytes({'cut inside a header': raw[:header + 200], 'no tar at all': b'<html>404</html>' * 100,
+                      'a header of noise': raw[:header] + bytes(range(256)) * 2 + raw[header + 512:],
+                      'lost its end': raw[:header]}[damage])
+    members, whole = data.tar_members(path)
+    assert len(members) == (0 if damage == 'no tar at all' else 12) and not whole
+
+
+def test_json_captions_and_named_classes(tmp_path):
+    members = {}
+    for i, name in enumerate(['cat', 'dog', 'dog', 'cat']):
+        members |= {f'{i}.png': jpeg(40 * i), f'{i}.json': json.dumps({'caption': f'my {name}'}).encode(),
+                    f'{i}.cls': name.encode()}
+    make_shard(tmp_path / 'a.tar', members | {'3.json': b'{"caption": null'})
+    batch = next(data.eval_batches(data.Shards([str(tmp_path / 'a.tar')]), 4, 8, 4, 'cpu'))
+    train = data.Shards([str(tmp_path / 'a.tar')])
+    assert train.classes == ['cat', 'dog']
+    for caption, label, i in zip(batch['captions'], batch['labels'].tolist(), batch['index'].tolist()):
+        assert caption == ('' if train.paths[i].endswith('3') else f'my {train.classes[label]}')
+
+
+def test_brace_ranges():
+    assert data.expand('a/{08..11}.tar') == ['a/08.tar', 'a/09.tar', 'a/10.tar', 'a/11.tar']
+    assert data.expand('{0..1}/{2..3}.tar') == ['0/2.tar', '0/3.tar', '1/2.tar', '1/3.tar']
+
+
+@pytest.mark.parametrize('spec, message', [('{00000..00003}.tar', 'lacks .*00003.tar'), ('none.tar', 'does not exist')])
+def test_absent_shards_are_named(damaged, spec, message):
+    with pytest.raises(ValueError, match=message):
+        data.open_data(f'{damaged}/{spec}')
+
+
+def test_shards_without_images_say_what_was_looked_for(tmp_path):
+    make_shard(tmp_path / 'a.tar', {'0.txt': b'words'})
+    with pytest.raises(ValueError, match='no images in 1 tar shards; looked for .jpg'):
+        data.open_data(str(tmp_path))

@@ -1,12 +1,16 @@
 """Masks, loss, baselines and real runs of stage 1."""
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
+import data
 import mim_pretrain
 import model as M
 from mim_pretrain import block_mask, hidden_distance, interpolate_hidden, make_mask, mim_loss
@@ -102,6 +106,7 @@ def config(tmp_path, *flags):
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(mim_pretrain, 'NUM_EVAL', 32)
+    monkeypatch.setattr(mim_pretrain, 'NUM_PROBE', 32)
     monkeypatch.setattr(mim_pretrain, 'BANK', 1024)
 
 
@@ -145,11 +150,11 @@ def test_a_run_leaves_what_the_design_says(tmp_path):
 
 def test_position_baseline_is_the_best_constant():
     """No other constant per position has a larger mean cosine on the hidden patches."""
-    import data
     vision = dict(M.SIZES['pico'], head=16, pool='mean', mask_token=False)
     teacher = M.init_weights(M.CLIP(vision, dict(width=16, depth=1, heads=2, vocab=600, embed=16)))
     cfg = type('cfg', (), dict(mask='random', mask_ratio=.4, workers=0))
-    val = mim_pretrain.make_validation(cfg, data.World('val'), teacher, 32, 8, 32, torch.device('cpu'))
+    val = mim_pretrain.make_validation(cfg, data.World('val'), mim_pretrain.Target('clip', 8, teacher), 32, 32,
+                                       torch.device('cpu'))
     guess = torch.randn(64, 16, requires_grad=True)
     optimizer = torch.optim.Adam([guess], lr=.05)
     for _ in range(200):
@@ -162,7 +167,6 @@ def test_position_baseline_is_the_best_constant():
 
 def test_eval_and_image_only_look_at_a_trained_model(tmp_path, capsys):
     """--eval prints the run's own skill again, --image leaves a row of pictures, and neither changes the weights."""
-    from PIL import Image
     mim_pretrain.train(config(tmp_path))
     before = (tmp_path / 'run' / 'model.pt').read_bytes()
     skill = json.loads((tmp_path / 'run' / 'result.json').read_text())['skill']
@@ -182,3 +186,129 @@ def test_init_continues_from_given_weights(tmp_path):
     mim_pretrain.train(config(tmp_path, *init, '--out_dir', str(tmp_path / 'again')))
     first, again = (json.loads((tmp_path / name / 'result.json').read_text())['cosine'] for name in ('run', 'again'))
     assert abs(first - again) < 1e-5
+
+
+# targets
+
+def test_token_loss_is_cross_entropy_of_the_nearest_centre():
+    """By hand, patch by patch; visible patches do not count."""
+    predictions, targets, mask = torch.randn(2, 5, 7), torch.randn(2, 5, 3), torch.rand(2, 5) < .6
+    codebook = F.normalize(torch.randn(7, 3), dim=1)
+    losses = []
+    for b, n in mask.nonzero().tolist():
+        nearest = max(range(7), key=lambda k: F.cosine_similarity(targets[b, n], codebook[k], dim=0))
+        losses.append(-predictions[b, n].log_softmax(0)[nearest])
+    torch.testing.assert_close(mim_pretrain.token_loss(predictions, targets, mask, codebook), sum(losses) / len(losses))
+
+
+def test_kmeans_finds_directions_that_are_there():
+    """Points around 8 directions, of any length: the centres are those directions."""
+    directions = F.normalize(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    points = (directions.repeat(100, 1) + .02 * torch.randn(800, 16)) * (1 + torch.rand(800, 1))
+    centres = mim_pretrain.kmeans(points, 64, rounds=10)
+    assert ((directions @ centres.T).max(1).values > .99).all() and ((directions @ centres.T).max(0).values > .99).all()
+    torch.testing.assert_close(centres.norm(dim=1), torch.ones(64))
+
+
+def test_normalized_patches_are_mae_targets():
+    images, side = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8), 4
+    patches = mim_pretrain.normalized_patches(images, 2)
+    patch = images[1, :, side:, :side].float() / 255                               # third patch: below the first
+    expected = (patch - patch.mean()) / (patch.var() + 1e-6).sqrt()
+    torch.testing.assert_close(patches[1, 2], expected.flatten())
+
+
+def test_distillation_sees_and_regresses_every_patch(tmp_path):
+    """The first step's loss is the unmasked model's cosine over all patches."""
+    cfg = config(tmp_path, '--target', 'distill', '--steps', '1')
+    mim_pretrain.train(cfg)
+    teacher = M.load(cfg.teacher)
+    model = M.init_weights(M.ViT(**M.SIZES['pico'], head=16), cfg.seed)
+    images = data.World().batch(torch.arange(8), 32)['images']
+    predictions, targets = model(model.normalize(images)), mim_pretrain.teacher_features(teacher, images, 8)
+    expected = -F.cosine_similarity(predictions, targets, dim=-1).mean().item()
+    assert losses(tmp_path / 'run') == [pytest.approx(expected, abs=1e-5)]
+
+
+@pytest.mark.parametrize('target', mim_pretrain.TARGETS)
+def test_every_target_trains_and_resumes(tmp_path, target, monkeypatch):
+    """Two runs of six steps, one of them stopped after three, end with the same result; --eval says it again."""
+    monkeypatch.setattr(mim_pretrain, 'NUM_CODES', 32)
+    result = lambda name: json.loads((tmp_path / name / 'result.json').read_text())
+    mim_pretrain.train(config(tmp_path, '--target', target, '--mask', 'columns'))
+    flags = ['--target', target, '--mask', 'columns', '--save_every', '3', '--out_dir', str(tmp_path / 'cut')]
+    save_checkpoint = M.save_checkpoint
+
+    def save_and_stop(*args):
+        save_checkpoint(*args)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(M, 'save_checkpoint', save_and_stop)
+        mim_pretrain.train(config(tmp_path, *flags))
+    mim_pretrain.train(config(tmp_path, *flags))
+    measured = ('cosine', 'skill', 'knn_top1', 'linear_top1', 'knn_unnamed', 'linear_unnamed')
+    assert {name: result('run')[name] for name in measured} == {name: result('cut')[name] for name in measured}
+    assert target != 'tokens' or M.load(str(tmp_path / 'run/model.pt')).extra['codebook'].shape == (32, 16)
+
+
+def test_probes_of_any_checkpoint(tmp_path, capsys):
+    """--eval --init of a CLIP measures its image tower's patches; of a run's model what the run itself said."""
+    mim_pretrain.train(config(tmp_path))
+    said = json.loads((tmp_path / 'run/result.json').read_text())
+    capsys.readouterr()
+    mim_pretrain.train(config(tmp_path, '--eval'))
+    out = capsys.readouterr().out
+    assert all(f'{name:<20} {said[name]:.4g}' in out for name in ('cosine', 'knn_top1', 'linear_unnamed'))
+    mim_pretrain.train(config(tmp_path, '--eval', '--init', str(tmp_path / 'teacher.pt')))
+    out = capsys.readouterr().out
+    assert 'linear_top1' in out and 'cosine' not in out
+
+
+def test_probes_see_the_largest_object(monkeypatch):
+    """An encoder that is told the kind of the largest object is right about kinds; told its part, about parts."""
+    world, scenes = data.World(), {}
+    for dataset in (world, data.World('val')):
+        batch = dataset.batch(torch.arange(96), 32)
+        for image, *answer in zip(batch['images'], batch['kind'], batch['part'], batch['radius'], batch['valid']):
+            kind, part, radius, valid = answer
+            largest = max(valid.nonzero()[:, 0].tolist(), key=lambda i: radius[i])
+            scenes[image.numpy().tobytes()] = kind[largest], part[largest]
+    encode = lambda which, num: lambda images: F.one_hot(
+        torch.stack([scenes[image.numpy().tobytes()][which] for image in images]), num).float()
+    cfg = type('cfg', (), dict(workers=0))
+    measure = lambda which, num: mim_pretrain.probe(encode(which, num), world, data.World('val'), 32, 96, cfg, 'cpu')
+    assert measure(0, 16)['linear_top1'] > .9 and measure(1, 4)['linear_unnamed'] == measure(1, 4)['knn_unnamed'] == 1
+
+
+def test_eval_is_how_evas_own_cosine_is_measured(tmp_path, capsys):
+    """A released EVA with OpenAI's CLIP as teacher: the mean cosine on even tokens of the evaluation view, by hand."""
+    from test_golden import fixtures, read
+    eva, clip = (fixtures(name)[0].values[0] for name in ('eva01_mim*.pt', 'openai_clip_tiny.pt'))
+    if not (eva and clip):
+        pytest.skip('no fixtures of EVA-01 and OpenAI CLIP')
+    torch.save({'model': read(eva)[1]}, tmp_path / 'eva_psz14.pt')
+    torch.save(read(clip)[1], tmp_path / 'ViT-L-14.pt')
+    for split in ('train', 'val'):
+        for name in ('n01440764', 'n01443537'):
+            (tmp_path / f'IN1K/{split}/{name}').mkdir(parents=True)
+            for i in range(6):
+                pixels = torch.randint(0, 256, (70, 90, 3), dtype=torch.uint8).numpy()
+                Image.fromarray(pixels).save(tmp_path / f'IN1K/{split}/{name}/{i}.png')
+    model, teacher = M.load(str(tmp_path / 'eva_psz14.pt')), M.load(str(tmp_path / 'ViT-L-14.pt'))
+    cosines = []
+    for path in (tmp_path / 'IN1K/val').glob('*/*.png'):
+        image = data.load_crop(path, model.image_size)[None]
+        grid, even = model.grid, torch.arange(0, model.grid ** 2, 2)
+        mask = torch.zeros(1, grid ** 2, dtype=torch.bool)
+        mask[:, even] = True
+        size = grid * teacher.visual.patch_size
+        crop = F.interpolate(teacher.normalize(image), size=(size, size), mode='bicubic', antialias=True)
+        with torch.no_grad():
+            cosines.append(F.cosine_similarity(model(model.normalize(image), mask)[:, even],
+                                               teacher.patch_features(crop)[:, even], dim=-1).mean())
+    command = (f'{sys.executable} {mim_pretrain.__file__} --eval --init eva_psz14.pt --teacher ViT-L-14.pt --data IN1K '
+               '--mask columns')
+    done = subprocess.run(command.split(), cwd=tmp_path, capture_output=True, text=True)
+    found = dict(line.split()[:2] for line in done.stdout.splitlines() if line.startswith(('cosine', 'linear_top1')))
+    assert float(found['cosine']) == pytest.approx(torch.stack(cosines).mean().item(), abs=2e-4), done.stderr
+    assert 'linear_top1' in found
