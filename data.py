@@ -809,7 +809,7 @@ class Folder:
                 turnable = flip and not re.search(r'\b(left|right)', caption, re.IGNORECASE)
                 return i, load_crop(self.image(i), image_size, None if scale is None else u, scale, turnable), caption
             except OSError as error:
-                broken.append(('images could not be read and were replaced', self.paths[i]))
+                broken.append((f'of {len(self):,} images could not be read and were replaced', self.paths[i]))
                 last = error
         raise ValueError(f'{self.root}: none of its {len(self):,} images can be decoded; the last: {last}')
 
@@ -1003,7 +1003,7 @@ def eval_batches(dataset, batch_size, image_size, num, device, workers=0):
 
 
 def open_data(spec, split='train'):
-    """--data -> a dataset: 'shapes' or 'shapes:unique=2000,objects=1' is the built-in World; tar shards; an image folder."""
+    """--data -> a dataset: 'shapes' or 'shapes:unique=2000,objects=1' is the built-in World, else Shards or Folder."""
     name, _, knobs = spec.partition(':')
     if name == 'shapes':
         pairs = [knob.partition('=')[::2] for knob in knobs.split(',') if knob]
@@ -1011,14 +1011,12 @@ def open_data(spec, split='train'):
             raise ValueError(f'--data {spec}: {wrong[0]!r} is not a knob; expected shapes:unique=N,classes=N,objects=N')
         return World(split, **{key: int(value) for key, value in pairs})
     shards = sorted(glob.glob(os.path.join(glob.escape(spec), '*.tar'))) if os.path.isdir(spec) else expand(spec)
-    if shards and all(path.endswith('.tar') and os.path.exists(path) for path in shards):
+    if absent := [path for path in shards if not os.path.exists(path)]:
+        raise ValueError(f"--data {spec}: {absent[0]} does not exist; expected a folder of images, a folder of .tar "
+                         "shards or a range of them like {00000..00099}.tar, or 'shapes', the built-in world")
+    if shards:
         return Shards(shards, split)
-    if os.path.isdir(spec):
-        return Folder(spec, split)
-    absent = next((path for path in shards if not os.path.exists(path)), '')
-    found = f'lacks {absent}' if spec != absent and absent else 'is a file' if os.path.exists(spec) else 'does not exist'
-    raise ValueError(f"--data {spec} {found}; expected a folder of images, a folder or {{00000..00099}}.tar range of "
-                     "shards, or 'shapes', the built-in world")
+    return Folder(spec, split)
 
 
 if __name__ == '__main__':

@@ -26,8 +26,8 @@ from model import option, print0
 @dataclass
 class Config(M.Run):
     teacher: str = option('', "a CLIP's file; without it the built-in teacher, trained at first use")
-    target: str = option('clip', 'what is reconstructed: clip (EVA), tokens (k-means codes of its features), distill (no '
-                                 'mask), pixels (normalised, as MAE), untrained (features of a random teacher)')
+    target: str = option('clip', "what is reconstructed: clip (EVA), tokens (k-means codes of CLIP's features), distill "
+                                 '(no mask), pixels (normalised, as MAE), untrained (a random teacher\'s features)')
     mask: str = option('block', "what is hidden: block (EVA's), random, or columns (half of all: EVA's validation)")
     mask_ratio: float = option(105 / 256, 'share of the patches hidden: 105 of 256')
     drop_path: float = option(.1, 'chance of skipping a residual branch in the last block, growing linearly with depth')
@@ -122,7 +122,7 @@ def token_loss(predictions, targets, mask, codebook):
 
 
 def pixel_loss(predictions, targets, mask):
-    """Mean squared error over the hidden patches; predictions, targets [B, N, C], mask [B, N]. MAE, arXiv:2111.06377."""
+    """Mean squared error over the hidden patches. predictions, targets [B, N, C]; mask [B, N]. MAE, arXiv:2111.06377."""
     return F.mse_loss(predictions[mask].float(), targets[mask].float())
 
 

@@ -1,4 +1,5 @@
-"""Readers of real data: CLIP's tokenizer, any folder of images, crops, and a stream that is a function of (seed, step)."""
+"""Readers of real data: CLIP's tokenizer, folders of images, tar shards, crops, and a stream that is a function of
+(seed, step)."""
 import io
 import json
 import os
@@ -366,7 +367,7 @@ def test_broken_images_are_replaced_and_counted(tmp_path, workers):
     dataset = data.Folder(tmp_path)
     stream = take(dataset, 0, 6, workers)
     assert {name for _, name in dataset.broken} == {'004b.jpg', '000.png', '009.png'} and len(dataset) == 11
-    assert data.report_broken(dataset) == '3 images could not be read and were replaced: 000.png, 004b.jpg, 009.png'
+    assert data.report_broken(dataset) == '3 of 11 images could not be read and were replaced: 000.png, 004b.jpg, 009.png'
     for batch in stream:
         wanted = data.sample_index(batch['position'], 11, 0).tolist()
         assert batch['index'].tolist() == [{0: 1, 5: 6, 10: 1}.get(i, i) for i in wanted]
@@ -381,9 +382,9 @@ def test_nothing_broken_reports_nothing(tmp_path):
 # folders
 
 @pytest.mark.parametrize('make, message', [
-    (lambda root: None, "does not exist; expected a folder of images, a folder or"),
+    (lambda root: None, "does not exist; expected a folder of images, a folder of"),
     (lambda root: root.mkdir(), 'no images in it or below; looked for .jpg'),
-    (lambda root: root.write_text('x'), 'is a file'),
+    (lambda root: root.write_text('x'), 'no images in 1 tar shards'),
     (lambda root: (root.mkdir(), (root / 'a.jpg').write_text('x'), (root / 'b.png').write_text('x')), 'can be decoded'),
     (lambda root: (save(root / 'train/a.png'), (root / 'val').mkdir(), (root / 'train/a.png').unlink()), 'no images')])
 def test_unusable_folders_say_what_was_looked_for(tmp_path, make, message):
@@ -518,11 +519,12 @@ def test_damage_in_shards_is_skipped_and_counted(damaged):
     assert shown == {int(name[-5:]) for name in train.paths} - {13}
     list(data.eval_batches(val, 4, 8, 99, 'cpu'))
     lines = '\n'.join([data.report_broken(train), data.report_broken(val)]).splitlines()
-    assert sorted(set(lines)) == [
+    part = train if '00001.tar/00013' in train.paths else val
+    assert set(lines) == {
         '1 captions are not UTF-8: 00001.tar/00014.txt',
-        '1 images could not be read and were replaced: 00001.tar/00013',
+        f'1 of {len(part)} images could not be read and were replaced: 00001.tar/00013',
         '1 images without a caption were left out: 00001.tar/00012',
-        f'1 shards are cut short or damaged: {damaged}/00002.tar']
+        f'1 shards are cut short or damaged: {damaged}/00002.tar'}
 
 
 @pytest.mark.parametrize('workers', [0, 1, 3])
@@ -568,7 +570,7 @@ def test_brace_ranges():
     assert data.expand('{0..1}/{2..3}.tar') == ['0/2.tar', '0/3.tar', '1/2.tar', '1/3.tar']
 
 
-@pytest.mark.parametrize('spec, message', [('{00000..00003}.tar', 'lacks .*00003.tar'), ('none.tar', 'does not exist')])
+@pytest.mark.parametrize('spec, message', [('{00000..00003}.tar', '00003.tar does not exist'), ('none.tar', 'does not exist')])
 def test_absent_shards_are_named(damaged, spec, message):
     with pytest.raises(ValueError, match=message):
         data.open_data(f'{damaged}/{spec}')
