@@ -14,11 +14,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 import model as M
-from model import option, print0
+import run
+from model import print0
+from run import option
 
 
 @dataclass
-class Config(M.Run):
+class Config(run.Run):
     bpe: str = option('', "OpenAI's merges (bpe_simple_vocab_16e6.txt.gz); without it the vocabulary is learnt")
     embed: int = option(64, 'width of the space that images and texts share')
     warmup_steps: int = option(100, 'steps of linear warm-up')
@@ -142,7 +144,7 @@ def draw_retrieval(path, images, similarity, texts, rows=8):
 def build(cfg, tokenizer):
     """The two towers. Small teachers pool their patches: with a class token's training alone, patch features of a
     minutes-long run mean little, and they are what EVA regresses (OpenAI's CLIP pools a class token)."""
-    vision = M.size_config(cfg, head=cfg.embed, pool='class' if cfg.size in TEXT_TOWERS else 'mean', mask_token=False)
+    vision = run.size_config(cfg, head=cfg.embed, pool='class' if cfg.size in TEXT_TOWERS else 'mean', mask_token=False)
     text = dict(TEXT_TOWERS.get(cfg.size, SMALL_TEXT_TOWER), vocab=tokenizer.vocab_size, embed=cfg.embed)
     return M.CLIP(vision, text)
 
@@ -164,7 +166,7 @@ def look(cfg, val_set, device):
     if not val_set.classes and cfg.image:
         raise ValueError('--image needs names to choose from: --data with a folder per class')
     if cfg.eval:
-        return print0(M.table(evaluate(model, val_set, tokenizer, cfg, device, M.autocast(device))))
+        return print0(run.table(evaluate(model, val_set, tokenizer, cfg, device, run.autocast(device))))
     image = data.load_crop(cfg.image, model.visual.image_size)[None].to(device)
     features = F.normalize(model.encode_image(model.normalize(image)), dim=-1)
     logits = model.logit_scale.exp() * features @ class_embeddings(model, tokenizer, val_set.classes, device).T
@@ -174,11 +176,11 @@ def look(cfg, val_set, device):
 
 def train(cfg):
     """Trains two towers; leaves model.pt (with its tokenizer), log.jsonl, result.json and pictures."""
-    rank, world, device = M.setup(cfg)
+    rank, world, device = run.setup(cfg)
     cfg.out_dir = cfg.out_dir or f'out/clip_train-{cfg.size}'
     if cfg.plan:
         print0('the image tower alone:')
-        return M.plan(M.size_config(cfg, head=cfg.embed), cfg.batch_size, device)
+        return run.plan(run.size_config(cfg, head=cfg.embed), cfg.batch_size, device)
     train_set, val_set = data.open_data(cfg.data, 'train'), data.open_data(cfg.data, 'val')
     if cfg.image:
         return look(cfg, val_set, device)
@@ -190,28 +192,28 @@ def train(cfg):
     if cfg.batch_size < 2 or cfg.micro_batch:
         raise ValueError('the contrastive loss compares all pairs of a batch at once: --batch_size is at least 2, and '
                          '--micro_batch does not apply')
-    if M.finished(cfg):
+    if run.finished(cfg):
         return
-    M.settle_steps(cfg, train_set)
+    run.settle_steps(cfg, train_set)
     if cfg.init:
         model = M.load(cfg.init, M.CLIP)     # whatever its sizes: --size is then the recipe's alone
         tokenizer = tokenizer_of(model, cfg)
     else:
         tokenizer = data.Tokenizer.openai(cfg.bpe) if cfg.bpe else data.Tokenizer.learn(train_set.some_captions(20_000))
         model = M.init_weights(build(cfg, tokenizer), cfg.seed)
-    model = M.to_device(model, cfg, device)
-    optimizer = M.make_optimizer(model, cfg)
-    start, _ = M.resume(cfg.out_dir, model, optimizer, cfg)
+    model = run.to_device(model, cfg, device)
+    optimizer = run.make_optimizer(model, cfg)
+    start, _ = run.resume(cfg.out_dir, model, optimizer, cfg)
     image_size = model.config['vision']['image_size']
-    print0(f'CLIP {cfg.size}: {M.count_parameters(model) / 1e6:.2f}M parameters, {image_size} px, '
+    print0(f'CLIP {cfg.size}: {run.count_parameters(model) / 1e6:.2f}M parameters, {image_size} px, '
            f'vocabulary of {tokenizer.vocab_size:,}, {cfg.steps:,} steps of {cfg.batch_size} pairs on {device}; '
            f'a blind model has loss ln({cfg.batch_size}) = {math.log(cfg.batch_size):.2f}')
-    autocast, log = M.autocast(device), M.Log(cfg, start)
+    autocast, log = run.autocast(device), run.Log(cfg, start)
     batches = data.batches(train_set, cfg.batch_size, image_size, start, cfg.steps, cfg.seed, device, cfg.workers,
                            scale=(.9, 1), flip=False)      # nearly the whole image: captions speak of all of it
     for step, batch in zip(range(start, cfg.steps), batches):
         for group in optimizer.param_groups:
-            group['lr'] = M.lr_at(step, cfg) * group['lr_scale']
+            group['lr'] = run.lr_at(step, cfg) * group['lr_scale']
         images, text = model.normalize(batch['images']), tokenizer(batch['captions']).to(device)    # [B, 77]
         with autocast:
             image_features, text_features, scale = model(images, text)              # [B, D], [B, D]
@@ -227,7 +229,7 @@ def train(cfg):
             log.write(step, loss=loss.detach(), lr=optimizer.param_groups[0]['lr'], grad_norm=grad_norm)
         done = step + 1
         if done % cfg.save_every == 0 and done < cfg.steps:
-            M.save_checkpoint(cfg.out_dir, done, model, optimizer, cfg)
+            run.save_checkpoint(cfg.out_dir, done, model, optimizer, cfg)
             log.say(step, **evaluate(model, val_set, tokenizer, cfg, device, autocast, f'{cfg.out_dir}/retrieval.png'))
 
     metrics = evaluate(model, val_set, tokenizer, cfg, device, autocast, f'{cfg.out_dir}/retrieval.png')
@@ -241,4 +243,4 @@ def train(cfg):
 
 
 if __name__ == '__main__':
-    M.main(train, Config, RECIPES)
+    run.main(train, Config, RECIPES)

@@ -20,11 +20,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 import model as M
-from model import option, print0
+import run
+from model import print0
+from run import option
 
 
 @dataclass
-class Config(M.Run):
+class Config(run.Run):
     teacher: str = option('', "a CLIP's file; without it the built-in teacher, trained at first use")
     target: str = option('clip', "what is reconstructed: clip (EVA), tokens (k-means codes of CLIP's features), distill "
                                  '(no mask), pixels (normalised, as MAE), untrained (a random teacher\'s features)')
@@ -360,7 +362,7 @@ def find_target(cfg, grid, rank, device, kind=None, codebook=None):
     if kind == 'untrained':
         teacher = M.init_weights(M.CLIP(**teacher.config)).eval()
     codebook = None if codebook is None else codebook.to(device)
-    return Target(kind, grid, M.to_device(teacher.requires_grad_(False), cfg, device), codebook)
+    return Target(kind, grid, run.to_device(teacher.requires_grad_(False), cfg, device), codebook)
 
 
 def width_of(target, patch_size):
@@ -393,9 +395,9 @@ def look(cfg, train_set, val_set, rank, device):
                          'use the teacher it was trained with')
     if cfg.eval and predicts:
         val = make_validation(cfg, val_set, target, size, NUM_EVAL, device)
-        metrics |= evaluate(model, target, val, M.autocast(device))
+        metrics |= evaluate(model, target, val, run.autocast(device))
     if cfg.eval:
-        return print0(M.table(metrics))
+        return print0(run.table(metrics))
     images = data.load_crop(cfg.image, size)[None].to(device)
     mask = make_mask(cfg.mask, torch.tensor([cfg.seed]), model.grid, cfg.mask_ratio).to(device)
     os.makedirs(cfg.out_dir, exist_ok=True)
@@ -406,7 +408,7 @@ def look(cfg, train_set, val_set, rank, device):
 
 def check(cfg):
     """The student's options, or one line about what does not fit."""
-    config = M.size_config(cfg, drop_path=cfg.drop_path)
+    config = run.size_config(cfg, drop_path=cfg.drop_path)
     M.check_grid(config['image_size'], config['image_size'], config['patch_size'])
     num_patches = (config['image_size'] // config['patch_size']) ** 2
     if cfg.target not in TARGETS:
@@ -424,18 +426,18 @@ def check(cfg):
 
 def train(cfg):
     """Pre-trains; leaves model.pt, features.png, loss.png, log.jsonl and result.json. --eval and --image only look."""
-    rank, world, device = M.setup(cfg)
+    rank, world, device = run.setup(cfg)
     cfg.out_dir = cfg.out_dir or f'out/mim_pretrain-{cfg.size}'
     config = check(cfg)
     if cfg.plan:
-        return M.plan({**config, 'head': 768}, cfg.micro_batch or cfg.batch_size, device)      # 768: CLIP ViT-L/14's
+        return run.plan({**config, 'head': 768}, cfg.micro_batch or cfg.batch_size, device)      # 768: CLIP ViT-L/14's
     train_set, val_set = data.open_data(cfg.data, 'train'), data.open_data(cfg.data, 'val')
     if cfg.eval or cfg.image:
         return look(cfg, train_set, val_set, rank, device)
-    if M.finished(cfg):
+    if run.finished(cfg):
         return
-    M.settle_steps(cfg, train_set)
-    M.check_memory(config, cfg.micro_batch or cfg.batch_size, device)
+    run.settle_steps(cfg, train_set)
+    run.check_memory(config, cfg.micro_batch or cfg.batch_size, device)
     grid, image_size = config['image_size'] // config['patch_size'], config['image_size']
     target = find_target(cfg, grid, rank, device)
     config |= dict(head=width_of(target, config['patch_size']), mask_token=target.masked)
@@ -443,10 +445,10 @@ def train(cfg):
         model = M.load(cfg.init, M.ViT, **config, pool=None)
     else:
         model = M.init_weights(M.ViT(**config), cfg.seed)
-    model = M.to_device(model, cfg, device)
-    optimizer = M.make_optimizer(model, cfg)
-    start, constants = M.resume(cfg.out_dir, model, optimizer, cfg)
-    autocast, constants = M.autocast(device), {'target': cfg.target, **constants}
+    model = run.to_device(model, cfg, device)
+    optimizer = run.make_optimizer(model, cfg)
+    start, constants = run.resume(cfg.out_dir, model, optimizer, cfg)
+    autocast, constants = run.autocast(device), {'target': cfg.target, **constants}
     bank = some_images(train_set, max(8, BANK // grid ** 2), image_size, cfg, device)
     if cfg.target == 'tokens':
         if 'codebook' not in constants:         # stored with the run
@@ -457,17 +459,17 @@ def train(cfg):
     num_probe = min(NUM_PROBE, max(8, cfg.steps * cfg.batch_size))
     val = make_validation(cfg, val_set, target, image_size, num_eval, device)
     baseline, inpaint = val.position[val.mask].mean().item(), val.inpaint[val.mask].mean().item()
-    print0(f'EVA {cfg.size}: {M.count_parameters(model) / 1e6:.2f}M parameters, {image_size} px, '
+    print0(f'EVA {cfg.size}: {run.count_parameters(model) / 1e6:.2f}M parameters, {image_size} px, '
            f'{val.mask.sum(1).float().mean():.1f} of {grid * grid} patches hidden on average; '
            f'{cfg.steps:,} steps of {cfg.batch_size} images on {device}. '
            f'Cosine to beat: {baseline:.3f} (position mean), {inpaint:.3f} (inpainting)')
     measure = lambda: evaluate(model, target, val, autocast) | probe(
         pooled_features(model), train_set, val_set, image_size, num_probe, cfg, device)
-    log = M.Log(cfg, start)
+    log = run.Log(cfg, start)
     batches = data.batches(train_set, cfg.batch_size, image_size, start, cfg.steps, cfg.seed, device, cfg.workers)
     for step, batch in zip(range(start, cfg.steps), batches):
         for group in optimizer.param_groups:
-            group['lr'] = M.lr_at(step, cfg) * group['lr_scale']
+            group['lr'] = run.lr_at(step, cfg) * group['lr_scale']
         images = batch['images']                                                    # uint8 [B, 3, H, W]
         position = step * cfg.batch_size + torch.arange(cfg.batch_size)             # on the CPU: nothing to wait for
         mask = make_mask(cfg.mask, position, grid, cfg.mask_ratio, cfg.seed)        # [B, N], True = hidden
@@ -491,7 +493,7 @@ def train(cfg):
             log.write(step, loss=loss, lr=optimizer.param_groups[0]['lr'], grad_norm=grad_norm)
         done = step + 1
         if done % cfg.save_every == 0 and done < cfg.steps:
-            M.save_checkpoint(cfg.out_dir, done, model, optimizer, cfg, constants)
+            run.save_checkpoint(cfg.out_dir, done, model, optimizer, cfg, constants)
             draw_features(f'{cfg.out_dir}/features.png', model, target, val.images[:8], val.mask[:8], bank)
             log.say(step, **measure())
 
@@ -506,4 +508,4 @@ def train(cfg):
 
 
 if __name__ == '__main__':
-    M.main(train, Config, RECIPES)
+    run.main(train, Config, RECIPES)

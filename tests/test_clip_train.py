@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import clip_train
 import data
 import model as M
+import run
 from clip_train import contrastive_loss
 
 
@@ -54,7 +55,7 @@ def test_a_real_run_learns_and_leaves_a_teacher(tmp_path, monkeypatch, source):
                 Image.new('RGB', (40, 30 + n), colour).save(tmp_path / 'photos' / colour / f'{n}.png')
     flags = ['--size', 'pico', '--data', spec, '--steps', '30', '--batch_size', '16', '--warmup_steps', '5', '--log_every',
              '1', '--out_dir', str(tmp_path / 'out'), '--device', 'cpu', '--save_every', '20']
-    cfg = M.parse_config(clip_train.Config, clip_train.RECIPES, flags)
+    cfg = run.parse_config(clip_train.Config, clip_train.RECIPES, flags)
     clip_train.train(cfg)
     losses = [json.loads(line)['loss'] for line in open(tmp_path / 'out' / 'log.jsonl')]
     assert sum(losses[-5:]) < sum(losses[:5])

@@ -10,6 +10,7 @@ from PIL import Image
 import clip_train
 import mim_pretrain
 import model as M
+import run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -18,7 +19,7 @@ def refusal(monkeypatch, capsys, stage, *flags):
     """The one line that a stage's command prints when it refuses."""
     monkeypatch.setattr(sys, 'argv', [stage.__name__ + '.py', *flags])
     with pytest.raises(SystemExit) as stop:
-        M.main(stage.train, stage.Config, stage.RECIPES)
+        run.main(stage.train, stage.Config, stage.RECIPES)
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith('error: ')
     return lines[0]
@@ -91,9 +92,9 @@ def test_unfinished_run_with_other_options_is_refused(tmp_path, monkeypatch, cap
     """The differences are named; options that do not change weights may differ."""
     monkeypatch.chdir(tmp_path)
     flags = ['--size', 'pico', '--steps', '4', '--batch_size', '4', '--out_dir', 'run', '--device', 'cpu']
-    cfg = M.parse_config(clip_train.Config, clip_train.RECIPES, flags)
+    cfg = run.parse_config(clip_train.Config, clip_train.RECIPES, flags)
     model = M.init_weights(M.ViT(**M.SIZES['pico']))
-    M.save_checkpoint('run', 2, model, M.make_optimizer(model, cfg), cfg)
+    run.save_checkpoint('run', 2, model, run.make_optimizer(model, cfg), cfg)
     line = refusal(monkeypatch, capsys, clip_train, *flags[:-2], '--lr', '0.5', '--log_every', '3')
     assert '--lr 0.5' in line and 'log_every' not in line
 
@@ -111,5 +112,5 @@ def test_a_truncated_image_among_good_ones_is_reported(tmp_path, capsys, monkeyp
     broken.write_bytes(broken.read_bytes()[:300])
     flags = ['--size', 'pico', '--data', str(tmp_path / 'photos'), '--steps', '2', '--batch_size', '6', '--out_dir',
              str(tmp_path / 'out'), '--device', 'cpu']
-    clip_train.train(M.parse_config(clip_train.Config, clip_train.RECIPES, flags))
+    clip_train.train(run.parse_config(clip_train.Config, clip_train.RECIPES, flags))
     assert '1 of 6 images could not be read' in capsys.readouterr().out

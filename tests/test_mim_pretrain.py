@@ -13,6 +13,7 @@ from PIL import Image
 import data
 import mim_pretrain
 import model as M
+import run
 from mim_pretrain import block_mask, hidden_distance, interpolate_hidden, make_mask, mim_loss
 
 FOLDERS = os.environ.get('GOLDEN', str(Path(__file__).parent / 'golden')).split(':')
@@ -100,7 +101,7 @@ def config(tmp_path, *flags):
         M.save(clip, str(teacher))
     flags = ['--size', 'pico', '--teacher', str(teacher), '--batch_size', '8', '--steps', '6', '--warmup_steps', '2',
              '--log_every', '1', '--out_dir', str(tmp_path / 'run'), '--device', 'cpu', *flags]
-    return M.parse_config(mim_pretrain.Config, mim_pretrain.RECIPES, flags)
+    return run.parse_config(mim_pretrain.Config, mim_pretrain.RECIPES, flags)
 
 
 @pytest.fixture(autouse=True)
@@ -119,14 +120,14 @@ def test_stopped_and_resumed_run_has_the_same_losses(tmp_path, monkeypatch):
     mim_pretrain.train(config(tmp_path))
     straight = losses(tmp_path / 'run')
     cut = config(tmp_path, '--save_every', '3', '--out_dir', str(tmp_path / 'cut'))
-    write = M.Log.write
+    write = run.Log.write
 
     def write_and_stop(log, step, **values):
         write(log, step, **values)
         if step == 4:
             raise KeyboardInterrupt
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(M.Log, 'write', write_and_stop)
+        patched.setattr(run.Log, 'write', write_and_stop)
         mim_pretrain.train(cut)
     mim_pretrain.train(cut)
     assert losses(tmp_path / 'cut') == straight
@@ -237,13 +238,13 @@ def test_every_target_trains_and_resumes(tmp_path, target, monkeypatch):
     result = lambda name: json.loads((tmp_path / name / 'result.json').read_text())
     mim_pretrain.train(config(tmp_path, '--target', target, '--mask', 'columns'))
     flags = ['--target', target, '--mask', 'columns', '--save_every', '3', '--out_dir', str(tmp_path / 'cut')]
-    save_checkpoint = M.save_checkpoint
+    save_checkpoint = run.save_checkpoint
 
     def save_and_stop(*args):
         save_checkpoint(*args)
         raise KeyboardInterrupt
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(M, 'save_checkpoint', save_and_stop)
+        patched.setattr(run, 'save_checkpoint', save_and_stop)
         mim_pretrain.train(config(tmp_path, *flags))
     mim_pretrain.train(config(tmp_path, *flags))
     measured = ('cosine', 'skill', 'knn_top1', 'linear_top1', 'knn_unnamed', 'linear_unnamed')

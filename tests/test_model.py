@@ -1,16 +1,13 @@
-"""One claim a test: sizes, the ViT's options, initial weights, files, and the machinery of a run."""
-import dataclasses
-import json
+"""One claim a test: sizes, the ViT's options, initial weights, files, probes."""
 import math
-import os
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import model as m
-from model import CLIP, SIZES, TextTower, ViT, init_weights, load, load_state, option, save
+import run
+from model import CLIP, SIZES, TextTower, ViT, init_weights, load, load_state, save
 
 TINY = dict(width=16, depth=3, heads=2, mlp_width=32, patch_size=4, image_size=16)      # N = 16
 TEXT = dict(width=16, depth=2, heads=2, vocab=30, embed=8, context=12)
@@ -45,12 +42,12 @@ def same(a, b):
 def test_g_has_the_papers_parameters():
     """EVA-g with its 768 wide prediction head: the number in EVA's log."""
     with torch.device('meta'):
-        assert m.count_parameters(ViT(**SIZES['g'], head=768)) == 1_012_229_632
+        assert run.count_parameters(ViT(**SIZES['g'], head=768)) == 1_012_229_632
 
 
 @pytest.mark.parametrize('size, gigaflops', [('l', 162), ('g', 534)])
 def test_flops(size, gigaflops):
-    assert abs(m.flops_per_image(SIZES[size]) / 1e9 - gigaflops) < 1
+    assert abs(run.flops_per_image(SIZES[size]) / 1e9 - gigaflops) < 1
 
 
 def test_flops_are_those_torch_counts():
@@ -59,7 +56,7 @@ def test_flops_are_those_torch_counts():
     model = tiny(head=8)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(images(1))
-    assert counter.get_total_flops() == m.flops_per_image(model.config)
+    assert counter.get_total_flops() == run.flops_per_image(model.config)
 
 
 # ---- the ViT
@@ -323,232 +320,7 @@ def test_unreadable_files_are_one_line(tmp_path):
         assert path in str(error.value) and '\n' not in str(error.value)
 
 
-# ---- options
-
-@dataclasses.dataclass
-class Config(m.Run):
-    betas: tuple = option((0.9, 0.98), 'of AdamW')
-    eps: float = option(1e-6, 'of AdamW')
-    weight_decay: float = option(0.05, 'of AdamW, 100% decoupled')
-    warmup_steps: int = option(4, 'of lr')
-    min_lr: float = option(1e-5, 'at the end')
-
-
-RECIPES = {'pico': dict(steps=9, lr=0.5), 'nano': {}}
-
-
-def test_options_come_in_order():
-    """Defaults, then the size's recipe, then flags."""
-    cfg = m.parse_config(Config, RECIPES, ['--size', 'pico', '--lr', '0.25', '--betas', '0.5,0.6', '--no-compile'])
-    assert (cfg.steps, cfg.lr, cfg.betas, cfg.compile, cfg.min_lr) == (9, 0.25, (0.5, 0.6), False, 1e-5)
-    assert m.parse_config(Config, RECIPES, []).compile is None
-
-
-def test_help_lists_every_option(capsys):
-    with pytest.raises(SystemExit):
-        m.parse_config(Config, RECIPES, ['--help'])
-    shown = capsys.readouterr().out
-    for field in dataclasses.fields(Config):
-        assert f'--{field.name}' in shown
-
-
-@pytest.mark.parametrize('argv, words', [
-    (['--size', 'huge'], 'huge is unknown; use one of pico, nano'), (['--batch', '8'], 'batch'), (['--lr', 'x'], 'lr'),
-    (['--steps', '0'], 'steps'), (['--lr', 'nan'], 'lr'), (['--epochs', '1', '--steps', '2'], 'epochs'),
-    (['--batch_size', '8', '--micro_batch', '3'], 'micro_batch'), (['--betas', '0.9;0.8'], 'betas')])
-def test_wrong_options_are_one_line(argv, words):
-    with pytest.raises(ValueError, match=words) as error:
-        m.parse_config(Config, RECIPES, argv)
-    assert '\n' not in str(error.value)
-
-
-def test_main_shortens_only_our_errors(monkeypatch, capsys):
-    """A ValueError of ours is one line and exit code 2; one that Python raises keeps its traceback."""
-    monkeypatch.setattr(sys, 'argv', ['stage.py', '--device', 'abacus'])
-    with pytest.raises(SystemExit) as exit:
-        m.main(m.setup, Config, RECIPES)
-    assert exit.value.code == 2
-    assert capsys.readouterr().err.startswith('error: --device abacus is not on this machine')
-    monkeypatch.setattr(sys, 'argv', ['stage.py'])
-    with pytest.raises(ValueError):
-        m.main(lambda cfg: json.loads('{'), Config, RECIPES)
-
-
-# ---- optimizer
-
-def test_lr_endpoints():
-    """Up to lr over the warm-up, down to min_lr at the end."""
-    cfg = Config(steps=100, lr=1., warmup_steps=10, min_lr=0.1)
-    assert m.lr_at(0, cfg) == pytest.approx(0.1) and m.lr_at(9, cfg) == m.lr_at(10, cfg) == 1
-    assert m.lr_at(55, cfg) == pytest.approx(0.55) and m.lr_at(100, cfg) == pytest.approx(0.1)
-    assert m.lr_at(0, Config(steps=100, lr=1., warmup_steps=0, min_lr=0.1)) == 1
-
-
-def test_param_groups():
-    """Matrices decay; biases, norms, gains, positions and tokens do not; frozen weights are left out."""
-    model = CLIP(dict(**TINY, head=8, pool='class', layer_scale=0.1), TEXT)
-    model.visual.patch_embed.weight.requires_grad_(False)
-    names = {id(weight): name for name, weight in model.named_parameters()}
-    decayed, bare = m.param_groups(model, 0.05)
-    assert (decayed['weight_decay'], bare['weight_decay'], decayed['lr_scale'], bare['lr_scale']) == (0.05, 0, 1, 1)
-    ends = {names[id(weight)].split('.')[-2] for weight in decayed['params']}
-    assert ends == {'qkv', 'proj', 'fc1', 'fc2', 'head', 'token_embed'}
-    assert len(decayed['params']) + len(bare['params']) == len(names) - 1
-    assert {'logit_scale', 'visual.class_token', 'visual.pos_embed', 'visual.head.bias', 'text.pos_embed'} \
-        <= {names[id(weight)] for weight in bare['params']}
-
-
-# ---- save and resume
-
-def train(out_dir, cfg, steps, stop=None):
-    """A few steps as a stage makes them; returns the weights. With stop, ends there with a checkpoint."""
-    model = init_weights(ViT(**TINY, head=4), cfg.seed)
-    optimizer = m.make_optimizer(model, cfg)
-    start, constants = m.resume(out_dir, model, optimizer, cfg)
-    for step in range(start, steps):
-        for group in optimizer.param_groups:
-            group['lr'] = m.lr_at(step, cfg) * group['lr_scale']
-        mask = torch.arange(16).expand(2, 16) % 3 == step % 3
-        model(images(seed=step), mask).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if step + 1 == stop:
-            m.save_checkpoint(out_dir, stop, model, optimizer, cfg, constants=dict(mean=torch.tensor([1., 2.]), n=3))
-            break
-    return plain(model), start, constants
-
-
-def test_resumed_run_is_bit_equal(tmp_path, recwarn):
-    """Stopping after three of six steps and going on gives the weights of not stopping, without a warning."""
-    cfg = Config(size='pico', steps=6, lr=0.01)
-    whole, _, _ = train(str(tmp_path / 'a'), cfg, 6)
-    train(str(tmp_path / 'b'), cfg, 6, stop=3)
-    resumed, start, constants = train(str(tmp_path / 'b'), cfg, 6)
-    assert start == 3 and constants['n'] == 3 and constants['mean'].tolist() == [1, 2]
-    same(whole, resumed)
-    assert not [str(w.message) for w in recwarn if 'torch.distributed' in str(w.message)]
-
-
-def test_resume_refuses_other_options(tmp_path):
-    """Options that change the weights are listed; those that do not may differ."""
-    train(str(tmp_path), Config(steps=6, lr=0.01), 6, stop=1)
-    train(str(tmp_path), Config(steps=6, lr=0.01, save_every=7, workers=3, micro_batch=2, device='cpu'), 2)
-    with pytest.raises(ValueError, match=r'--lr 0.02 \(was 0.01\), --seed 1 \(was 0\)'):
-        train(str(tmp_path), Config(steps=6, lr=0.02, seed=1), 6)
-
-
-def test_two_checkpoints_stay(tmp_path):
-    for stop in (1, 2, 3):
-        train(str(tmp_path), Config(steps=6), 6, stop=stop)
-    assert sorted(os.listdir(tmp_path / 'checkpoint')) == ['step_0000002', 'step_0000003']
-
-
-def test_half_written_checkpoint_is_ignored(tmp_path):
-    train(str(tmp_path), Config(steps=6), 6, stop=1)
-    (tmp_path / 'checkpoint' / 'step_0000002.tmp').mkdir()
-    assert m.latest_checkpoint(str(tmp_path)).endswith('step_0000001')
-    train(str(tmp_path), Config(steps=6), 6, stop=2)
-    assert m.latest_checkpoint(str(tmp_path)).endswith('step_0000002')
-
-
-@pytest.mark.parametrize('broken', ['model.dcp.save', 'model.torch.save'])
-def test_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch, broken):
-    """A full disk is one line, and the checkpoint before it still resumes."""
-    train(str(tmp_path), Config(steps=6), 6, stop=1)
-
-    def full(*args, **kwargs):
-        raise OSError(28, 'No space left on device')
-    with monkeypatch.context() as patch:
-        patch.setattr(broken, full)
-        with pytest.raises(ValueError, match='No space left on device.*step_0000001 is intact'):
-            train(str(tmp_path), Config(steps=6), 6, stop=2)
-    assert os.listdir(tmp_path / 'checkpoint') == ['step_0000001']
-    assert train(str(tmp_path), Config(steps=6), 2)[1] == 1
-
-
-def test_finished_run_says_so(tmp_path, capsys, monkeypatch):
-    """A folder with a result is a finished run: one line names it and what to type for another."""
-    cfg = Config(out_dir=str(tmp_path / 'a'), steps=2)
-    assert not m.finished(cfg)
-    monkeypatch.setattr(sys, 'argv', ['/somewhere/stage.py', '--data=/home/me/x', '--out_dir', str(tmp_path / 'a')])
-    log = m.Log(cfg, 0)
-    log.write(0, loss=1.)
-    log.finish(tiny(), 'loss', {}, skill=0.5)
-    result = json.loads((tmp_path / 'a' / 'result.json').read_text())
-    assert result['skill'] == 0.5 and result['parameters'] == m.count_parameters(tiny()) and result['seconds'] >= 0
-    assert result['command'] == 'python stage.py --data=x --out_dir a'
-    capsys.readouterr()
-    assert m.finished(cfg)
-    shown = capsys.readouterr().out
-    assert 'result.json' in shown and '--out_dir NAME' in shown and shown.count('\n') == 1
-
-
-def test_out_dir_that_cannot_be_made_is_refused(tmp_path):
-    (tmp_path / 'file').write_text('')
-    with pytest.raises(ValueError, match='cannot be written'):
-        m.finished(Config(out_dir=str(tmp_path / 'file' / 'x')))
-
-
-def test_log_drops_what_will_be_done_again(tmp_path):
-    """Resuming at step 2 keeps the lines of steps 0 and 1, also after a line cut short."""
-    cfg = Config(out_dir=str(tmp_path), steps=9)
-    log = m.Log(cfg, 0)
-    for step in range(4):
-        log.write(step, loss=torch.tensor(0.5), lr=1e-3)
-    with open(tmp_path / 'log.jsonl', 'a') as file:
-        file.write('{"step": 4, "lo')
-    log = m.Log(cfg, 2)
-    log.write(2, loss=0.25)
-    lines = m.read_log(str(tmp_path))
-    assert [line['step'] for line in lines] == [0, 1, 2] and [line['loss'] for line in lines] == [0.5, 0.5, 0.25]
-
-
-def test_ten_bad_gradients_end_the_run(tmp_path):
-    """A gradient that is not finite is skipped; ten in a row stop the run, a good one starts the count again."""
-    log = m.Log(Config(out_dir=str(tmp_path), steps=9), 0)
-    assert log.is_finite(torch.tensor(1.))
-    assert not any(log.is_finite(torch.tensor(math.nan)) for _ in range(9)) and log.is_finite(torch.tensor(2.))
-    with pytest.raises(ValueError, match='not finite ten times'):
-        [log.is_finite(torch.tensor(math.inf)) for _ in range(10)]
-
-
-# ---- pictures, costs, neighbours
-
-def test_curves_are_drawn(tmp_path):
-    """Each curve and line leaves its colour in the picture; no points, one point and NaN are fine."""
-    from PIL import Image
-    path = str(tmp_path / 'x.png')
-    m.draw_curves(path, {'a': [(0, 1.), (10, 2.), (20, math.nan)], 'b': [(0, 2.), (20, 1.)]}, {'chance': 0.5}, 'title')
-    colours = {colour for _, colour in Image.open(path).getcolors(1 << 20)}
-    assert {(0, 114, 178), (213, 94, 0), (0, 158, 115)} <= colours
-    m.draw_curves(path, {'a': []})
-    m.draw_curves(path, {'a': [(3, 1.)]})
-
-
-def test_plan_prints(capsys):
-    """g: parameters, FLOPs forward and in training; 16 bytes a weight and .54 GB an image in bf16."""
-    m.plan(SIZES['g'], 32, torch.device('cpu'))
-    shown = capsys.readouterr().out
-    assert '1,011,147,520' in shown and '534.1' in shown and '1602' in shown
-    memory = m.training_memory(SIZES['g'], 1, torch.device('cuda'))
-    assert memory['activations'] / 1e9 == pytest.approx(0.542, abs=1e-3)
-    assert sum(memory.values()) - memory['activations'] == 16 * 1_011_147_520
-
-
-def test_too_large_is_refused():
-    """A training that cannot fit is one line before it starts; one that fits passes."""
-    m.check_memory(SIZES['pico'], 1, torch.device('cpu'))
-    with pytest.raises(ValueError, match=r'needs \d+\.\d GB with 10000000 images .* GB are free on cpu; .*micro_batch'):
-        m.check_memory(SIZES['g'], 10 ** 7, torch.device('cpu'))
-
-
-def test_epochs_become_steps():
-    """--epochs counts passes over the images; without it --steps stands; a short run has a short warm-up."""
-    by_epochs, by_steps = Config(epochs=2, batch_size=10), Config(steps=8)
-    m.settle_steps(by_epochs, range(1000))
-    m.settle_steps(by_steps, range(1000))
-    assert by_epochs.steps == 200 and by_steps.steps == 8 and by_steps.warmup_steps == 2
-
+# ---- probes
 
 def test_linear_probe_is_ridge_regression():
     """Linearly separable classes are told apart; labels without relation to the features are not."""
