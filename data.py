@@ -900,7 +900,8 @@ class Shards(Folder):
         labelled = all('cls' in row for row in rows.values())
         class_of = {key: self.read(*row['cls']).decode().strip() for key, row in rows.items()} if labelled else {}
         names = sorted(set(class_of.values()), key=lambda name: (len(name) if name.isdecimal() else 0, name))
-        self.labels = [names.index(class_of[key]) for key in self.paths] if labelled else None
+        ids = {name: i for i, name in enumerate(names)}
+        self.labels = [ids[class_of[key]] for key in self.paths] if labelled else None
         self.classes = [] if all(name.isdecimal() for name in names) else names     # numbers are no names
         self.sample(0, 8, None, None, False, [])            # ValueError unless some image can be read
 

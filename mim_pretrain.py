@@ -29,7 +29,7 @@ from run import option
 class Config(run.Run):
     teacher: str = option('', "a CLIP's file; without it the built-in teacher, trained at first use")
     target: str = option('clip', "what is reconstructed: clip (EVA), tokens (k-means codes of CLIP's features), distill "
-                                 '(no mask), pixels (normalised, as MAE), untrained (a random teacher\'s features)')
+                                 '(no mask), pixels (normalised, as MAE), untrained (random features)')
     mask: str = option('block', "what is hidden: block (EVA's), random, or columns (half of all: EVA's validation)")
     mask_ratio: float = option(105 / 256, 'share of the patches hidden: 105 of 256')
     drop_path: float = option(.1, 'chance of skipping a residual branch in the last block, growing linearly with depth')
@@ -387,6 +387,8 @@ def look(cfg, train_set, val_set, rank, device):
     size, metrics = model.image_size, {}
     if cfg.eval:
         metrics = probe(pooled_features(model), train_set, val_set, size, NUM_PROBE, cfg, device)
+        if model.pool or not model.config['head']:      # it predicts no patches: no teacher is needed
+            return print0(run.table(metrics))
     target = find_target(cfg, model.grid, rank, device, extra.get('target', cfg.target), extra.get('codebook'))
     width = width_of(target, model.patch_size)
     predicts = model.config['head'] == width and not model.pool

@@ -37,7 +37,7 @@ def option(default, help):
 class Run:
     """What means the same in every stage."""
     size: str = option('nano', 'row of SIZES in model.py')
-    data: str = option('shapes', 'the built-in world (shapes:unique=N,classes=N,objects=N) or a folder of images')
+    data: str = option('shapes', 'the built-in world (shapes:unique=N,classes=N,objects=N), images in a folder or .tar')
     init: str = option('', 'file to start from instead of random weights')
     out_dir: str = option('', 'where results go; out/<stage>-<size> if empty')
     steps: int = option(1000, 'updates of the weights')
