@@ -281,13 +281,14 @@ class World:
         return self.batch(torch.arange(num), 0, want=('captions',))['captions']
 
     def batch(self, position, image_size, seed=0, device='cpu', scale=None, flip=False, want=('images', 'captions')):
-        """dict of the scenes at these positions: position, index and every field of scenes(), labels among them (kind
-        of the largest object); as wanted images uint8 [B, 3, H, W] on device, captions (list of B), semantic [B, H, W]
-        (grounds, then 10 + kind), boxes [B, 6, 4] (xyxy, pixels, of what is visible) and num_visible [B, 6]. A world
-        without end needs no augmentation: scale and flip are for real images."""
+        """dict of the scenes at these positions: position, index, every field of scenes(), labels among them (kind of
+        the largest object), unnamed (its part pattern); as wanted images uint8 [B, 3, H, W] on device, captions (list
+        of B), semantic [B, H, W] (grounds, then 10 + kind), boxes [B, 6, 4] (xyxy, pixels, of what is visible) and
+        num_visible [B, 6]. A world without end needs no augmentation: scale and flip are for real images."""
         index = self.index(position.to(device), seed)
         scenes = self.scenes(index)
-        out = dict(scenes, position=position, index=index)
+        largest = (scenes['radius'] * scenes['valid']).argmax(1, keepdim=True)
+        out = dict(scenes, position=position, index=index, unnamed=scenes['part'].gather(1, largest)[:, 0])
         if {'images', 'semantic', 'boxes'} & set(want):
             pixels = 2 ** 16 if index.device.type == 'cpu' else 2 ** 24     # at once: what a CPU's cache holds
             chunk = max(1, pixels // image_size ** 2)

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 
 import data
 import model as M
@@ -55,7 +54,6 @@ RECIPES = {  # differences from the defaults. g: the paper; ti to l: EVA-02's; t
 TARGETS = ('clip', 'tokens', 'distill', 'pixels', 'untrained')
 NUM_CODES = 512         # k-means centres of --target tokens
 NUM_EVAL = 1024         # validation images; the same, with the same masks, for every run of at least as many
-NUM_PROBE = 2048        # training images that fit the probes, and validation images that judge them
 BANK = 65_536           # training patches: the picture looks for the nearest among them, k-means for its centres
 
 
@@ -133,18 +131,6 @@ def normalized_patches(images, grid):
     size = images.shape[-1] // grid
     patches = F.unfold(images.float() / 255, size, stride=size).transpose(1, 2)
     return (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-
-
-def kmeans(features, num, seed=0, rounds=20):
-    """Centres of unit length [num, C] of features [n, C] by cosine, from `num` of them. A centre that nobody is
-    nearest to stays where it was."""
-    features = F.normalize(features.float(), dim=-1)
-    centres = features[data.permutation(torch.arange(num) % len(features), len(features), seed, 0).to(features.device)]
-    for _ in range(rounds):
-        nearest = torch.cat([(part @ centres.T).argmax(-1) for part in features.split(8192)])
-        sums = torch.zeros_like(centres).index_add_(0, nearest, features)
-        centres = torch.where(sums.norm(dim=-1, keepdim=True) > 0, F.normalize(sums, dim=-1), centres)
-    return centres
 
 
 class Target:
@@ -250,35 +236,6 @@ def evaluate(model, target, val, autocast):
     return metrics
 
 
-def pooled_features(model):
-    """What the probes see of a model: images uint8 [B, 3, H, W] -> the mean of its final patch tokens [B, D]. EVA's
-    class token has no loss in pre-training, so it says nothing."""
-    return lambda images: model.features(model.normalize(images))[:, 1:].mean(1)
-
-
-@torch.no_grad()
-def probe(encode, train_set, val_set, image_size, num, cfg, device):
-    """Top-1 of frozen features on the data's labels, by k-NN and by a closed-form linear map; {} without labels.
-    The world has two: the largest object's kind, which captions name, and its part pattern, which they never do
-    (`unnamed`). encode: images uint8 [B, 3, H, W] -> [B, D]."""
-    features, labels = [], []
-    for dataset in (train_set, val_set):
-        x, y = [], []
-        for batch in data.eval_batches(dataset, 64, image_size, num, device, cfg.workers):
-            if 'labels' not in batch:
-                return {}
-            rows = {'top1': batch['labels']}
-            if 'part' in batch:
-                largest = (batch['radius'] * batch['valid']).argmax(1, keepdim=True)
-                rows['unnamed'] = batch['part'].gather(1, largest)[:, 0]
-            x.append(encode(batch['images']).float())
-            y.append(rows)
-        features.append(torch.cat(x))
-        labels.append({name: torch.cat([rows[name] for rows in y]).to(device) for name in y[0]})
-    return {f'{how}_{name}': measure(features[0], labels[0][name], features[1], labels[1][name])
-            for name in labels[0] for how, measure in (('knn', M.knn_accuracy), ('linear', M.linear_probe))}
-
-
 # ---- the picture ------------------------------------------------------------------------------------------------
 
 def principal_axes(features):
@@ -296,7 +253,8 @@ def draw_features(path, model, target, images, mask, bank_images):
     """features.png, a row per image: input, masked input, the targets (the teacher's features), the prediction (hidden
     patches only, the targets faded around them), and hidden patches filled with the training patch whose target is
     nearest to the prediction."""
-    grid, tile, size = math.isqrt(mask.shape[1]), 128, images.shape[-1] // math.isqrt(mask.shape[1])
+    grid = math.isqrt(mask.shape[1])
+    size = images.shape[-1] // grid
     targets_of = lambda x: torch.cat([target.of(part) for part in x.split(64)]).float()
     targets, predictions = targets_of(images), target.predict(model, images, mask)              # [B, N, C]
     predictions = F.normalize(predictions, dim=-1) * targets.norm(dim=-1).mean()        # only directions were learnt
@@ -314,15 +272,7 @@ def draw_features(path, model, target, images, mask, bank_images):
                'target' if target.kind == 'pixels' else "teacher's features": as_image(rgb(targets)),
                'prediction': as_image(torch.where(mask[..., None].cpu(), rgb(predictions), faded)),
                'nearest patches': filled}
-    sheet = Image.new('RGB', (len(columns) * (tile + 6) + 6, len(images) * (tile + 6) + 30), 'white')
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for x, (name, column) in enumerate(columns.items()):
-        draw.text((6 + x * (tile + 6), 6), name, fill='black', font=font)
-        for y, picture in enumerate(column.clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()):
-            resample = Image.BICUBIC if picture.shape[0] > tile else Image.NEAREST
-            picture = Image.fromarray(picture).resize((tile, tile), resample)
-            sheet.paste(picture, (6 + x * (tile + 6), 28 + y * (tile + 6)))
-    sheet.save(path)
+    run.draw_sheet(path, columns)
 
 
 # ---- the loop ---------------------------------------------------------------------------------------------------
@@ -386,7 +336,7 @@ def look(cfg, train_set, val_set, rank, device):
     model = (model.visual if isinstance(model, M.CLIP) else model).to(device)
     size, metrics = model.image_size, {}
     if cfg.eval:
-        metrics = probe(pooled_features(model), train_set, val_set, size, NUM_PROBE, cfg, device)
+        metrics = run.probe(run.pooled_features(model), train_set, val_set, size, run.NUM_PROBE, cfg, device)
         if model.pool or not model.config['head']:      # it predicts no patches: no teacher is needed
             return print0(run.table(metrics))
     target = find_target(cfg, model.grid, rank, device, extra.get('target', cfg.target), extra.get('codebook'))
@@ -455,18 +405,19 @@ def train(cfg):
     if cfg.target == 'tokens':
         if 'codebook' not in constants:         # stored with the run
             features = torch.cat([target.of(part) for part in bank.split(64)]).flatten(0, 1)
-            constants['codebook'] = kmeans(features, NUM_CODES).cpu()
+            first = data.permutation(torch.arange(NUM_CODES) % len(features), len(features), seed=0, epoch=0)
+            constants['codebook'] = M.kmeans(features, features[first.to(device)]).cpu()
         target.codebook = constants['codebook'].to(device)
     num_eval = min(NUM_EVAL, max(8, cfg.steps * cfg.batch_size))        # a rehearsal of one step is not judged on 1024
-    num_probe = min(NUM_PROBE, max(8, cfg.steps * cfg.batch_size))
+    num_probe = min(run.NUM_PROBE, max(8, cfg.steps * cfg.batch_size))
     val = make_validation(cfg, val_set, target, image_size, num_eval, device)
     baseline, inpaint = val.position[val.mask].mean().item(), val.inpaint[val.mask].mean().item()
     print0(f'EVA {cfg.size}: {run.count_parameters(model) / 1e6:.2f}M parameters, {image_size} px, '
            f'{val.mask.sum(1).float().mean():.1f} of {grid * grid} patches hidden on average; '
            f'{cfg.steps:,} steps of {cfg.batch_size} images on {device}. '
            f'Cosine to beat: {baseline:.3f} (position mean), {inpaint:.3f} (inpainting)')
-    measure = lambda: evaluate(model, target, val, autocast) | probe(
-        pooled_features(model), train_set, val_set, image_size, num_probe, cfg, device)
+    measure = lambda: evaluate(model, target, val, autocast) | run.probe(
+        run.pooled_features(model), train_set, val_set, image_size, num_probe, cfg, device)
     log = run.Log(cfg, start)
     batches = data.batches(train_set, cfg.batch_size, image_size, start, cfg.steps, cfg.seed, device, cfg.workers)
     for step, batch in zip(range(start, cfg.steps), batches):

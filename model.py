@@ -521,6 +521,18 @@ def linear_probe(train_x, train_y, test_x, test_y, ridge=1e-3):
     return ((standard(test_x) @ weights).argmax(1) == test_y.cpu()).float().mean().item()
 
 
+@torch.no_grad()
+def kmeans(features, centres, rounds=20):
+    """Centres of unit length [K, C] of features [n, C] by cosine, from the given ones. A centre that nothing is nearest
+    to stays where it was."""
+    features, centres = (F.normalize(x.float(), dim=-1) for x in (features, centres))
+    for _ in range(rounds):
+        nearest = torch.cat([(part @ centres.T).argmax(-1) for part in features.split(8192)])
+        sums = torch.zeros_like(centres).index_add_(0, nearest, features)
+        centres = torch.where(sums.norm(dim=-1, keepdim=True) > 0, F.normalize(sums, dim=-1), centres)
+    return centres
+
+
 def get_rank():
     return int(os.environ.get('RANK', 0))
 

@@ -23,9 +23,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from model import SIZES, Block, ViT, first_line, get_rank, print0
+import data
+from model import SIZES, Block, ViT, first_line, get_rank, knn_accuracy, linear_probe, print0
 
 
 def option(default, help):
@@ -344,7 +346,6 @@ def command_line():
 
 def draw_curves(path, curves, lines={}, xlabel='step', ylabel=''):
     """A picture of {name: [(x, y), ...]}, with dashed horizontal lines {name: y}."""
-    from PIL import Image, ImageDraw, ImageFont
     colours = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000'    # Okabe and Ito's
     W, H, left, right, top, bottom = 960, 600, 90, 30, 50, 70
     font, picture = ImageFont.load_default(18), Image.new('RGB', (W, H), 'white')
@@ -378,6 +379,18 @@ def draw_curves(path, curves, lines={}, xlabel='step', ylabel=''):
                     draw.line((x, y, min(x + 8, end), y), fill=colour, width=2)
         draw.text((W - right - 58, key), name, fill='black', font=font, anchor='rm')
     picture.save(path)
+
+
+def draw_sheet(path, columns, tile=128):
+    """A picture of titled columns of images, {title: [n, 3, H, W] with values 0 to 255}, each drawn `tile` wide."""
+    step, font = tile + 6, ImageFont.load_default(14)
+    sheet = Image.new('RGB', (len(columns) * step + 6, len(next(iter(columns.values()))) * step + 30), 'white')
+    for x, (title, column) in enumerate(columns.items()):
+        ImageDraw.Draw(sheet).text((6 + x * step, 6), title, fill='black', font=font)
+        for y, picture in enumerate(column.clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()):
+            resample = Image.BICUBIC if picture.shape[0] > tile else Image.NEAREST
+            sheet.paste(Image.fromarray(picture).resize((tile, tile), resample), (6 + x * step, 28 + y * step))
+    sheet.save(path)
 
 
 def ticks(low, high):
@@ -470,3 +483,31 @@ def size_config(cfg, **options):
     """The ViT's options of a run: its size's row with the image and patch size asked for."""
     asked = {name: getattr(cfg, name) for name in ('image_size', 'patch_size') if getattr(cfg, name)}
     return {**SIZES[cfg.size], **asked, **options}
+
+
+NUM_PROBE = 2048        # training images that fit the probes, and validation images that judge them
+
+
+def pooled_features(model):
+    """What the probes see of a model: images uint8 [B, 3, H, W] -> the mean of its final patch tokens [B, D]. EVA's
+    class token has no loss in pre-training, so it says nothing."""
+    return lambda images: model.features(model.normalize(images))[:, 1:].mean(1)
+
+
+@torch.no_grad()
+def probe(encode, train_set, val_set, image_size, num, cfg, device):
+    """Top-1 of frozen features on the data's labels, by k-NN and by a closed-form linear map; {} without labels.
+    The world has two: the largest object's kind, which captions name, and its part pattern, which they never do
+    (`unnamed`). encode: images uint8 [B, 3, H, W] -> [B, D]."""
+    features, labels = [], []
+    for dataset in (train_set, val_set):
+        x, y = [], []
+        for batch in data.eval_batches(dataset, 64, image_size, num, device, cfg.workers):
+            if 'labels' not in batch:
+                return {}
+            y.append({name: batch[key] for name, key in (('top1', 'labels'), ('unnamed', 'unnamed')) if key in batch})
+            x.append(encode(batch['images']).float())
+        features.append(torch.cat(x))
+        labels.append({name: torch.cat([rows[name] for rows in y]).to(device) for name in y[0]})
+    return {f'{how}_{name}': measure(features[0], labels[0][name], features[1], labels[1][name])
+            for name in labels[0] for how, measure in (('knn', knn_accuracy), ('linear', linear_probe))}

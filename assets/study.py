@@ -24,8 +24,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data                         # noqa: E402
-import mim_pretrain                 # noqa: E402
 import model as M                   # noqa: E402
+import run                          # noqa: E402
 
 STUDIES = {
     'targets': dict(teacher='out/teacher', teacher_flags=[], lengths=(300, 600, 1200), seeds=5, rows=(
@@ -37,15 +37,15 @@ MEASURES = ('linear_top1', 'knn_top1', 'linear_unnamed', 'knn_unnamed', 'skill')
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}   # by n - 1
 
 
-def run(script, flags, out_dir, cores):
+def command(script, flags, out_dir, cores):
     """One command in a process of its own; its result.json, at once if it is there."""
     result = ROOT / out_dir / 'result.json'
     if not result.exists():
         environment = dict(os.environ, OMP_NUM_THREADS=str(cores))
-        command = [sys.executable, script, *map(str, flags), '--out_dir', out_dir]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        words = [sys.executable, script, *map(str, flags), '--out_dir', out_dir]
+        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
-            sys.exit(f'{" ".join(command)}\n{done.stderr[-2000:]}')
+            sys.exit(f'{" ".join(words)}\n{done.stderr[-2000:]}')
     return json.loads(result.read_text())
 
 
@@ -53,12 +53,11 @@ def frozen(spec, teacher, seeds):
     """Probes of what no run made: the teacher, raw pixels, and by seed ViTs that never learnt."""
     cfg, cpu = SimpleNamespace(workers=0), torch.device('cpu')
     train_set, val_set, config = data.open_data(spec, 'train'), data.open_data(spec, 'val'), M.SIZES['nano']
-    probe = lambda encode: mim_pretrain.probe(encode, train_set, val_set, config['image_size'],
-                                              mim_pretrain.NUM_PROBE, cfg, cpu)
-    yield 'teacher', 0, probe(mim_pretrain.pooled_features(M.load(str(ROOT / teacher / 'model.pt')).visual))
+    probe = lambda encode: run.probe(encode, train_set, val_set, config['image_size'], run.NUM_PROBE, cfg, cpu)
+    yield 'teacher', 0, probe(run.pooled_features(M.load(str(ROOT / teacher / 'model.pt')).visual))
     yield 'raw pixels', 0, probe(lambda images: images.flatten(1).float())
     for seed in range(seeds):
-        yield 'random ViT', seed, probe(mim_pretrain.pooled_features(M.init_weights(M.ViT(**config), seed).eval()))
+        yield 'random ViT', seed, probe(run.pooled_features(M.init_weights(M.ViT(**config), seed).eval()))
 
 
 def interval(values):
@@ -105,7 +104,7 @@ def main():
     study, began = STUDIES[args.name], time.time()
     cores = max(1, (os.cpu_count() or 1) // args.jobs)
     spec = args.data if args.data.startswith('shapes') else os.path.abspath(args.data)
-    run('clip_train.py', ['--data', spec, *study['teacher_flags']], study['teacher'], cores * args.jobs)
+    command('clip_train.py', ['--data', spec, *study['teacher_flags']], study['teacher'], cores * args.jobs)
     records = [dict(row=row, steps=0, seed=seed, **metrics)
                for row, seed, metrics in frozen(spec, study['teacher'], study['seeds'])]
 
@@ -113,7 +112,7 @@ def main():
         row, steps, seed = job
         flags = ['--target', row, '--steps', steps, '--seed', seed, '--save_every', steps, '--data', spec,
                  '--teacher', f'{study["teacher"]}/model.pt']
-        result = run('mim_pretrain.py', flags, f'out/study-{args.name}/{row}-{steps}-{seed}', cores)
+        result = command('mim_pretrain.py', flags, f'out/study-{args.name}/{row}-{steps}-{seed}', cores)
         print(f'{(time.time() - began) / 60:6.1f} min  {row} {steps} {seed}: skill {result["skill"]:.3f}, '
               f'linear {result["linear_top1"]:.3f}', file=sys.stderr, flush=True)
         return dict(row=row, steps=steps, seed=seed, **result)
