@@ -244,12 +244,6 @@ def grammar(device, classes, uniform_classes):
     return {name: table.to(device) for name, table in tables.items()}
 
 
-def held_out_pairs():
-    """The (kind, colour) names that no training scene shows."""
-    pairs = grammar('cpu', NUM_FINE, False)['held_out'].nonzero().tolist()
-    return [(list(KINDS)[k], list(COLOURS)[c]) for k, c in pairs]
-
-
 class World:
     """The built-in world as a data set without end. options: unique=N (only N scenes, visited again and again),
     classes=N (only the N most frequent fine classes, all equally frequent: the poor control), objects=1 (one each).

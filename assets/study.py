@@ -2,6 +2,7 @@
 The README's studies: a grid of real commands, those already done skipped, and a table with intervals.
 
     python assets/study.py targets                           # what is reconstructed x how long it trains
+    python assets/study.py longer                            # the same at 8 and 16 times the shortest length
     python assets/study.py photographs --data cifar10_tar    # features, pixels and scratch on photographs
 
 Runs go to out/study-NAME/, two at a time on half of the cores each (--jobs); every number of theirs to assets/NAME.csv.
@@ -27,11 +28,14 @@ import data                         # noqa: E402
 import model as M                   # noqa: E402
 import run                          # noqa: E402
 
-STUDIES = {
-    'targets': dict(teacher='out/teacher', teacher_flags=[], lengths=(300, 600, 1200), seeds=5, rows=(
-        'clip', 'tokens', 'distill', 'pixels', 'untrained')),
-    'photographs': dict(teacher='out/study-photographs/teacher', teacher_flags=['--steps', '700'], lengths=(1200,),
-                        seeds=3, rows=('clip', 'pixels')),
+STUDIES = {  # runs: {target: steps}, the target to compare with first
+    'targets': dict(teacher='out/teacher', teacher_flags=[], seeds=5, runs={
+        'clip': (300, 600, 1200), 'tokens': (300, 600, 1200), 'distill': (300, 600, 1200), 'pixels': (300, 600, 1200),
+        'untrained': (1200,)}),
+    'longer': dict(teacher='out/teacher', teacher_flags=[], seeds=3, runs={
+        'clip': (2400, 4800), 'tokens': (4800,), 'distill': (4800,)}),
+    'photographs': dict(teacher='out/study-photographs/teacher', teacher_flags=['--steps', '700'], seeds=3, runs={
+        'clip': (1200,), 'pixels': (1200,)}),
 }
 MEASURES = ('linear_top1', 'knn_top1', 'linear_unnamed', 'knn_unnamed', 'skill')
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}   # by n - 1
@@ -80,11 +84,12 @@ def report(study, records):
         cells = [interval([r[name] for r in seeds.values()]) if all(name in r for r in seeds.values()) else ''
                  for name in measures]
         print(f'| {row} | {steps or ""} | {len(seeds)} | ' + ' | '.join(cells) + ' |')
-    long, middle, short = study['lengths'][-1], study['lengths'][-2:][0], study['lengths'][0]
-    contrasts = [((row, long), ('clip', long)) for row in study['rows'][1:]]
-    contrasts += [(('clip', middle), ('tokens', long))] if 'tokens' in study['rows'] else []
-    contrasts += [((row, long), (row, short)) for row in study['rows'] if long != short]
-    contrasts += [((row, long), ('random ViT', 0)) for row in study['rows']]
+    runs = study['runs']
+    last = lambda row: (row, max(runs[row]))
+    contrasts = [(last(row), last('clip')) for row in runs if row != 'clip']
+    contrasts += [(('clip', max(runs['tokens']) // 2), last('tokens'))] if 'tokens' in runs else []
+    contrasts += [(last(row), (row, min(runs[row]))) for row in runs if len(runs[row]) > 1]
+    contrasts += [(last(row), ('random ViT', 0)) for row in runs]
     print('\nPaired differences\n\n| | seeds | ' + ' | '.join(measures) + ' |\n' + '|---' * (2 + len(measures)) + '|')
     for a, b in contrasts:
         seeds = sorted(by.get(a, {}).keys() & by.get(b, {}).keys())
@@ -117,12 +122,12 @@ def main():
               f'linear {result["linear_top1"]:.3f}', file=sys.stderr, flush=True)
         return dict(row=row, steps=steps, seed=seed, **result)
 
-    jobs = [(row, steps, seed) for seed in range(study['seeds']) for row in study['rows']
-            for steps in study['lengths'] if row != 'untrained' or steps == study['lengths'][-1]]
+    jobs = [(row, steps, seed) for seed in range(study['seeds']) for row in study['runs'] for steps in study['runs'][row]]
     with ThreadPoolExecutor(args.jobs) as pool:
         records += pool.map(one, jobs)
-    records.sort(key=lambda record: (record['steps'] > 0, study['rows'].index(record['row']) if record['steps'] else 0,
-                                     record['steps'], record['seed']))
+    order = list(study['runs'])
+    records.sort(key=lambda record: (order.index(record['row']) if record['steps'] else -1, record['steps'],
+                                     record['seed']))
     names = ['row', 'steps', 'seed', *MEASURES, 'cosine', 'baseline', 'inpaint', 'inpaint_skill', 'seconds']
     with open(ROOT / f'assets/{args.name}.csv', 'w', newline='') as file:
         writer = csv.DictWriter(file, names, extrasaction='ignore')

@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import (COLOURS, KINDS, NUM_COLOURS, NUM_FINE, NUM_KINDS, NUM_STUFF, WORLD_HASH, WORLD_VERSION,  # noqa: E402
-                  World, grammar, held_out_pairs)
+from data import (NUM_COLOURS, NUM_FINE, NUM_KINDS, NUM_STUFF, WORLD_HASH, WORLD_VERSION, World, grammar)  # noqa: E402
 
 
 def pixel_knn(world, num=2000, num_test=500, k=5):
@@ -43,7 +42,7 @@ def check_world(num=20_000):
     s = world.scenes(torch.arange(num))
     valid, twin = s['valid'], World('heldout').scenes(torch.arange(500))
     pair = lambda scenes: set((scenes['kind'] * NUM_COLOURS + scenes['colour'])[scenes['valid']].tolist())
-    seen, held_out = pair(s), {list(KINDS).index(k) * NUM_COLOURS + list(COLOURS).index(c) for k, c in held_out_pairs()}
+    seen, held_out = pair(s), set(grammar('cpu', NUM_FINE, False)['held_out'].flatten().nonzero()[:, 0].tolist())
     counts = s['fine'][valid].bincount(minlength=NUM_FINE).sort(descending=True).values
     repeated = (s['layout'] >= 2).float().mean().item()
     things = (world.batch(torch.arange(512), 32, want=('semantic',))['semantic'] >= NUM_STUFF).float().mean().item()
