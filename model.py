@@ -5,11 +5,18 @@ weights; probes of frozen features.
     model = init_weights(ViT(**SIZES['nano'], head=64), seed=0)
     model = load('eva.pt')                                 # a ViT or a CLIP in eval mode; model.config rebuilds it
 """
+import argparse
 import contextlib
+import inspect
+import io
+import json
 import math
+import mmap
 import os
 import pickle
 import re
+import sys
+import zipfile
 
 import torch
 import torch.nn as nn
@@ -31,61 +38,77 @@ SIZES = {  # parameters without a head
 }
 
 
-ACTIVATIONS = {'gelu': F.gelu, 'quick_gelu': lambda x: x * torch.sigmoid(1.702 * x)}      # the second is OpenAI CLIP's
+def swiglu(x):
+    """A gate: [..., 2 * mlp_width] to [..., mlp_width] (arXiv:2002.05202)."""
+    gate, x = x.chunk(2, dim=-1)
+    return F.silu(gate) * x
+
+
+ACTIVATIONS = {'gelu': F.gelu, 'quick_gelu': lambda x: x * torch.sigmoid(1.702 * x),     # EVA's, OpenAI's
+               'swiglu': swiglu}                                                       # EVA-02's
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, [B, N, D] to [B, N, D]. A key bias would add one number to all of a query's logits,
-    which softmax cancels: there is none."""
+    """Multi-head self-attention, [B, N, D] to [B, N, D]; rotary as rotary_positions gives it. A key bias would add one
+    number to all of a query's logits, which softmax cancels: there is none. `norm`, before proj, is EVA-02-CLIP's."""
 
-    def __init__(self, width, heads, causal=False):
+    def __init__(self, width, heads, causal=False, norm=None):
         super().__init__()
         self.heads, self.causal = heads, causal
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
+        self.norm = norm or nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x):
+    def forward(self, x, rotary=None):
         B, N, D = x.shape
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = F.linear(x, self.qkv.weight, bias).view(B, N, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # each [B, heads, N, head_dim]
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)   # [B, heads, N, head_dim]
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        return self.proj(self.norm(x.transpose(1, 2).reshape(B, N, D)))
 
 
 class Mlp(nn.Module):
-    def __init__(self, width, mlp_width, act='gelu'):
+    """[B, N, D] to [B, N, D]; `norm`, before fc2, is EVA-02's."""
+
+    def __init__(self, width, mlp_width, act='gelu', norm=None):
         super().__init__()
-        self.fc1 = nn.Linear(width, mlp_width)
+        self.fc1 = nn.Linear(width, 2 * mlp_width if act == 'swiglu' else mlp_width)
         self.act = ACTIVATIONS[act]
+        self.norm = norm or nn.Identity()
         self.fc2 = nn.Linear(mlp_width, width)
 
     def forward(self, x):
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(self.norm(self.act(self.fc1(x))))
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); layer_scale is the first value of a learnt gain per channel.
-    Autocast leaves LayerNorm and the residual stream x in float32."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); with post_norm x + norm(attention(x)), x + norm(mlp(x)). layer_scale
+    is the first value of a learnt gain per channel. Autocast leaves LayerNorm and the residual stream x in float32."""
 
-    def __init__(self, width, heads, mlp_width, eps=1e-6, act='gelu', layer_scale=None, causal=False):
+    def __init__(self, width, heads, mlp_width, eps=1e-6, act='gelu', layer_scale=None, causal=False, attn_norm=False,
+                 mlp_norm=False, post_norm=False):
         super().__init__()
+        self.post_norm = post_norm
         self.norm1 = nn.LayerNorm(width, eps)
-        self.attn = Attention(width, heads, causal)
+        self.attn = Attention(width, heads, causal, nn.LayerNorm(width, eps) if attn_norm else None)
         self.norm2 = nn.LayerNorm(width, eps)
-        self.mlp = Mlp(width, mlp_width, act)
+        self.mlp = Mlp(width, mlp_width, act, nn.LayerNorm(mlp_width, eps) if mlp_norm else None)
         self.gamma_1 = self.gamma_2 = None
         if layer_scale is not None:
             self.gamma_1 = nn.Parameter(torch.full((width,), float(layer_scale)))
             self.gamma_2 = nn.Parameter(torch.full((width,), float(layer_scale)))
 
-    def forward(self, x, drop=None):
+    def forward(self, x, drop=None, rotary=None):
         """x [B, N, D]; drop [B, 2] multiplies each image's two branches: 0 drops one, 1 / (1 - rate) keeps it."""
-        for i, (branch, norm, gamma) in enumerate(((self.attn, self.norm1, self.gamma_1),
+        attention = lambda x: self.attn(x, rotary)
+        for i, (branch, norm, gamma) in enumerate(((attention, self.norm1, self.gamma_1),
                                                    (self.mlp, self.norm2, self.gamma_2))):
-            change = branch(norm(x))
+            change = norm(branch(x)) if self.post_norm else branch(norm(x))
             if gamma is not None:
                 change = change * gamma
             if drop is not None:
@@ -97,24 +120,31 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Images to tokens, pre-norm (arXiv:2010.11929), with EVA's biases. `head` is the width of an optional linear layer
     at the end: MIM's prediction, a classifier, CLIP's projection. `pool` says what it sees: None every patch, 'class'
-    the class token, 'mean' the average patch. OpenAI's towers have a norm before the blocks (`pre_norm`)."""
+    the class token, 'mean' the average patch. OpenAI's towers have a norm before the blocks (`pre_norm`). EVA-02 has
+    act='swiglu', mlp_norm, as a CLIP attn_norm, and rotary positions besides the learnt ones: `rope` is 'index' where
+    rows count 0, 1, 2, ..., or the number of rows that every grid is stretched to."""
 
     def __init__(self, width, depth, heads, mlp_width, patch_size, image_size, head=0, head_bias=True, pool=None,
                  drop_path=0., eps=1e-6, act='gelu', pre_norm=False, patch_bias=True, mask_token=True,
-                 layer_scale=None, mean=CLIP_MEAN, std=CLIP_STD):
+                 layer_scale=None, attn_norm=False, mlp_norm=False, post_norm=False, rope=None, align_corners=False,
+                 mean=CLIP_MEAN, std=CLIP_STD):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ('self', '__class__')}
         self.pool, self.patch_size, self.image_size = pool, patch_size, image_size
         check_grid(image_size, image_size, patch_size)
         if width % heads:
             raise ValueError(f'width {width} is not a multiple of heads {heads}')
+        if rope and width // heads % 4:
+            raise ValueError(f'width {width} / heads {heads} is not a multiple of 4: half of the pairs of channels turn '
+                             'with the row, half with the column')
         self.drop_rates = [drop_path * layer / max(1, depth - 1) for layer in range(depth)]   # 0 to drop_path
         self.patch_embed = nn.Conv2d(3, width, patch_size, patch_size, bias=patch_bias)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if mask_token else None
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid ** 2, width))
         self.pre_norm = nn.LayerNorm(width, eps) if pre_norm else nn.Identity()
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_width, eps, act, layer_scale) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_width, eps, act, layer_scale, attn_norm=attn_norm,
+                                          mlp_norm=mlp_norm, post_norm=post_norm) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps)
         self.head = nn.Linear(width, head, bias=head_bias) if head else nn.Identity()
 
@@ -135,7 +165,8 @@ class ViT(nn.Module):
         (arXiv:2212.00794); drop [B, depth, 2] numbers in [0, 1), below its layer's rate a branch is dropped."""
         check_grid(*images.shape[2:], self.patch_size)
         x = self.patch_embed(images)                                       # [B, D, h, w]
-        positions = resize_positions(self.pos_embed, x.shape[2:])          # [1, 1+N, D]
+        grid = x.shape[2:]
+        positions = resize_positions(self.pos_embed, grid, self.config['align_corners'])     # [1, 1+N, D]
         x = x.flatten(2).transpose(1, 2)                                   # [B, N, D]
         if mask is not None:
             x = torch.where(mask[:, :, None], self.mask_token.to(x.dtype), x)
@@ -144,13 +175,17 @@ class ViT(nn.Module):
             x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))   # [B, n, D]
         first = (self.class_token + positions[:, :1]).expand(len(x), -1, -1)
         x = self.pre_norm(torch.cat((first, x), dim=1))                    # [B, 1+N, D]
+        rotary = None
+        if self.config['rope']:
+            head_dim = self.config['width'] // self.config['heads']
+            rotary = rotary_positions(grid, head_dim, self.config['rope'], keep, x.device)
         if drop is None or not self.config['drop_path']:
             drop = [None] * len(self.blocks)
         else:
             rates = torch.tensor(self.drop_rates, device=drop.device)[:, None]
             drop = ((drop >= rates) / (1 - rates)).unbind(1)               # depth times [B, 2]
         for block, multipliers in zip(self.blocks, drop):
-            x = block(x, multipliers)
+            x = block(x, multipliers, rotary)
         return x
 
     def features(self, images, mask=None, keep=None, drop=None):
@@ -231,15 +266,43 @@ def check_grid(height, width, patch_size):
             raise ValueError(f'image_size {side} is not a multiple of {patch_size}; use {near} or {near + patch_size}')
 
 
-def resize_positions(pos_embed, grid):
+def resize_positions(pos_embed, grid, align_corners=False):
     """Position table [1, 1+n, D] for another grid (h, w): [1, 1+h*w, D]. The class token's row stays, the rest is
-    interpolated as EVA does: bicubic, float32, corners not aligned."""
+    interpolated as EVA does: bicubic, in float32, corners not aligned. The second EVA-CLIP package aligns them in
+    OpenAI's and OpenCLIP's tables, not in its own."""
     side = math.isqrt(pos_embed.shape[1] - 1)
     if (side, side) == tuple(grid):
         return pos_embed
     table = pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)                   # [1, D, n, n]
-    table = F.interpolate(table, size=tuple(grid), mode='bicubic', align_corners=False).flatten(2).transpose(1, 2)
-    return torch.cat((pos_embed[:, :1], table.to(pos_embed.dtype)), dim=1)
+    table = F.interpolate(table, size=tuple(grid), mode='bicubic', align_corners=align_corners)       # [1, D, h, w]
+    return torch.cat((pos_embed[:, :1], table.flatten(2).transpose(1, 2).to(pos_embed.dtype)), dim=1)
+
+
+def resize_patches(kernel, patch_size):
+    """A patch embedding's kernel [D, 3, p, p] for another patch size, bicubic, values not rescaled: EVA's 14 to 16."""
+    resized = F.interpolate(kernel.float(), size=(patch_size, patch_size), mode='bicubic', align_corners=False)
+    return resized.to(kernel.dtype)
+
+
+def rotary_positions(grid, head_dim, rope, keep=None, device=None):
+    """Cosines and sines [2, 1+N, head_dim/2] of the angles by which EVA-02 turns pairs of channels (arXiv:2303.11331):
+    the first half of the pairs by the patch's row, the others by its column; the class token by nothing. grid (h, w),
+    rope as in ViT; with keep [B, n] those of the patches passed on, [2, B, 1, 1+n, head_dim/2]."""
+    half = head_dim // 2
+    frequencies = 10000 ** (-torch.arange(0, half, 2, device=device) / half)                            # [head_dim/4]
+    row, column = (torch.arange(n, device=device) * (1 if rope == 'index' else rope / n) for n in grid)
+    row, column = (place[:, None] * frequencies for place in (row, column))                 # [h or w, head_dim/4]
+    angles = torch.cat((row[:, None].expand(-1, grid[1], -1), column[None].expand(grid[0], -1, -1)), dim=-1)
+    angles = F.pad(angles.flatten(0, 1), (0, 0, 1, 0))                                      # [1+N, head_dim/2]
+    if keep is not None:
+        angles = angles[F.pad(keep + 1, (1, 0))][:, None]                                   # [B, 1, 1+n, head_dim/2]
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x, rotary):
+    """Turns neighbouring channels of x [B, heads, 1+N, head_dim] by their angles."""
+    (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), rotary
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
 def sincos_positions(width, grid):
@@ -255,11 +318,14 @@ def sincos_positions(width, grid):
 @torch.no_grad()
 def init_weights(model, seed=0):
     """First values of a ViT or a CLIP on the CPU, a function of the seed; returns the model. Biases start at 0, norms
-    at 1; ViTs as narrow as ours start from sin-cos positions, which they learn from there (not in the paper)."""
+    at 1; ViTs as narrow as ours start from sin-cos positions, which they learn from there (not in the paper). Weights
+    on the meta device are passed over: `load` takes them from a file."""
     generator, is_clip = torch.Generator().manual_seed(seed), isinstance(model, CLIP)
     for tower in [module for module in model.modules() if isinstance(module, (ViT, TextTower))]:
         width, depth = tower.config['width'], tower.config['depth']
         for name, weight in tower.named_parameters():
+            if weight.is_meta:
+                continue
             layer = int(name.split('.')[1]) + 1 if name.startswith('blocks') else 1
             if is_clip:     # OpenAI's standard deviations for both towers, the first match
                 pixels = 3 * tower.config.get('patch_size', 1) ** 2     # of a patch; .08 = torch's default if it has 48
@@ -281,81 +347,136 @@ def init_weights(model, seed=0):
                     weight.normal_(0, std, generator=generator)
                 else:       # cut at one std, as EVA does, so that .0081 comes out of .015: erf(1 / sqrt(2)) = .683
                     weight.uniform_(-0.6826895, 0.6826895, generator=generator).erfinv_().mul_(2 ** .5 * std)
-    if isinstance(model, CLIP):
+    if is_clip and not model.logit_scale.is_meta:
         model.logit_scale.fill_(math.log(1 / 0.07))
     return model
 
 
-# What a released tensor is called here, a line each: its name, our name ('-' drops it), and what is done to it. A * is
-# one part of a name. 'split' cuts the rows into as many as there are names; 'concat' appends to what came before.
+# What a released tensor is called here, a line each: its name, our name, and what is done to it. A * is one part of a
+# name. Several names on a side hold one tensor's rows in turn: 'concat' joins theirs, 'split' cuts theirs, where '-' is
+# the key bias. 'squeeze': theirs lacks our dimensions of 1. `save` reads the same tables backwards.
 
-def openai_blocks(theirs, ours):
-    return [
-        (theirs + '.*.attn.in_proj_weight', ours + '.*.attn.qkv.weight', 'same'),
-        (theirs + '.*.attn.in_proj_bias', f'{ours}.*.attn.q_bias - {ours}.*.attn.v_bias', 'split'),
-        (theirs + '.*.attn.out_proj.*', ours + '.*.attn.proj.*', 'same'),
-        (theirs + '.*.ln_1.*', ours + '.*.norm1.*', 'same'),
-        (theirs + '.*.ln_2.*', ours + '.*.norm2.*', 'same'),
-        (theirs + '.*.mlp.c_fc.*', ours + '.*.mlp.fc1.*', 'same'),
-        (theirs + '.*.mlp.c_proj.*', ours + '.*.mlp.fc2.*', 'same'),
-    ]
+def same(*names):
+    return [(name, name, 'same') for name in names]
 
 
-OPENAI_CLIP = [
-    ('visual.class_embedding', 'visual.class_token', 'same'),
-    ('visual.positional_embedding', 'visual.pos_embed', 'same'),
-    ('visual.conv1.*', 'visual.patch_embed.*', 'same'),
-    ('visual.ln_pre.*', 'visual.pre_norm.*', 'same'),
-    ('visual.ln_post.*', 'visual.norm.*', 'same'),
-    ('visual.proj', 'visual.head.weight', 'transpose'),
-    ('token_embedding.weight', 'text.token_embed.weight', 'same'),
-    ('positional_embedding', 'text.pos_embed', 'same'),
-    ('ln_final.*', 'text.norm.*', 'same'),
-    ('text_projection', 'text.head.weight', 'transpose'),
-    ('logit_scale', 'logit_scale', 'same'),
-    *[(name, '-', 'drop') for name in ('input_resolution', 'context_length', 'vocab_size')],
-    *openai_blocks('visual.transformer.resblocks', 'visual.blocks'),
-    *openai_blocks('transformer.resblocks', 'text.blocks'),
+def under(theirs, ours, rules):
+    """The rules of a tower for a model that holds it under a prefix."""
+    prefixed = lambda prefix, names: ' '.join(name if name == '-' else prefix + name for name in names.split())
+    return [(prefixed(theirs, left), prefixed(ours, right), op) for left, right, op in rules]
+
+
+EVA = [('cls_token', 'class_token', 'same'), ('patch_embed.proj.*', 'patch_embed.*', 'same'),
+       *same('pos_embed', 'blocks.*.norm1.*', 'blocks.*.norm2.*', 'blocks.*.attn.proj.*')]
+EVA_QKV = same('mask_token', 'blocks.*.attn.qkv.weight', 'blocks.*.attn.q_bias', 'blocks.*.attn.v_bias')
+GELU_MLP = same('blocks.*.mlp.fc1.*', 'blocks.*.mlp.fc2.*', 'blocks.*.gamma_1', 'blocks.*.gamma_2')
+EVA01 = EVA + EVA_QKV + GELU_MLP
+
+EVA_L = EVA + GELU_MLP + same('blocks.*.attn.qkv.weight') + [
+    ('blocks.*.attn.qkv.bias', 'blocks.*.attn.q_bias - blocks.*.attn.v_bias', 'split'),
+    ('mask_token', '-', 'drop'),                       # the decoder's, as what follows
+    *[(name, '-', 'drop') for name in ('decoder_pos_embed', 'decoder_embed.*', 'decoder_blocks.*.*.*',
+                                       'decoder_blocks.*.*.*.*', 'decoder_norm.*', 'decoder_pred.*')],
 ]
 
-EVA01_MIM = [
-    ('cls_token', 'class_token', 'same'),
-    *[(name, name, 'same') for name in ('mask_token', 'pos_embed', 'norm.*')],
-    ('patch_embed.proj.*', 'patch_embed.*', 'same'),
-    ('lm_head.*', 'head.*', 'same'),
-    *[(name, name, 'same') for name in ('blocks.*.*', 'blocks.*.*.*', 'blocks.*.*.*.*')],
+THREE_PROJECTIONS = [('blocks.*.attn.q_proj.weight blocks.*.attn.k_proj.weight blocks.*.attn.v_proj.weight',
+                      'blocks.*.attn.qkv.weight', 'concat')]
+ROTARY_TABLES = [('rope.*', '-', 'drop'), ('blocks.*.attn.rope.*', '-', 'drop')]
+EVA02 = EVA + THREE_PROJECTIONS + ROTARY_TABLES + same(
+    'mask_token', 'blocks.*.attn.q_bias', 'blocks.*.attn.v_bias') + [
+    ('blocks.*.attn.inner_attn_ln.*', 'blocks.*.attn.norm.*', 'same'),
+    ('blocks.*.mlp.w1.weight blocks.*.mlp.w2.weight', 'blocks.*.mlp.fc1.weight', 'concat'),
+    ('blocks.*.mlp.w1.bias blocks.*.mlp.w2.bias', 'blocks.*.mlp.fc1.bias', 'concat'),
+    ('blocks.*.mlp.ffn_ln.*', 'blocks.*.mlp.norm.*', 'same'),
+    ('blocks.*.mlp.w3.*', 'blocks.*.mlp.fc2.*', 'same'),
+]
+EVA02_SMALL = EVA + EVA_QKV + ROTARY_TABLES + [('blocks.*.mlp.w12.*', 'blocks.*.mlp.fc1.*', 'same'),
+                                               ('blocks.*.mlp.w3.*', 'blocks.*.mlp.fc2.*', 'same')]
+EVA02_TIMM = EVA + THREE_PROJECTIONS + same('blocks.*.attn.norm.*', 'blocks.*.mlp.norm.*', 'blocks.*.mlp.fc2.*') + [
+    ('blocks.*.attn.q_proj.bias', 'blocks.*.attn.q_bias', 'same'),
+    ('blocks.*.attn.v_proj.bias', 'blocks.*.attn.v_bias', 'same'),
+    ('blocks.*.mlp.fc1_g.weight blocks.*.mlp.fc1_x.weight', 'blocks.*.mlp.fc1.weight', 'concat'),
+    ('blocks.*.mlp.fc1_g.bias blocks.*.mlp.fc1_x.bias', 'blocks.*.mlp.fc1.bias', 'concat'),
 ]
 
+OPENAI_BLOCKS = under('transformer.resblocks.*.', 'blocks.*.', [
+    ('attn.in_proj_weight', 'attn.qkv.weight', 'same'),
+    ('attn.in_proj_bias', 'attn.q_bias - attn.v_bias', 'split'),
+    ('attn.out_proj.*', 'attn.proj.*', 'same'),
+    ('ln_1.*', 'norm1.*', 'same'),
+    ('ln_2.*', 'norm2.*', 'same'),
+    ('mlp.c_fc.*', 'mlp.fc1.*', 'same'),
+    ('mlp.c_proj.*', 'mlp.fc2.*', 'same'),
+])
+OPENAI_VISION = OPENAI_BLOCKS + [
+    ('class_embedding', 'class_token', 'squeeze'),
+    ('positional_embedding', 'pos_embed', 'squeeze'),
+    ('conv1.*', 'patch_embed.*', 'same'),
+    ('ln_pre.*', 'pre_norm.*', 'same'),
+    ('ln_post.*', 'norm.*', 'same'),
+    ('proj', 'head.weight', 'transpose'),
+]
+OPENAI_TEXT = OPENAI_BLOCKS + [
+    ('token_embedding.weight', 'token_embed.weight', 'same'),
+    ('positional_embedding', 'pos_embed', 'squeeze'),
+    ('ln_final.*', 'norm.*', 'same'),
+    ('text_projection', 'head.weight', 'transpose'),
+]
+LOGIT_SCALE = [('logit_scale', 'logit_scale', 'squeeze')]
+OPENAI_CLIP = under('visual.', 'visual.', OPENAI_VISION) + under('', 'text.', OPENAI_TEXT) + LOGIT_SCALE + [
+    (name, '-', 'drop') for name in ('input_resolution', 'context_length', 'vocab_size')]
+OPENCLIP_TEXT = under('visual.', 'visual.', OPENAI_VISION) + under('text.', 'text.', OPENAI_TEXT) + LOGIT_SCALE
 
-def openai_clip_config(state):
-    width, depth = state['text.token_embed.weight'].shape[1], count_layers(state, 'text.')
-    text = dict(width=width, depth=depth, heads=max(1, width // 64), vocab=len(state['text.token_embed.weight']),
-                embed=len(state['text.head.weight']), context=state['text.pos_embed'].shape[-2], act='quick_gelu')
-    return dict(vision=shown_config(state, 'visual.', pool='class', eps=1e-5, act='quick_gelu'), text=text)
+HF_BLOCKS = under('encoder.layers.*.', 'blocks.*.', [
+    ('self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight', 'attn.qkv.weight', 'concat'),
+    ('self_attn.q_proj.bias self_attn.k_proj.bias self_attn.v_proj.bias', 'attn.q_bias - attn.v_bias', 'split'),
+    ('self_attn.out_proj.*', 'attn.proj.*', 'same'),
+    ('layer_norm1.*', 'norm1.*', 'same'),
+    ('layer_norm2.*', 'norm2.*', 'same'),
+    *same('mlp.fc1.*', 'mlp.fc2.*'),
+])
+HF_CLIP = under('vision_model.', 'visual.', HF_BLOCKS + [
+    ('embeddings.class_embedding', 'class_token', 'squeeze'),
+    ('embeddings.position_embedding.weight', 'pos_embed', 'squeeze'),
+    ('embeddings.patch_embedding.*', 'patch_embed.*', 'same'),
+    ('embeddings.position_ids', '-', 'drop'),
+    ('pre_layrnorm.*', 'pre_norm.*', 'same'),
+    ('post_layernorm.*', 'norm.*', 'same'),
+]) + under('text_model.', 'text.', HF_BLOCKS + [
+    ('embeddings.token_embedding.weight', 'token_embed.weight', 'same'),
+    ('embeddings.position_embedding.weight', 'pos_embed', 'squeeze'),
+    ('embeddings.position_ids', '-', 'drop'),
+    ('final_layer_norm.*', 'norm.*', 'same'),
+]) + LOGIT_SCALE + [
+    ('visual_projection.weight', 'visual.head.weight', 'same'),
+    ('text_projection.weight', 'text.head.weight', 'same'),
+]
 
-
-FAMILIES = {  # tensors that only it has, its table, its config
-    'OpenAI CLIP': (('visual.class_embedding', 'ln_final.weight'), OPENAI_CLIP, openai_clip_config),
-    'EVA-01 MIM': (('lm_head.weight', 'blocks.0.mlp.fc1.weight'), EVA01_MIM, lambda state: shown_config(state)),
+EVA_ENDS = {  # what EVA's ViTs end with: a tensor that tells, the pooling, its rules
+    'MIM':                          ('lm_head.weight', None, same('norm.*') + [('lm_head.*', 'head.*', 'same')]),
+    'classifier, mean patch':       ('fc_norm.weight', 'mean', [('fc_norm.*', 'norm.*', 'same')] + same('head.*')),
+    'classifier, class token':      ('head.weight', 'class', same('norm.*', 'head.*')),
+    'encoder':                      ('norm.weight', None, same('norm.*')),
 }
-
-
-def count_layers(state, prefix=''):
-    layers = [int(name[len(prefix):].split('.')[1]) for name in state if name.startswith(prefix + 'blocks.')]
-    return 1 + max(layers, default=-1)
-
-
-def shown_config(state, prefix='', **options):
-    """The ViT's options that its tensors show. A head is 64 wide, EVA-g's 88: the one thing they do not show."""
-    def rows(name, dim=0):
-        return state[prefix + name].shape[dim] if prefix + name in state else 0
-    width, patch_size = state[prefix + 'class_token'].shape[-1], state[prefix + 'patch_embed.weight'].shape[-1]
-    grid = math.isqrt(state[prefix + 'pos_embed'].shape[-2] - 1)
-    return dict(width=width, depth=count_layers(state, prefix), heads=16 if width == 1408 else max(1, width // 64),
-                mlp_width=state[prefix + 'blocks.0.mlp.fc1.weight'].shape[0], patch_size=patch_size,
-                image_size=grid * patch_size, head=rows('head.weight'), head_bias=bool(rows('head.bias')),
-                pre_norm=bool(rows('pre_norm.weight')), patch_bias=bool(rows('patch_embed.bias')),
-                mask_token=bool(rows('mask_token')), layer_scale=1. if rows('blocks.0.gamma_1') else None, **options)
+FAMILIES = {  # tensors that only it has; its table; what its tensors do not show
+    'OpenAI CLIP': (('visual.class_embedding', 'ln_final.weight'), OPENAI_CLIP, dict(act='quick_gelu', eps=1e-5)),
+    'OpenCLIP, custom text': (('visual.class_embedding', 'text.ln_final.weight'), OPENCLIP_TEXT,
+                              dict(act='gelu', eps=1e-5)),
+    'Hugging Face CLIP': (('vision_model.pre_layrnorm.weight', 'text_model.final_layer_norm.weight'), HF_CLIP,
+                          dict(act='quick_gelu', eps=1e-5)),
+    'OpenAI CLIP, vision tower': (('class_embedding', 'ln_post.weight'), OPENAI_VISION,
+                                  dict(act='quick_gelu', eps=1e-5)),
+}
+for _name, _mark, _rules in (('EVA-02', 'blocks.0.mlp.w1.weight', EVA02),
+                             ('EVA-02 small', 'blocks.0.mlp.w12.weight', EVA02_SMALL),
+                             ('EVA-02 timm', 'blocks.0.mlp.fc1_g.weight', EVA02_TIMM),
+                             ('EVA-L', 'blocks.0.attn.qkv.bias', EVA_L),
+                             ('EVA-01', 'blocks.0.attn.q_bias', EVA01)):
+    FAMILIES[_name + ' CLIP'] = (('visual.' + _mark, 'text.ln_final.weight'), under(
+        'visual.', 'visual.', _rules + EVA_ENDS['classifier, class token'][2]) + under('text.', 'text.', OPENAI_TEXT)
+        + LOGIT_SCALE + [('text.logit_scale', 'logit_scale', 'squeeze')], {})      # the first package's
+    for _end, (_tells, _pool, _last) in EVA_ENDS.items():
+        FAMILIES[f'{_name} {_end}'] = ((_mark, _tells), _rules + _last, dict(pool=_pool))
 
 
 def rename(name, pattern, target):
@@ -367,102 +488,252 @@ def rename(name, pattern, target):
 
 
 def original_name(name, rules):
-    """What a released file calls our tensor."""
-    names = (rename(name, target, pattern) for pattern, targets, _ in rules for target in targets.split())
-    return next(filter(None, names), name)
+    """What a released file calls our tensor; None where it has no place for it."""
+    names = (rename(name, target, theirs.split()[0]) for theirs, targets, _ in rules for target in targets.split())
+    return next(filter(None, names), None)
 
 
 def translate(state, rules):
-    """Tensors under our names (those that no rule names keep theirs), and the number of dropped key biases."""
-    ours, left, dropped = {}, dict(state), 0
-    for pattern, targets, op in rules:
-        targets = targets.split()
-        for theirs in [name for name in left if rename(name, pattern, '') is not None]:
-            tensor = left.pop(theirs)
-            parts = tensor.chunk(len(targets)) if op == 'split' else [tensor.T if op == 'transpose' else tensor]
-            for target, part in zip(targets, parts):
-                name = rename(theirs, pattern, target)
+    """Tensors under our names (those that no rule names keep theirs), the key biases by their names, and how many
+    tensors each rule took."""
+    ours, left, key_biases, counts = {}, dict(state), {}, [0] * len(rules)
+    for i, (theirs, targets, op) in enumerate(rules):
+        theirs, targets = theirs.split(), targets.split()
+        for name in [name for name in left if rename(name, theirs[0], '') is not None]:
+            sources = [rename(name, theirs[0], pattern) for pattern in theirs]
+            missing = [source for source in sources if source not in left]
+            if missing:
+                raise ValueError(f'weights do not fit the model: missing {missing[0]}')
+            pieces = [left.pop(source) for source in sources]
+            counts[i] += len(pieces)
+            if op == 'drop':
+                continue
+            tensor = torch.cat(pieces) if len(pieces) > 1 else pieces[0].T if op == 'transpose' else pieces[0]
+            pieces = [piece.clone() for piece in tensor.chunk(len(targets))] if op == 'split' else [tensor]
+            for target, piece in zip(targets, pieces):
                 if target == '-':
-                    dropped += op == 'split'
+                    key_biases[name] = piece
                 else:
-                    ours[name] = torch.cat((ours[name], part)) if op == 'concat' and name in ours else part
-    return {**ours, **left}, dropped
+                    ours[rename(name, theirs[0], target)] = piece
+    return {**ours, **left}, key_biases, counts
 
 
-@torch.no_grad()
-def fill(model, state, fresh=(), rules=()):
-    """Copies tensors into the model, strictly: a missing, extra or wrong-shape tensor is an error that names it.
-    Those that start with a name in `fresh` are exempt, and keep the model's initial values."""
-    own, fresh = model.state_dict(), tuple(fresh)
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(fresh)}
-    wrong = [f'missing {original_name(name, rules)}' for name in own
-             if name not in state and not name.startswith(fresh)]
-    wrong += [f'unexpected {name}' for name in state if name not in own]
-    for name in own.keys() & state.keys():     # released tables and tokens lack dimensions of 1 that ours have
-        given, expected = list(state[name].shape), list(own[name].shape)
-        if [n for n in given if n > 1] != [n for n in expected if n > 1]:
-            wrong.append(f'{original_name(name, rules)} of shape {given} instead of {expected}')
-    if wrong:
-        more = f'; and {len(wrong) - 5} more' if len(wrong) > 5 else ''
-        raise ValueError('weights do not fit the model: ' + '; '.join(wrong[:5]) + more)
-    for name, tensor in state.items():
-        own[name].copy_(tensor.reshape(own[name].shape))
+def translate_back(state, rules):
+    """Our tensors under a family's names; those that it has no place for keep ours."""
+    theirs, left = {}, dict(state)
+    for names, targets, op in rules:
+        names, targets = names.split(), targets.split()
+        for name in [name for name in left if op != 'drop' and rename(name, targets[0], '') is not None]:
+            pieces = [None if target == '-' else left.pop(rename(name, targets[0], target)) for target in targets]
+            pieces = [torch.zeros_like(pieces[0]) if piece is None else piece for piece in pieces]      # key biases
+            tensor = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+            tensor = tensor.T if op == 'transpose' else tensor.squeeze() if op == 'squeeze' else tensor
+            for target, piece in zip(names, tensor.chunk(len(names)) if len(names) > 1 else [tensor]):
+                theirs[rename(name, targets[0], target)] = piece.contiguous()
+    return {**theirs, **left}
 
 
-def override(before, changes, state, prefix):
-    """A tower's config with changes, and what starts afresh because of them. Positions are resized to a new grid."""
+def family_of(state):
+    """The name of the first family all of whose marks the tensors' names have."""
+    family = next((family for family, (marks, *_) in FAMILIES.items() if state.keys() >= set(marks)), None)
+    if family is None:
+        some = ', '.join(list(state)[:3]) or 'none'
+        raise ValueError(f'tensors of no known model ({some}, ...); known are nanoEVA, OpenAI CLIP, OpenCLIP, '
+                         'Hugging Face CLIP, EVA-01, EVA-L, EVA-02 and their CLIPs')
+    return family
+
+
+def tower_config(state, prefix='', act='gelu', eps=1e-6, pool='class'):
+    """The ViT's options that its tensors under our names show. A head is 64 wide but in the largest models, which have
+    16, and EVA-02-CLIP-E, whose MLP is the widest, has its norms after its branches: the things they do not show."""
+    def rows(name, dim=0):
+        return state[prefix + name].shape[dim] if prefix + name in state else 0
+    width, patch_size = state[prefix + 'class_token'].shape[-1], state[prefix + 'patch_embed.weight'].shape[-1]
+    mlp_width, grid = state[prefix + 'blocks.0.mlp.fc2.weight'].shape[1], state[prefix + 'pos_embed'].shape[-2] - 1
+    swiglu = state[prefix + 'blocks.0.mlp.fc1.weight'].shape[0] == 2 * mlp_width
+    return dict(width=width, depth=count_layers(state, prefix), mlp_width=mlp_width, patch_size=patch_size,
+                heads=16 if width in (1280, 1408, 1664, 1792) else max(1, width // 64),
+                image_size=math.isqrt(grid) * patch_size, head=rows('head.weight'), head_bias=bool(rows('head.bias')),
+                pool=pool, eps=eps, act='swiglu' if swiglu else act, pre_norm=bool(rows('pre_norm.weight')),
+                patch_bias=bool(rows('patch_embed.bias')), mask_token=bool(rows('mask_token')),
+                layer_scale=1. if rows('blocks.0.gamma_1') else None, attn_norm=bool(rows('blocks.0.attn.norm.weight')),
+                mlp_norm=bool(rows('blocks.0.mlp.norm.weight')), post_norm=mlp_width > 8 * width,
+                rope=None if not swiglu else 'index' if pool is None else 16)
+
+
+def count_layers(state, prefix=''):
+    layers = [int(name[len(prefix):].split('.')[1]) for name in state if name.startswith(prefix + 'blocks.')]
+    return 1 + max(layers, default=-1)
+
+
+def family_config(state, family):
+    """The config of a family's tensors, under our names: a ViT's, or a CLIP's by tower."""
+    _, rules, options = FAMILIES[family]
+    try:
+        if 'logit_scale' not in (ours for _, ours, _ in rules):
+            return tower_config(state, **options)
+        width, depth = state['text.token_embed.weight'].shape[1], count_layers(state, 'text.')
+        text = dict(width=width, depth=depth, heads=max(1, width // 64), vocab=len(state['text.token_embed.weight']),
+                    embed=len(state['text.head.weight']), context=state['text.pos_embed'].shape[-2],
+                    act=options.get('act', 'gelu'))
+        return dict(vision=tower_config(state, 'visual.', **options), text=text)
+    except KeyError as key:
+        raise ValueError(f'weights of {family} miss {original_name(key.args[0], rules) or key}') from None
+
+
+def override(before, changes, state, prefix, tower):
+    """A tower's config with changes, and what starts afresh because of them. Positions are resized to a new grid, the
+    patch embedding to a new patch."""
+    known = inspect.signature(tower).parameters
+    for name in changes:
+        if name not in known:
+            raise ValueError(f'{tower.__name__} has no option {name}; it has {", ".join(known)}')
     after = {**before, **changes}
     changed = {name for name in changes if after[name] != before.get(name)}
     fresh = [prefix + name for name in ('head', 'mask_token') if changed & {name, name + '_bias'}]
     if 'pool' in changed and after['pool'] == 'mean':
         fresh.append(prefix + 'norm.')
-    if 'image_size' in changed:
+    if changed & {'image_size', 'patch_size'}:
+        check_grid(after['image_size'], after['image_size'], after['patch_size'])
         table, grid = state[prefix + 'pos_embed'], after['image_size'] // after['patch_size']
-        state[prefix + 'pos_embed'] = resize_positions(table.view(1, *table.shape[-2:]), (grid, grid))
+        state[prefix + 'pos_embed'] = resize_positions(table.view(1, *table.shape[-2:]), (grid, grid),
+                                                       after.get('align_corners', False))
+    if 'patch_size' in changed:
+        state[prefix + 'patch_embed.weight'] = resize_patches(state[prefix + 'patch_embed.weight'], after['patch_size'])
     return after, fresh
 
 
-def load_state(state, name=None, config=None, expected=None, **overrides):
+def check_tensors(model, state, fresh, rules):
+    """A missing, extra or wrong-shape tensor is an error that names it; those that start as one of `fresh` are exempt."""
+    own, theirs = model.state_dict(), lambda name: original_name(name, rules) or name
+    wrong = [f'missing {theirs(name)}' for name in own if name not in state and not name.startswith(fresh)]
+    wrong += [f'unexpected {name}' for name in state if name not in own]
+    for name in own.keys() & state.keys():     # released tables and tokens lack dimensions of 1 that ours have
+        given, expected = list(state[name].shape), list(own[name].shape)
+        if [n for n in given if n > 1] != [n for n in expected if n > 1]:
+            wrong.append(f'{theirs(name)} of shape {given} instead of {expected}')
+    if wrong:
+        more = f'; and {len(wrong) - 5} more' if len(wrong) > 5 else ''
+        raise ValueError('weights do not fit the model: ' + '; '.join(wrong[:5]) + more)
+
+
+@torch.no_grad()
+def fill(model, state, fresh=(), rules=(), assign=False):
+    """Gives a model on the meta device its tensors, strictly; those that start with a name in `fresh` get initial values.
+    With assign they are the given ones where those are float32: what is mapped from a file stays there."""
+    fresh = tuple(fresh)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(fresh)}
+    check_tensors(model, state, fresh, rules)
+    if fresh:
+        empty = {name: torch.empty(tensor.shape) for name, tensor in model.state_dict().items() if name not in state}
+        model.load_state_dict(empty, strict=False, assign=True)
+        init_weights(model)
+    filled, seen = {}, set()
+    for name, parameter in model.state_dict().items():
+        if name in state:
+            tensor = state[name].reshape(parameter.shape).float().contiguous()
+            storage = None if tensor.is_meta else tensor.untyped_storage().data_ptr()
+            filled[name] = tensor.clone() if not assign or storage in seen else tensor     # no two share their memory
+            seen |= {storage} - {None}
+    model.load_state_dict(filled, strict=False, assign=True)
+
+
+def load_state(state, name=None, config=None, expected=None, assign=False, **overrides):
     """Tensors, of our own format (its class name and config given) or of a family in FAMILIES, to a model in eval mode.
-    overrides change the config, CLIP's by tower (vision=dict(...)): a new image_size resizes positions; a new head,
-    mask_token or pool='mean' (whose norm EVA starts afresh) starts with initial values instead of the file's."""
-    state, rules, dropped = dict(state), (), 0
+    overrides change the config, CLIP's by tower (vision=dict(...)): a new image_size resizes positions, a new patch_size
+    patch kernels too; a new head, mask_token or pool='mean' (whose norm EVA starts afresh) starts with initial values
+    instead of the file's. With assign the model takes the tensors themselves, else copies."""
+    state, rules, key_biases, family = dict(state), (), {}, None
     if config is None:
-        family = next((family for family, (marks, *_) in FAMILIES.items() if state.keys() >= set(marks)), None)
-        if family is None:
-            some = ', '.join(list(state)[:3]) or 'none'
-            raise ValueError(f'tensors of no known model ({some}, ...); known are nanoEVA, {", ".join(FAMILIES)}')
-        _, rules, config_of = FAMILIES[family]
-        state, dropped = translate(state, rules)
-        try:
-            config = config_of(state)
-        except KeyError as key:
-            raise ValueError(f'weights of {family} miss {original_name(key.args[0], rules)}') from None
+        family = family_of(state)
+        rules = FAMILIES[family][1]
+        state, key_biases, counts = translate(state, rules)
+        config = family_config(state, family)
         name = 'CLIP' if 'vision' in config else 'ViT'
     if expected and name != expected.__name__:
         raise ValueError(f'this is a {name}, expected a {expected.__name__}')
     if name == 'CLIP':
-        vision, fresh = override(config['vision'], overrides.get('vision', {}), state, 'visual.')
-        text, fresh_text = override(config['text'], overrides.get('text', {}), state, 'text.')
+        if overrides.keys() - {'vision', 'text'}:
+            raise ValueError(f"a CLIP's options go by tower: vision=dict({', '.join(overrides)}=...) or text=dict(...)")
+        vision, fresh = override(config['vision'], overrides.get('vision', {}), state, 'visual.', ViT)
+        text, fresh_text = override(config['text'], overrides.get('text', {}), state, 'text.', TextTower)
         config, fresh = dict(vision=vision, text=text), fresh + fresh_text
     else:
-        config, fresh = override(config, overrides, state, '')
+        config, fresh = override(config, overrides, state, '', ViT)
+    if config.get('vision', config).get('rope'):
+        for bias, values in key_biases.items():
+            if values.any():
+                raise ValueError(f'{bias} has key biases; under rotary positions they matter, and this ViT has none')
     with torch.device('meta'):             # no time is spent on values that will be replaced
         model = CLIP(**config) if name == 'CLIP' else ViT(**config)
-    model.to_empty(device='cpu')
-    if fresh:
-        init_weights(model)
-    fill(model, state, fresh, rules)
+    fill(model, state, fresh, rules, assign)
     model.extra = {}
-    if dropped:
-        print0(f'{family} weights: {dropped} key biases dropped (softmax cancels them)')
+    if family:
+        note_dropped(family, rules, counts, key_biases)
     return model.eval()
 
 
-def save(model, path, **extra):
-    """One portable file that `load` reads: class, config, tensors, and plain data such as a vocabulary in extra."""
+def note_dropped(family, rules, counts, key_biases):
+    """Says what of a file is not in the model."""
+    notes = []
+    if key_biases:
+        numbers = sum(bias.numel() for bias in key_biases.values())
+        notes.append(f'{len(key_biases)} key biases dropped ({numbers:,} numbers, which softmax cancels)')
+    dropped = [f'{theirs} ({count})' for (theirs, _, op), count in zip(rules, counts) if count and op == 'drop']
+    if dropped:
+        notes.append('dropped ' + ', '.join(dropped))
+    if notes:
+        print0(f'{family} weights: ' + '; '.join(notes))
+
+
+def own_family(model, names):
+    """The family whose names `save` writes: names is its name, or 'eva' or 'openai' for the one that fits the model."""
+    if names == 'openai':
+        names = 'OpenAI CLIP' if isinstance(model, CLIP) else 'OpenAI CLIP, vision tower'
+    elif names == 'eva':
+        config = model.config.get('vision', model.config)
+        names = 'EVA-02 ' if config['mlp_norm'] else 'EVA-02 small ' if config['act'] == 'swiglu' else 'EVA-01 '
+        ends = {None: 'MIM', 'mean': 'classifier, mean patch', 'class': 'classifier, class token'}
+        names += 'CLIP, second package' if isinstance(model, CLIP) else ends[config['pool']]
+    if names not in FAMILIES:
+        raise ValueError(f"names {names!r} are not known; use 'ours', 'eva', 'openai', or one of {', '.join(FAMILIES)}")
+    return names
+
+
+def export(model, names):
+    """The model's tensors under a family's names; says what a reader of these must be told."""
+    family = own_family(model, names)
+    rules = FAMILIES[family][1]
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    held = dict(format='nanoEVA', name=type(model).__name__, config=model.config, state_dict=state, extra=extra)
+    if model.config.get('vision', model.config)['pool']:            # nothing hides patches from a classifier or a CLIP
+        state = {name: tensor for name, tensor in state.items() if not name.endswith('mask_token')}
+    theirs = translate_back(state, rules)
+    ours, _, counts = translate(theirs, rules)
+    optional = r'.*(gamma_\d|mask_token|head\.\*|inner_attn_ln.*|text\.logit_scale)'
+    homeless = [name for name in state if not original_name(name, rules)]
+    unmet = [names.split()[0] for (names, _, op), count in zip(rules, counts)
+             if not count and op != 'drop' and not re.fullmatch(optional, names.split()[0])]
+    for wrong, words in ((homeless, 'have no place for'), (unmet, 'need')):
+        if wrong:
+            raise ValueError(f"the names of {family} {words} {', '.join(wrong[:3])}; use names='eva' or 'ours'")
+    shown, told = family_config(ours, family), []
+    pairs = [(model.config, shown)] if 'vision' not in shown else [(model.config[t], shown[t]) for t in ('vision', 'text')]
+    for config, shown in pairs:
+        told += [f'{name}={config[name]!r}' for name in shown if config[name] != shown[name]
+                 and name not in ('mask_token', 'layer_scale')]
+    if told:
+        print0(f'the names of {family} do not tell a reader of {", ".join(told)}')
+    return theirs
+
+
+def save(model, path, names='ours', **extra):
+    """One portable file that `load` reads: class, config, tensors, and plain data such as a vocabulary in extra. With
+    names='eva' or 'openai' the tensors alone under their names, for timm, EVA's code, OpenCLIP or OpenAI's."""
+    if names == 'ours':
+        state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+        held = dict(format='nanoEVA', name=type(model).__name__, config=model.config, state_dict=state, extra=extra)
+    else:
+        held = export(model, names)
     try:
         torch.save(held, path + '.tmp')
         os.replace(path + '.tmp', path)
@@ -472,28 +743,146 @@ def save(model, path, **extra):
         raise ValueError(f'{path} cannot be written ({first_line(error)})') from None
 
 
+SAFETENSORS = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
+               'I64': torch.int64, 'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8, 'U8': torch.uint8,
+               'BOOL': torch.bool}
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file: the length of a JSON header in 8 bytes, the header, raw bytes."""
+    with open(path, 'rb') as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)      # what is written to it stays in memory
+    start, state = 8 + int.from_bytes(mapped[:8], 'little'), {}
+    header = json.loads(mapped[8:start])
+    header.pop('__metadata__', None)
+    for name, about in header.items():
+        dtype, shape, (first, last) = SAFETENSORS[about['dtype']], about['shape'], about['data_offsets']
+        numel = math.prod(shape)
+        if last - first != numel * dtype.itemsize or first < 0 or start + last > len(mapped):
+            raise ValueError(f'{name} lies outside of the file')
+        if not numel:
+            state[name] = torch.empty(shape, dtype=dtype)
+        elif (start + first) % dtype.itemsize:             # not aligned
+            state[name] = torch.frombuffer(bytearray(mapped[start + first:start + last]), dtype=dtype).view(shape)
+        else:
+            state[name] = torch.frombuffer(mapped, dtype=dtype, count=numel, offset=start + first).view(shape)
+    return state
+
+
+class Stand:
+    """Stands for an object of whatever class a TorchScript archive names: attributes, no code."""
+
+
+class ArchiveUnpickler(pickle.Unpickler):
+    """Reads a TorchScript archive's tree of modules: tensors, containers and stand-ins. Nothing of the file is run."""
+
+    def __init__(self, archive, folder):
+        super().__init__(io.BytesIO(archive.read(folder + '/data.pkl')))
+        self.archive, self.folder, self.storages = archive, folder, {}
+
+    def find_class(self, module, name):
+        if module.split('.')[0] == '__torch__':
+            return Stand
+        if module == 'torch' and name.endswith('Storage'):
+            return getattr(torch, name).dtype
+        known = {('collections', 'OrderedDict'): dict, ('torch._utils', '_rebuild_tensor_v2'): self.tensor}
+        known.update({('torch.jit._pickle', f'build_{kind}list'): list for kind in ('int', 'double', 'bool', 'tensor')})
+        if (module, name) not in known:
+            raise pickle.UnpicklingError(f'GLOBAL {module}.{name}')
+        return known[module, name]
+
+    def persistent_load(self, name):
+        _, dtype, key, *_ = name
+        if key not in self.storages:
+            data = bytearray(self.archive.read(f'{self.folder}/data/{key}'))
+            self.storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0)
+        return self.storages[key]
+
+    @staticmethod
+    def tensor(storage, offset, shape, stride, *_):
+        return torch.as_strided(storage, shape, stride, offset)          # raises where it would leave the storage
+
+
+def module_tensors(module, prefix=''):
+    """{name: tensor} of a tree of stand-ins."""
+    state = {}
+    for name, value in vars(module).items():
+        if torch.is_tensor(value):
+            state[prefix + name] = value
+        elif isinstance(value, Stand):
+            state.update(module_tensors(value, f'{prefix}{name}.'))
+    return state
+
+
+def read(path):
+    """What a file holds, mostly a dict of tensors: torch.save's (which stay in the file until used), a .safetensors
+    file's, or a TorchScript archive's, OpenAI's format."""
+    try:
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:
+                scripted = [name for name in archive.namelist() if name.endswith('/constants.pkl')]
+                if scripted:
+                    return module_tensors(ArchiveUnpickler(archive, scripted[0].rsplit('/', 1)[0]).load())
+        with open(path, 'rb') as file:
+            if file.read(9)[8:] == b'{':
+                return read_safetensors(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):     # the options that EVA's files keep
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=is_zip)
+    except OSError as error:
+        raise ValueError(f'{path} cannot be read ({error.strerror or error}); give a checkpoint file') from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError,
+            OverflowError, zipfile.BadZipFile) as error:
+        code = re.search(r'GLOBAL ([\w.]+)', str(error))
+        if code:
+            raise ValueError(f'{path} asks for {code[1]}, which is code and no tensor; nothing of it was run') from None
+        raise ValueError(f'{path} is not a checkpoint of tensors, or not a whole one') from None
+
+
+def unwrap(held):
+    """The tensors of a checkpoint: in the innermost of the usual dicts, without the prefixes that wrappers leave."""
+    for wrapper in ('model', 'module', 'state_dict', 'model_ema'):
+        held = held[wrapper] if isinstance(held.get(wrapper), dict) else held
+    state = {name.replace('_orig_mod.', ''): tensor for name, tensor in held.items() if torch.is_tensor(tensor)}
+    for prefix in ('module.', 'visual.'):
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name[len(prefix):]: tensor for name, tensor in state.items()}
+    return {name.replace('visual.trunk.', 'visual.'): tensor for name, tensor in state.items()}      # timm in OpenCLIP
+
+
 def load(path, expected=None, **overrides):
     """A ViT or a CLIP in eval mode, recognised by what the file holds; see load_state for the overrides. If one of the
     two classes is expected, the other is refused. What `save` was given beside the model is in `model.extra`."""
-    try:
-        held = torch.load(path, map_location='cpu', weights_only=True)
-    except OSError as error:
-        raise ValueError(f'{path} cannot be read ({error.strerror or error}); give a checkpoint file') from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError):
-        raise ValueError(f'{path} is not a checkpoint of tensors that torch.load reads') from None
+    held = read(path)
     if not isinstance(held, dict):
         raise ValueError(f'{path} holds a {type(held).__name__}, expected a dict of tensors')
     try:
         if held.get('format') == 'nanoEVA':
-            model = load_state(held['state_dict'], held['name'], held['config'], expected, **overrides)
+            model = load_state(held['state_dict'], held['name'], held['config'], expected, assign=True, **overrides)
             model.extra = held['extra']
             return model
-        for wrapper in ('model', 'module', 'state_dict'):
-            held = held[wrapper] if isinstance(held.get(wrapper), dict) else held
-        state = {name: tensor for name, tensor in held.items() if torch.is_tensor(tensor)}
-        return load_state(state, expected=expected, **overrides)
+        return load_state(unwrap(held), expected=expected, assign=True, **overrides)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from None
+
+
+def describe(path):
+    """Prints what a file is, and which of its tensors become which of ours."""
+    model, held = load(path), read(path)
+    towers = dict(vision=model.visual, text=model.text) if isinstance(model, CLIP) else {'': model}
+    ours = held.get('format') == 'nanoEVA'
+    state = held['state_dict'] if ours else unwrap(held)
+    family = 'nanoEVA' if ours else family_of(state)
+    parameters, vision = sum(weight.numel() for weight in model.parameters()), towers.get('vision', model)
+    print(f'{path}: {family}, {os.path.getsize(path) / 1e6:,.1f} MB')
+    print(f'a {type(model).__name__} of {parameters:,} parameters, {vision.image_size} px in {vision.grid} x '
+          f'{vision.grid} patches of {vision.patch_size} px')
+    for tower, module in towers.items():
+        print(tower, *(f'{name}={value}' for name, value in module.config.items() if name not in ('mean', 'std')))
+    rules = FAMILIES[family][1] if not ours else same(*dict.fromkeys(re.sub(r'\.\d+\.', '.*.', n) for n in state))
+    for (theirs, targets, op), count in zip(rules, translate(state, rules)[2]):
+        if count:
+            print(f'{count:5} {op:9} {theirs}' + (f' -> {targets}' if targets != theirs and op != 'drop' else ''))
 
 
 @torch.no_grad()
@@ -549,3 +938,13 @@ def first_line(error):
         break
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return 'No space left on device' if 'unexpected pos' in text else text      # torch's words for a full disk
+
+
+if __name__ == '__main__':
+    if len(sys.argv) != 2:
+        sys.exit('usage: python model.py WEIGHTS')
+    try:
+        describe(sys.argv[1])
+    except ValueError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
