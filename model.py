@@ -87,8 +87,9 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); with post_norm x + norm(attention(x)), x + norm(mlp(x)). layer_scale
-    is the first value of a learnt gain per channel. Autocast leaves LayerNorm and the residual stream x in float32."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); with post_norm x + norm(attention(x)), x + norm(mlp(x)).
+    layer_scale is the first value of a learnt gain per channel. Autocast leaves LayerNorm and the residual stream x in
+    float32."""
 
     def __init__(self, width, heads, mlp_width, eps=1e-6, act='gelu', layer_scale=None, causal=False, attn_norm=False,
                  mlp_norm=False, post_norm=False):
@@ -135,8 +136,8 @@ class ViT(nn.Module):
         if width % heads:
             raise ValueError(f'width {width} is not a multiple of heads {heads}')
         if rope and width // heads % 4:
-            raise ValueError(f'width {width} / heads {heads} is not a multiple of 4: half of the pairs of channels turn '
-                             'with the row, half with the column')
+            raise ValueError(f'width {width} / heads {heads} is not a multiple of 4, as rotary positions need: half of '
+                             'the pairs of channels turn with the row, half with the column')
         self.drop_rates = [drop_path * layer / max(1, depth - 1) for layer in range(depth)]   # 0 to drop_path
         self.patch_embed = nn.Conv2d(3, width, patch_size, patch_size, bias=patch_bias)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -604,7 +605,7 @@ def override(before, changes, state, prefix, tower):
 
 
 def check_tensors(model, state, fresh, rules):
-    """A missing, extra or wrong-shape tensor is an error that names it; those that start as one of `fresh` are exempt."""
+    """A missing, extra or wrong-shape tensor is an error that names it; those that start as `fresh` does may miss."""
     own, theirs = model.state_dict(), lambda name: original_name(name, rules) or name
     wrong = [f'missing {theirs(name)}' for name in own if name not in state and not name.startswith(fresh)]
     wrong += [f'unexpected {name}' for name in state if name not in own]
@@ -619,8 +620,8 @@ def check_tensors(model, state, fresh, rules):
 
 @torch.no_grad()
 def fill(model, state, fresh=(), rules=(), assign=False):
-    """Gives a model on the meta device its tensors, strictly; those that start with a name in `fresh` get initial values.
-    With assign they are the given ones where those are float32: what is mapped from a file stays there."""
+    """Gives a model on the meta device its tensors, strictly; those that start with a name in `fresh` get initial
+    values. With assign they are the given ones where those are float32: what is mapped from a file stays there."""
     fresh = tuple(fresh)
     state = {name: tensor for name, tensor in state.items() if not name.startswith(fresh)}
     check_tensors(model, state, fresh, rules)
@@ -640,9 +641,9 @@ def fill(model, state, fresh=(), rules=(), assign=False):
 
 def load_state(state, name=None, config=None, expected=None, assign=False, **overrides):
     """Tensors, of our own format (its class name and config given) or of a family in FAMILIES, to a model in eval mode.
-    overrides change the config, CLIP's by tower (vision=dict(...)): a new image_size resizes positions, a new patch_size
-    patch kernels too; a new head, mask_token or pool='mean' (whose norm EVA starts afresh) starts with initial values
-    instead of the file's. With assign the model takes the tensors themselves, else copies."""
+    overrides change the config, CLIP's by tower (vision=dict(...)): a new image_size resizes positions, a new
+    patch_size patch kernels too; a new head, mask_token or pool='mean' (whose norm EVA starts afresh) starts with
+    initial values instead of the file's. With assign the model takes the tensors themselves, else copies."""
     state, rules, key_biases, family = dict(state), (), {}, None
     if config is None:
         family = family_of(state)
@@ -662,7 +663,7 @@ def load_state(state, name=None, config=None, expected=None, assign=False, **ove
         config, fresh = override(config, overrides, state, '', ViT)
     if config.get('vision', config).get('rope'):
         for bias, values in key_biases.items():
-            if values.any():
+            if not bias.startswith('text.') and values.any():
                 raise ValueError(f'{bias} has key biases; under rotary positions they matter, and this ViT has none')
     with torch.device('meta'):             # no time is spent on values that will be replaced
         model = CLIP(**config) if name == 'CLIP' else ViT(**config)
@@ -704,23 +705,20 @@ def export(model, names):
     """The model's tensors under a family's names; says what a reader of these must be told."""
     family = own_family(model, names)
     rules = FAMILIES[family][1]
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if model.config.get('vision', model.config)['pool']:            # nothing hides patches from a classifier or a CLIP
         state = {name: tensor for name, tensor in state.items() if not name.endswith('mask_token')}
     theirs = translate_back(state, rules)
-    ours, _, counts = translate(theirs, rules)
-    optional = r'.*(gamma_\d|mask_token|head\.\*|inner_attn_ln.*|text\.logit_scale)'
     homeless = [name for name in state if not original_name(name, rules)]
-    unmet = [names.split()[0] for (names, _, op), count in zip(rules, counts)
-             if not count and op != 'drop' and not re.fullmatch(optional, names.split()[0])]
-    for wrong, words in ((homeless, 'have no place for'), (unmet, 'need')):
-        if wrong:
-            raise ValueError(f"the names of {family} {words} {', '.join(wrong[:3])}; use names='eva' or 'ours'")
-    shown, told = family_config(ours, family), []
-    pairs = [(model.config, shown)] if 'vision' not in shown else [(model.config[t], shown[t]) for t in ('vision', 'text')]
-    for config, shown in pairs:
-        told += [f'{name}={config[name]!r}' for name in shown if config[name] != shown[name]
-                 and name not in ('mask_token', 'layer_scale')]
+    if homeless:
+        raise ValueError(f"the names of {family} have no place for {', '.join(homeless[:3])}; use names='eva' or 'ours'")
+    ours, _, counts = translate(theirs, rules)
+    if any('pre_norm' in targets and not count for (_, targets, _), count in zip(rules, counts)):
+        raise ValueError(f"the names of {family} are of a ViT with pre_norm, this one has none; use names='eva' or 'ours'")
+    shown = family_config(ours, family)
+    towers = [(model.config, shown)] if 'vision' not in shown else zip(model.config.values(), shown.values())
+    told = [f'{name}={config[name]!r}' for config, shown in towers for name in shown
+            if config[name] != shown[name] and name not in ('mask_token', 'layer_scale')]
     if told:
         print0(f'the names of {family} do not tell a reader of {", ".join(told)}')
     return theirs
@@ -729,11 +727,10 @@ def export(model, names):
 def save(model, path, names='ours', **extra):
     """One portable file that `load` reads: class, config, tensors, and plain data such as a vocabulary in extra. With
     names='eva' or 'openai' the tensors alone under their names, for timm, EVA's code, OpenCLIP or OpenAI's."""
+    state = model.state_dict() if names == 'ours' else export(model, names)
+    held = state = {name: tensor.detach().cpu() for name, tensor in state.items()}
     if names == 'ours':
-        state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
         held = dict(format='nanoEVA', name=type(model).__name__, config=model.config, state_dict=state, extra=extra)
-    else:
-        held = export(model, names)
     try:
         torch.save(held, path + '.tmp')
         os.replace(path + '.tmp', path)
@@ -744,8 +741,7 @@ def save(model, path, names='ours', **extra):
 
 
 SAFETENSORS = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
-               'I64': torch.int64, 'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8, 'U8': torch.uint8,
-               'BOOL': torch.bool}
+               'I64': torch.int64, 'I32': torch.int32, 'U8': torch.uint8, 'BOOL': torch.bool}
 
 
 def read_safetensors(path):
@@ -756,17 +752,16 @@ def read_safetensors(path):
     header = json.loads(mapped[8:start])
     header.pop('__metadata__', None)
     for name, about in header.items():
-        dtype, shape, (first, last) = SAFETENSORS[about['dtype']], about['shape'], about['data_offsets']
-        numel = math.prod(shape)
-        if last - first != numel * dtype.itemsize or first < 0 or start + last > len(mapped):
-            raise ValueError(f'{name} lies outside of the file')
-        if not numel:
-            state[name] = torch.empty(shape, dtype=dtype)
-        elif (start + first) % dtype.itemsize:             # not aligned
-            state[name] = torch.frombuffer(bytearray(mapped[start + first:start + last]), dtype=dtype).view(shape)
-        else:
-            state[name] = torch.frombuffer(mapped, dtype=dtype, count=numel, offset=start + first).view(shape)
+        dtype, (first, last) = SAFETENSORS[about['dtype']], about['data_offsets']
+        if last - first != math.prod(about['shape']) * dtype.itemsize or start + last > len(mapped):
+            raise ValueError(f'{name} does not lie in the file')
+        tensor = torch.frombuffer(mapped, dtype=dtype, count=(last - first) // dtype.itemsize, offset=start + first)
+        state[name] = tensor.view(about['shape'])
     return state
+
+
+STORAGES = {'DoubleStorage': torch.float64, 'FloatStorage': torch.float32, 'HalfStorage': torch.float16,
+            'BFloat16Storage': torch.bfloat16, 'LongStorage': torch.int64, 'IntStorage': torch.int32}
 
 
 class Stand:
@@ -783,10 +778,9 @@ class ArchiveUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if module.split('.')[0] == '__torch__':
             return Stand
-        if module == 'torch' and name.endswith('Storage'):
-            return getattr(torch, name).dtype
-        known = {('collections', 'OrderedDict'): dict, ('torch._utils', '_rebuild_tensor_v2'): self.tensor}
-        known.update({('torch.jit._pickle', f'build_{kind}list'): list for kind in ('int', 'double', 'bool', 'tensor')})
+        known = {('torch', storage): dtype for storage, dtype in STORAGES.items()}
+        known |= {('collections', 'OrderedDict'): dict, ('torch._utils', '_rebuild_tensor_v2'): self.tensor}
+        known |= {('torch.jit._pickle', f'build_{kind}list'): list for kind in ('int', 'double', 'bool', 'tensor')}
         if (module, name) not in known:
             raise pickle.UnpicklingError(f'GLOBAL {module}.{name}')
         return known[module, name]

@@ -3,21 +3,27 @@ Numbers that the original implementations gave. Fixtures lie in the folders name
 tests/golden if it is not set); a file that is not there skips its tests.
 """
 import glob
+import gzip
+import json
 import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from model import load_state
+import model as m
+from model import FAMILIES, family_of, load, load_state, translate, translate_back
 
 FOLDERS = os.environ.get('GOLDEN', os.path.join(os.path.dirname(os.path.abspath(__file__)), 'golden')).split(':')
 TOLERANCE = dict(atol=2e-5, rtol=0)
 
 
-def fixtures(pattern):
-    paths = sorted(path for folder in FOLDERS for path in glob.glob(os.path.join(folder, pattern)))
+def fixtures(*patterns, but='~'):
+    paths = sorted(path for folder in FOLDERS for pattern in patterns
+                   for path in glob.glob(os.path.join(folder, pattern)) if but not in os.path.basename(path))
     if not paths:
-        return [pytest.param(None, id=pattern, marks=pytest.mark.skip(reason=f'no {pattern} in {FOLDERS}'))]
+        reason = f'no {patterns} in {FOLDERS}'
+        return [pytest.param(None, id=' '.join(patterns), marks=pytest.mark.skip(reason=reason))]
     return [pytest.param(path, id=os.path.basename(path)) for path in paths]
 
 
@@ -30,11 +36,25 @@ def close(ours, theirs):
     torch.testing.assert_close(ours, theirs, **TOLERANCE)
 
 
-# ---- EVA-01, masked image modelling
-
-def eva(path):
+def vit(path):
+    """A fixture's ViT; its tensors do not show how many heads it has."""
     config, state, inputs, outputs = read(path)
-    return load_state(state, heads=config['num_heads'], eps=config['ln_eps']), inputs, outputs
+    return load_state(state, heads=config['num_heads']), inputs, outputs
+
+
+def check_gradients(path, model, norms):
+    """Norms of the parameters' gradients, under the file's names: the table that reads weights names gradients too."""
+    grads = {name: torch.zeros_like(weight) if weight.grad is None else weight.grad
+             for name, weight in model.named_parameters()}
+    theirs = translate_back(grads, FAMILIES[family_of(read(path)[1])][1])
+    assert theirs.keys() == norms.keys()
+    for name, norm in norms.items():
+        assert abs(theirs[name].norm().item() - norm) <= 1e-5 + 1e-4 * norm, name
+
+
+# ---- masked image modelling: EVA-01 and EVA-02
+
+MIM = fixtures('eva01_mim*.pt', 'eva02_mim*.pt')
 
 
 def loss_of(model, inputs, variant):
@@ -48,10 +68,10 @@ def loss_of(model, inputs, variant):
 
 
 @pytest.mark.parametrize('variant', ['equal', 'unequal'])
-@pytest.mark.parametrize('path', fixtures('eva01_mim*.pt'))
+@pytest.mark.parametrize('path', MIM)
 def test_tokens_and_predictions(path, variant):
     """Masked images become EVA's tokens and predictions, also when images hide unequal numbers of patches."""
-    model, inputs, outputs = eva(path)
+    model, inputs, outputs = vit(path)
     mask = inputs['mask_' + variant]
     with torch.no_grad():
         close(model.features(inputs['image'], mask), outputs['tokens_' + variant])
@@ -59,65 +79,227 @@ def test_tokens_and_predictions(path, variant):
 
 
 @pytest.mark.parametrize('variant', ['equal', 'unequal'])
-@pytest.mark.parametrize('path', fixtures('eva01_mim*.pt'))
+@pytest.mark.parametrize('path', MIM)
 def test_loss(path, variant):
     """The loss is EVA's, an average over the hidden patches of the whole batch."""
-    model, inputs, outputs = eva(path)
+    model, inputs, outputs = vit(path)
     with torch.no_grad():
         close(loss_of(model, inputs, variant), outputs['loss_' + variant])
 
 
-@pytest.mark.parametrize('path', fixtures('eva01_mim*.pt'))
+@pytest.mark.parametrize('path', MIM)
 def test_gradients(path):
     """Every parameter gets EVA's gradient."""
-    model, inputs, outputs = eva(path)
+    model, inputs, outputs = vit(path)
     loss_of(model, inputs, 'equal').backward()
-    names = {'cls_token': 'class_token', 'patch_embed.proj.': 'patch_embed.', 'lm_head.': 'head.'}
-    ours = {name: weight.grad for name, weight in model.named_parameters()}
-    expected = {}
-    for name, norm in outputs['grad_norms'].items():
-        expected[next((new + name[len(old):] for old, new in names.items() if name.startswith(old)), name)] = norm
-    assert ours.keys() == expected.keys()
-    for name, norm in expected.items():
-        assert abs(ours[name].norm().item() - norm) <= 1e-5 + 1e-4 * norm, name
-    close(ours['mask_token'], outputs['grad_mask_token'])
-    close(ours['blocks.0.attn.q_bias'], outputs['grad_q_bias_0'])
+    check_gradients(path, model, outputs['grad_norms'])
+    for name, ours in (('grad_mask_token', model.mask_token), ('grad_q_bias_0', model.blocks[0].attn.q_bias)):
+        if name in outputs:
+            close(ours.grad, outputs[name])
 
 
-# ---- OpenAI CLIP
+@pytest.mark.parametrize('path', fixtures('eva01_mim*.pt'))
+def test_gradients_with_a_tenth_for_the_patch_embedding(path):
+    """EVA's stop_grad_conv1 in pre-training: only the patch embedding's gradient shrinks, tenfold."""
+    model, inputs, outputs = vit(path)
+    model.patch_embed.register_forward_hook(lambda module, inputs, output: output.detach() * 0.9 + output * 0.1)
+    loss_of(model, inputs, 'equal').backward()
+    check_gradients(path, model, outputs['grad_norms_stop_grad_conv1'])
+
+
+@pytest.mark.parametrize('path', fixtures('eva01_mae*.pt'))
+def test_encoder_of_the_masked_autoencoder(path):
+    """EVA-L's encoder of the kept patches, in the order of the noise; its positions are the sin-cos table."""
+    config, state, inputs, outputs = read(path)
+    model = load_state(state, heads=config['num_heads'])
+    N = config['num_patches']
+    assert m.sincos_positions(config['embed_dim'], model.grid).sub(model.pos_embed).abs().max() < 1e-6
+    for suffix in ('', '_r40'):
+        keep = inputs['noise'].argsort(dim=1)[:, :int(N * (1 - config['mask_ratio' + suffix]))]
+        assert torch.equal(keep, outputs['ids_keep' + suffix])
+        with torch.no_grad():
+            close(model.features(inputs['image'], keep=keep), outputs['latent' + suffix])
+
+
+# ---- classifiers: EVA-01 and timm
+
+@pytest.mark.parametrize('path', fixtures('eva01_cls*.pt', 'timm_eva*.pt'))
+def test_classifier(path):
+    """Tokens, pooled features and logits, by the average patch or the class token, whichever the file has."""
+    model, inputs, outputs = vit(path)
+    mean, image = model.pool == 'mean', inputs['image']
+    with torch.no_grad():
+        tokens = model.tokens(image)
+        pooled = model.norm(tokens[:, 1:].mean(1) if mean else tokens[:, 0])
+        close(model(image), outputs['logits'])
+        close(pooled, outputs['features' if 'features' in outputs else 'pre_logits'])
+        if 'tokens' in outputs:
+            close(tokens if mean else model.norm(tokens), outputs['tokens'])     # timm's have no norm before the average
+        if 'patch_features' in outputs:
+            close(model.norm(tokens)[:, 1:], outputs['patch_features'])
+
+
+@pytest.mark.parametrize('stopped', [False, True])
+@pytest.mark.parametrize('path', fixtures('eva01_cls*.pt'))
+def test_classifier_gradients(path, stopped):
+    """Cross-entropy and its gradients; stopped, as EVA fine-tunes, the patch embedding gets none."""
+    model, inputs, outputs = vit(path)
+    if stopped:
+        model.patch_embed.register_forward_hook(lambda module, inputs, output: output.detach())
+    loss = F.cross_entropy(model(inputs['image']), inputs['labels'])
+    close(loss.detach(), outputs['loss_ce'])
+    loss.backward()
+    check_gradients(path, model, outputs['grad_norms_stop_grad_conv1' if stopped else 'grad_norms'])
+
+
+@pytest.mark.parametrize('path', fixtures('eva01_pretrain_to_cls*.pt'))
+def test_classifier_from_pretraining(path):
+    """Fine-tuning takes what EVA takes from a pre-trained file, at a larger image: the rest starts afresh."""
+    config, state, inputs, outputs = read(path)
+    model = load_state(state, heads=config['num_heads'], image_size=config['finetune_img_size'], pool='mean',
+                       head=config['num_classes'], mask_token=False)
+    close(model.pos_embed.detach(), outputs['pos_embed'])
+    fresh = {name[len('fresh.'):]: tensor for name, tensor in inputs.items() if name.startswith('fresh.')}
+    assert fresh.keys() == outputs['missing_keys'].keys()
+    for name, ours in (('fc_norm.weight', model.norm.weight), ('fc_norm.bias', model.norm.bias),
+                       ('head.weight', model.head.weight), ('head.bias', model.head.bias)):
+        assert not torch.equal(ours, fresh[name])
+        ours.data.copy_(fresh[name])
+    with torch.no_grad():
+        close(model(inputs['image']), outputs['logits'])
+
+
+# ---- resizing
+
+@pytest.mark.parametrize('path', fixtures('eva01_resize*.pt'))
+def test_resizing(path):
+    """Position tables and patch kernels resize as EVA's scripts do it, half precision too."""
+    _, _, inputs, outputs = read(path)
+    for name, theirs in outputs.items():
+        if name == 'patch_kernel_16':
+            ours = m.resize_patches(inputs['patch_kernel_14'], 16)
+        else:
+            source, _, size = name.rpartition('_to_') if '_to_' in name else ('pos_embed_16x16', '', name[-5:])
+            ours = m.resize_positions(inputs[source], [int(side) for side in size.split('x')])
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+# ---- CLIPs
+
+CLIPS = fixtures('openai_clip*.pt', 'hf_clip*.pt', 'eva_clip*.pt', but='jit')
+
+
+def heads_of(config):
+    """The heads of both towers and the order of the norms, which tensors do not show, in each fixture's words."""
+    vision, text = config.get('vision_cfg', config), config.get('text_cfg', config)
+    if 'head_width' in vision:
+        vision = dict(heads=vision['width'] // vision['head_width'], post_norm=vision.get('postnorm', False))
+    else:
+        vision = dict(heads=vision['vision_heads'])
+    return dict(vision=vision, text=dict(heads=next(text[name] for name in ('heads', 'text_heads', 'transformer_heads')
+                                                    if name in text)))
+
 
 def clip(path):
     config, state, inputs, outputs = read(path)
-    model = load_state(state, vision=dict(heads=config['vision_heads']), text=dict(heads=config['transformer_heads']))
-    return model, inputs, outputs
+    return load_state(state, **heads_of(config)), inputs, outputs
 
 
-@pytest.mark.parametrize('path', fixtures('openai_clip_*tiny*.pt'))
-def test_clip_features(path):
-    """Both towers give OpenAI's features, not normalised."""
-    model, inputs, outputs = clip(path)
+def check_clip(model, inputs, outputs):
     with torch.no_grad():
         close(model.encode_image(inputs['image']), outputs['image_features'])
         close(model.encode_text(inputs['text']), outputs['text_features'])
-
-
-@pytest.mark.parametrize('path', fixtures('openai_clip_*tiny*.pt'))
-def test_clip_logits(path):
-    """forward returns what makes OpenAI's logits, both ways."""
-    model, inputs, outputs = clip(path)
-    with torch.no_grad():
         image_features, text_features, scale = model(inputs['image'], inputs['text'])
     close(image_features.norm(dim=1), torch.ones(len(image_features)))
     close(scale * image_features @ text_features.T, outputs['logits_per_image'])
-    close(scale * text_features @ image_features.T, outputs['logits_per_text'])
+    pairs = {'logits_per_text': scale * text_features @ image_features.T, 'logit_scale_exp': scale[0],
+             'image_features_normalized': image_features, 'image_embeds_normalized': image_features,
+             'text_features_normalized': text_features, 'text_embeds_normalized': text_features}
+    for name in outputs.keys() & pairs.keys():
+        close(pairs[name].detach(), outputs[name])
 
 
-@pytest.mark.parametrize('path', fixtures('openai_clip_*tiny*.pt'))
-def test_clip_patch_tokens(path):
-    """The MIM targets are EVA's, at the training resolution and at others."""
+@pytest.mark.parametrize('path', CLIPS)
+def test_clip(path):
+    """Both towers' features, not normalised and normalised, the scale and the logits both ways."""
+    check_clip(*clip(path))
+
+
+@pytest.mark.parametrize('path', fixtures('open_clip*.pt'))
+@pytest.mark.parametrize('act', ['gelu', 'quick_gelu'])
+def test_clip_with_either_activation(path, act):
+    """OpenCLIP's names serve two activations; the caller says which."""
+    config, state, inputs, outputs = read(path)
+    told = heads_of(config)
+    model = load_state(state, vision=dict(act=act, **told['vision']), text=dict(act=act, **told['text']))
+    check_clip(model, inputs, outputs['gelu_erf' if act == 'gelu' else act])
+
+
+@pytest.mark.parametrize('path', CLIPS)
+def test_clip_tokens(path):
+    """The MIM targets, at the training resolution and at others, and the tokens before the last norm."""
     model, inputs, outputs = clip(path)
-    sizes = [name[len('patch_tokens'):] for name in outputs if name.startswith('patch_tokens')]
-    assert sizes
     with torch.no_grad():
-        for size in sizes:
-            close(model.patch_features(inputs['image' + size]), outputs['patch_tokens' + size])
+        for name in outputs:
+            if name.startswith('patch_tokens'):
+                close(model.patch_features(inputs['image' + name[len('patch_tokens'):]]), outputs[name])
+            elif name in ('vision_last_hidden_state', 'tokens_before_norm'):
+                close(model.visual.tokens(inputs['image']), outputs[name])
+
+
+@pytest.mark.parametrize('path', fixtures('openai_clip*jit*.pt'))
+def test_torchscript_archive(path):
+    """OpenAI's container holds the tensors of the half-precision file beside it, to the bit."""
+    archive = load(path)
+    other = load_state(read(path.replace('jit', 'fp16'))[1])
+    assert archive.config == other.config
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(archive.state_dict()[name], tensor), name
+
+
+# ---- the released sizes
+
+def listing_tests():
+    paths = [param.values[0] for param in fixtures('keys*.json.gz') if param.values[0]]
+    listings = [(path, name) for path in paths for name in json.load(gzip.open(path))]
+    if not listings:
+        return [pytest.param(None, None, id='keys.json.gz', marks=pytest.mark.skip(reason=f'not in {FOLDERS}'))]
+    return [pytest.param(path, name, id=f'{os.path.basename(path)}-{name}') for path, name in listings]
+
+
+@pytest.mark.parametrize('path, name', listing_tests())
+def test_released_names(path, name):
+    """On the meta device, every name of a released model is taken or listed as dropped, every parameter of ours filled,
+    none lost but key biases and a decoder, and the tables read backwards give the listing again."""
+    listing = json.load(gzip.open(path))[name]
+    state = {key: torch.empty(shape, device='meta') for key, shape in listing['keys'].items()}
+    family = family_of(state)
+    _, key_biases, counts = translate(state, FAMILIES[family][1])
+    assert sum(counts) == len(state)
+    model = load_state(state)
+    dropped = [key for key in state if 'decoder' in key or 'mae_pretrain' in name and key == 'mask_token']
+    lost = sum(bias.numel() for bias in key_biases.values()) + sum(state[key].numel() for key in dropped)
+    assert sum(weight.numel() for weight in model.parameters()) == listing['parameters'] - lost
+    if name.endswith('ViT-L/14'):
+        assert lost == 33_792
+    theirs = m.export(model, family)
+    expected = {key: shape for key, shape in listing['keys'].items() if key not in [*dropped, *listing['buffers']]}
+    if 'text.logit_scale' in expected:                # the first package's place for it; ours writes the second's
+        expected['logit_scale'] = expected.pop('text.logit_scale')
+    assert {key: list(tensor.shape) for key, tensor in theirs.items()} == expected
+
+
+@pytest.mark.parametrize('path, name', listing_tests())
+def test_released_heads(path, name):
+    """Heads and the order of the norms follow from the sizes."""
+    config = json.load(gzip.open(path))[name]
+    model = load_state({key: torch.empty(shape, device='meta') for key, shape in config['keys'].items()})
+    vision, config = model.config.get('vision', model.config), config['config']
+    told = heads_of(config) if 'vision_cfg' in config else {}
+    for option, value in told.get('vision', {}).items():
+        assert vision[option] == value
+    if 'text' in told:
+        assert model.config['text']['heads'] == told['text']['heads']
+    if vision['width'] == 1408:
+        assert vision['heads'] == 16
