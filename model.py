@@ -412,7 +412,7 @@ OPENAI_BLOCKS = under('transformer.resblocks.*.', 'blocks.*.', [
 OPENAI_VISION = OPENAI_BLOCKS + [
     ('class_embedding', 'class_token', 'squeeze'),
     ('positional_embedding', 'pos_embed', 'squeeze'),
-    ('conv1.*', 'patch_embed.*', 'same'),
+    ('conv1.weight', 'patch_embed.weight', 'same'),
     ('ln_pre.*', 'pre_norm.*', 'same'),
     ('ln_post.*', 'norm.*', 'same'),
     ('proj', 'head.weight', 'transpose'),
@@ -439,7 +439,7 @@ HF_BLOCKS = under('encoder.layers.*.', 'blocks.*.', [
 HF_CLIP = under('vision_model.', 'visual.', HF_BLOCKS + [
     ('embeddings.class_embedding', 'class_token', 'squeeze'),
     ('embeddings.position_embedding.weight', 'pos_embed', 'squeeze'),
-    ('embeddings.patch_embedding.*', 'patch_embed.*', 'same'),
+    ('embeddings.patch_embedding.weight', 'patch_embed.weight', 'same'),
     ('embeddings.position_ids', '-', 'drop'),
     ('pre_layrnorm.*', 'pre_norm.*', 'same'),
     ('post_layernorm.*', 'norm.*', 'same'),
@@ -509,6 +509,9 @@ def translate(state, rules):
             counts[i] += len(pieces)
             if op == 'drop':
                 continue
+            if len({piece.shape for piece in pieces}) > 1:
+                shapes = ', '.join(f'{source} {list(piece.shape)}' for source, piece in zip(sources, pieces))
+                raise ValueError(f'weights do not fit the model: {shapes} are to be one tensor')
             tensor = torch.cat(pieces) if len(pieces) > 1 else pieces[0].T if op == 'transpose' else pieces[0]
             pieces = [piece.clone() for piece in tensor.chunk(len(targets))] if op == 'split' else [tensor]
             for target, piece in zip(targets, pieces):
@@ -554,7 +557,8 @@ def tower_config(state, prefix='', act='gelu', eps=1e-6, pool='class'):
     swiglu = state[prefix + 'blocks.0.mlp.fc1.weight'].shape[0] == 2 * mlp_width
     return dict(width=width, depth=count_layers(state, prefix), mlp_width=mlp_width, patch_size=patch_size,
                 heads=16 if width in (1280, 1408, 1664, 1792) else max(1, width // 64),
-                image_size=math.isqrt(grid) * patch_size, head=rows('head.weight'), head_bias=bool(rows('head.bias')),
+                image_size=math.isqrt(grid) * patch_size, head=rows('head.weight'),
+                head_bias=bool(rows('head.bias')) or not rows('head.weight'),
                 pool=pool, eps=eps, act='swiglu' if swiglu else act, pre_norm=bool(rows('pre_norm.weight')),
                 patch_bias=bool(rows('patch_embed.bias')), mask_token=bool(rows('mask_token')),
                 layer_scale=1. if rows('blocks.0.gamma_1') else None, attn_norm=bool(rows('blocks.0.attn.norm.weight')),
@@ -580,6 +584,8 @@ def family_config(state, family):
         return dict(vision=tower_config(state, 'visual.', **options), text=text)
     except KeyError as key:
         raise ValueError(f'weights of {family} miss {original_name(key.args[0], rules) or key}') from None
+    except IndexError:
+        raise ValueError(f'weights of {family} lack a dimension') from None
 
 
 def override(before, changes, state, prefix, tower):
@@ -609,7 +615,7 @@ def check_tensors(model, state, fresh, rules):
     own, theirs = model.state_dict(), lambda name: original_name(name, rules) or name
     wrong = [f'missing {theirs(name)}' for name in own if name not in state and not name.startswith(fresh)]
     wrong += [f'unexpected {name}' for name in state if name not in own]
-    for name in own.keys() & state.keys():     # released tables and tokens lack dimensions of 1 that ours have
+    for name in [name for name in own if name in state]:     # released ones may lack dimensions of 1 that ours have
         given, expected = list(state[name].shape), list(own[name].shape)
         if [n for n in given if n > 1] != [n for n in expected if n > 1]:
             wrong.append(f'{theirs(name)} of shape {given} instead of {expected}')
@@ -670,13 +676,16 @@ def load_state(state, name=None, config=None, expected=None, assign=False, **ove
     fill(model, state, fresh, rules, assign)
     model.extra = {}
     if family:
-        note_dropped(family, rules, counts, key_biases)
+        note(family, counts, key_biases, overrides)
     return model.eval()
 
 
-def note_dropped(family, rules, counts, key_biases):
-    """Says what of a file is not in the model."""
-    notes = []
+def note(family, counts, key_biases, overrides):
+    """Says what of a file is not in the model, and what was supposed."""
+    (_, rules, options), notes = FAMILIES[family], []
+    openai = any(count for (theirs, *_), count in zip(rules, counts) if theirs == 'input_resolution')   # in no other's
+    if options.get('act') == 'quick_gelu' and not openai and 'act' not in overrides.get('vision', overrides):
+        notes.append("QuickGELU supposed, OpenAI's; LAION's models need vision=dict(act='gelu'), text=dict(act='gelu')")
     if key_biases:
         numbers = sum(bias.numel() for bias in key_biases.values())
         notes.append(f'{len(key_biases)} key biases dropped ({numbers:,} numbers, which softmax cancels)')
@@ -694,8 +703,8 @@ def own_family(model, names):
     elif names == 'eva':
         config = model.config.get('vision', model.config)
         names = 'EVA-02 ' if config['mlp_norm'] else 'EVA-02 small ' if config['act'] == 'swiglu' else 'EVA-01 '
-        ends = {None: 'MIM', 'mean': 'classifier, mean patch', 'class': 'classifier, class token'}
-        names += 'CLIP, second package' if isinstance(model, CLIP) else ends[config['pool']]
+        end = next(end for end, (_, pool, _) in EVA_ENDS.items() if pool == config['pool'])
+        names += 'CLIP' if isinstance(model, CLIP) else end
     if names not in FAMILIES:
         raise ValueError(f"names {names!r} are not known; use 'ours', 'eva', 'openai', or one of {', '.join(FAMILIES)}")
     return names
@@ -711,10 +720,10 @@ def export(model, names):
     theirs = translate_back(state, rules)
     homeless = [name for name in state if not original_name(name, rules)]
     if homeless:
-        raise ValueError(f"the names of {family} have no place for {', '.join(homeless[:3])}; use names='eva' or 'ours'")
+        raise ValueError(f"{family} has no names for {', '.join(homeless[:3])}; use names='eva' or 'ours'")
     ours, _, counts = translate(theirs, rules)
     if any('pre_norm' in targets and not count for (_, targets, _), count in zip(rules, counts)):
-        raise ValueError(f"the names of {family} are of a ViT with pre_norm, this one has none; use names='eva' or 'ours'")
+        raise ValueError(f"{family} has a norm before its blocks, this model has none; use names='eva' or 'ours'")
     shown = family_config(ours, family)
     towers = [(model.config, shown)] if 'vision' not in shown else zip(model.config.values(), shown.values())
     told = [f'{name}={config[name]!r}' for config, shown in towers for name in shown
@@ -753,7 +762,7 @@ def read_safetensors(path):
     header.pop('__metadata__', None)
     for name, about in header.items():
         dtype, (first, last) = SAFETENSORS[about['dtype']], about['data_offsets']
-        if last - first != math.prod(about['shape']) * dtype.itemsize or start + last > len(mapped):
+        if last - first != math.prod(about['shape']) * dtype.itemsize or first < 0 or start + last > len(mapped):
             raise ValueError(f'{name} does not lie in the file')
         tensor = torch.frombuffer(mapped, dtype=dtype, count=(last - first) // dtype.itemsize, offset=start + first)
         state[name] = tensor.view(about['shape'])
@@ -837,7 +846,7 @@ def unwrap(held):
     """The tensors of a checkpoint: in the innermost of the usual dicts, without the prefixes that wrappers leave."""
     for wrapper in ('model', 'module', 'state_dict', 'model_ema'):
         held = held[wrapper] if isinstance(held.get(wrapper), dict) else held
-    state = {name.replace('_orig_mod.', ''): tensor for name, tensor in held.items() if torch.is_tensor(tensor)}
+    state = {str(name).replace('_orig_mod.', ''): tensor for name, tensor in held.items() if torch.is_tensor(tensor)}
     for prefix in ('module.', 'visual.'):
         if state and all(name.startswith(prefix) for name in state):
             state = {name[len(prefix):]: tensor for name, tensor in state.items()}
@@ -868,7 +877,7 @@ def describe(path):
     state = held['state_dict'] if ours else unwrap(held)
     family = 'nanoEVA' if ours else family_of(state)
     parameters, vision = sum(weight.numel() for weight in model.parameters()), towers.get('vision', model)
-    print(f'{path}: {family}, {os.path.getsize(path) / 1e6:,.1f} MB')
+    print(f'{path}: names of {family}, {os.path.getsize(path) / 1e6:,.1f} MB')
     print(f'a {type(model).__name__} of {parameters:,} parameters, {vision.image_size} px in {vision.grid} x '
           f'{vision.grid} patches of {vision.patch_size} px')
     for tower, module in towers.items():

@@ -134,7 +134,7 @@ def test_classifier(path):
         close(model(image), outputs['logits'])
         close(pooled, outputs['features' if 'features' in outputs else 'pre_logits'])
         if 'tokens' in outputs:
-            close(tokens if mean else model.norm(tokens), outputs['tokens'])     # timm's have no norm before the average
+            close(tokens if mean else model.norm(tokens), outputs['tokens'])     # no norm before timm's average
         if 'patch_features' in outputs:
             close(model.norm(tokens)[:, 1:], outputs['patch_features'])
 
@@ -283,6 +283,8 @@ def test_released_names(path, name):
     assert sum(weight.numel() for weight in model.parameters()) == listing['parameters'] - lost
     if name.endswith('ViT-L/14'):
         assert lost == 33_792
+    if family.startswith(('EVA-01', 'OpenAI')) or name.startswith('eva02'):        # what 'eva' and 'openai' stand for
+        assert 'timm.eva02' in name or m.own_family(model, 'openai' if 'OpenAI' in family else 'eva') == family
     theirs = m.export(model, family)
     expected = {key: shape for key, shape in listing['keys'].items() if key not in [*dropped, *listing['buffers']]}
     if 'text.logit_scale' in expected:                # the first package's place for it; ours writes the second's

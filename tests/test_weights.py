@@ -1,0 +1,465 @@
+"""One claim a test: released names both ways, file formats, hostile files, memory."""
+import argparse
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as m
+from model import CLIP, FAMILIES, ViT, export, family_of, load, load_state, save
+from test_model import TEXT, TINY, images, openai_state, plain, same, tiny
+
+EVA02 = dict(act='swiglu', mlp_norm=True, rope='index')
+TEXT_IDS = torch.tensor([[28, 3, 4, 29, 0, 0, 0, 0, 0, 0, 0, 0]])
+
+
+def random_clip(text=(), **vision):
+    """A small CLIP whose every weight matters."""
+    model = CLIP(dict(TINY, head=8, pool='class', mask_token=False, **vision), dict(TEXT, **dict(text)))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+OPENAI = dict(vision=dict(pre_norm=True, patch_bias=False, head_bias=False, eps=1e-5, act='quick_gelu'),
+              text=dict(act='quick_gelu'))
+
+
+# ---- the options that EVA-02 brings
+
+def test_rotary_scores_depend_on_the_distance_alone():
+    """Moving query and key by as many rows and columns leaves their product; the class token is not turned."""
+    x = torch.randn(2, 1, 1, 1, 8)
+    cos, sin = m.rotary_positions((5, 5), 8, 'index')
+    product = lambda i, j: (m.rotate(x[0], (cos[i], sin[i])) * m.rotate(x[1], (cos[j], sin[j]))).sum()
+    at = lambda row, column: 1 + 5 * row + column
+    torch.testing.assert_close(product(at(0, 1), at(2, 0)), product(at(2, 4), at(4, 3)))
+    assert abs(product(at(0, 1), at(2, 0)) - product(at(0, 1), at(0, 1))) > 1e-3
+    torch.testing.assert_close(m.rotate(x[0], (cos[0], sin[0])), x[0])
+
+
+def test_rotary_grid():
+    """'index' counts patches; a number stretches every grid to that many rows, and columns apart from rows."""
+    angle = lambda grid, rope, place: torch.atan2(*m.rotary_positions(grid, 8, rope)[:, 1 + place].flip(0))
+    assert angle((3, 4), 'index', 4 * 2 + 1).tolist() == pytest.approx([2, 2e-2, 1, 1e-2], rel=1e-4)
+    assert angle((32, 32), 16, 32 * 3 + 2).tolist() == pytest.approx([1.5, 1.5e-2, 1, 1e-2], rel=1e-4)
+
+
+@pytest.mark.parametrize('rope', ['index', 16])
+def test_keep_takes_rotary_angles_along(rope):
+    """All patches kept in another order are the same tokens in that order, at other image sizes too."""
+    model, x = tiny(**{**EVA02, 'rope': rope}), torch.randn(2, 3, 24, 16)                    # 6 x 4 patches
+    order = torch.stack([torch.randperm(24), torch.randperm(24)])
+    everything = model.tokens(x)
+    kept = everything.gather(1, F.pad(order + 1, (1, 0))[:, :, None].expand(-1, -1, 16))
+    torch.testing.assert_close(model.tokens(x, keep=order), kept)
+    assert not torch.allclose(model.tokens(x, keep=order[:, :5]), kept[:, :6], atol=1e-3)     # they miss the others
+
+
+def test_post_norm_is_the_plain_formula():
+    """x + norm(attention(x)), then x + norm(mlp(x))."""
+    block, x = tiny(post_norm=True).blocks[0], torch.randn(2, 5, 16)
+    middle = x + block.norm1(block.attn(x))
+    torch.testing.assert_close(block(x), middle + block.norm2(block.mlp(middle)))
+
+
+def test_swiglu_is_the_plain_formula():
+    """fc2(norm(silu(first half) * second half))."""
+    mlp, x = tiny(**EVA02).blocks[0].mlp, torch.randn(2, 5, 16)
+    gate, value = (x @ mlp.fc1.weight.T + mlp.fc1.bias).split(32, dim=-1)
+    torch.testing.assert_close(mlp(x), mlp.fc2(mlp.norm(gate * gate.sigmoid() * value)))
+
+
+# ---- names, both ways
+
+VITS = {
+    'EVA-01 MIM': {}, 'EVA-01 layer scale': dict(layer_scale=0.1), 'EVA-01 features': dict(head=0),
+    'EVA-01 mean': dict(pool='mean', mask_token=False), 'EVA-01 class': dict(pool='class', mask_token=False),
+    'EVA-02': EVA02, 'EVA-02 small': dict(act='swiglu', rope='index'),
+    'EVA-02 mean': dict(EVA02, rope=16, pool='mean', mask_token=False),
+}
+
+
+@pytest.mark.parametrize('options', VITS.values(), ids=VITS)
+def test_vit_through_evas_names(tmp_path, options, capsys):
+    """A ViT written under EVA's names and read again gives the same outputs; the heads have to be told."""
+    model, path = tiny(**{'head': 5, **options}), str(tmp_path / 'x.pt')
+    save(model, path, names='eva')
+    assert 'heads=2' in capsys.readouterr().out
+    again = load(path, heads=2)
+    torch.testing.assert_close(again(images()), model(images()), atol=2e-5, rtol=0)
+    assert {**again.config, 'layer_scale': 0} == {**model.config, 'layer_scale': 0}
+
+
+@pytest.mark.parametrize('names', ['eva', 'openai', 'OpenCLIP, custom text', 'Hugging Face CLIP', 'timm'])
+def test_clip_through_released_names(tmp_path, names):
+    """A CLIP written under released names and read again gives the same features and scale."""
+    options = dict(eva={}, timm=dict(EVA02, rope=16, attn_norm=True)).get(names, OPENAI['vision'])
+    model = random_clip(**options, text=OPENAI['text'] if 'pre_norm' in options else {})
+    path, x = str(tmp_path / 'x.pt'), images()
+    save(model, path, names='EVA-02 timm CLIP' if names == 'timm' else names)
+    again = load(path, m.CLIP, **{tower: dict(heads=2, act=config['act']) for tower, config in model.config.items()})
+    for ours, theirs in zip(again(x, TEXT_IDS), model(x, TEXT_IDS)):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize('family', ['OpenAI CLIP', 'Hugging Face CLIP', 'EVA-L classifier, class token'])
+def test_zero_key_biases_are_written(family):
+    """Where a format has key biases, it gets zeros."""
+    if 'CLIP' in family:
+        state = export(random_clip(**OPENAI['vision'], text=OPENAI['text']), family)
+    else:
+        state = export(tiny(pool='class', head=5), family)
+    biases = [bias[16:32] for name, bias in state.items() if name.endswith(('in_proj_bias', 'qkv.bias'))]
+    biases += [bias for name, bias in state.items() if name.endswith('k_proj.bias')]
+    assert len(biases) in (3, 5) and not torch.stack(biases).any()         # 3 + 2 blocks, or the ViT's 3
+    assert any(bias.any() for name, bias in state.items() if name.endswith(('in_proj_bias', 'qkv.bias', 'q_proj.bias')))
+
+
+def test_names_that_do_not_fit_are_refused(tmp_path):
+    """A tensor that a format cannot hold, one that it needs, and unknown names: nothing is written."""
+    path = str(tmp_path / 'x.pt')
+    for model, names, words in ((random_clip(), 'openai', 'visual.patch_embed.bias'),
+                                (random_clip(patch_bias=False, head_bias=False), 'openai', 'norm before its blocks'),
+                                (tiny(), 'timm', "use 'ours', 'eva', 'openai'")):
+        with pytest.raises(ValueError, match=words):
+            save(model, path, names=names)
+    assert not os.path.exists(path)
+
+
+def test_wrappers_and_prefixes_are_peeled(tmp_path):
+    """Trainers' dicts, data-parallel, compiled and tower prefixes, and the options beside the weights."""
+    model, path = tiny(pool='class', head=5, mask_token=False), str(tmp_path / 'x.pt')
+    state = export(model, 'eva')
+    for held in ({'model': state, 'args': argparse.Namespace(lr=1.)}, {'module': {'state_dict': state}, 'epoch': 3},
+                 {'model_ema': state}, {'module.' + name: tensor for name, tensor in state.items()},
+                 {'visual.' + name: tensor for name, tensor in state.items()},
+                 {name.replace('blocks.1.', 'blocks.1._orig_mod.'): tensor for name, tensor in state.items()}):
+        torch.save(held, path)
+        same(plain(load(path, heads=2)), plain(model))
+
+
+def test_timm_tower_inside_openclip(tmp_path):
+    """OpenCLIP holds timm's EVA under visual.trunk."""
+    model, path = random_clip(**{**EVA02, 'rope': 16}, attn_norm=True), str(tmp_path / 'x.pt')
+    state = export(model, 'EVA-02 timm CLIP')
+    torch.save({name.replace('visual.', 'visual.trunk.'): tensor for name, tensor in state.items()}, path)
+    same(plain(load(path, vision=dict(heads=2), text=dict(heads=2))), plain(model))
+
+
+def test_half_precision_becomes_float32(tmp_path):
+    path, model = str(tmp_path / 'x.pt'), tiny()
+    torch.save({name: tensor.half() for name, tensor in export(model, 'eva').items()}, path)
+    again = load(path, heads=2)
+    assert {weight.dtype for weight in again.parameters()} == {torch.float32}
+    assert torch.equal(again.pos_embed, model.pos_embed.half().float())
+
+
+def test_new_patch_size_resizes_kernels(tmp_path):
+    """EVA's 14 to 16: the kernel is resized, and the positions to the grid that the image then has."""
+    path, model = str(tmp_path / 'x.pt'), tiny(image_size=32, patch_size=4)
+    save(model, path)
+    again = load(path, patch_size=8)
+    assert again.grid == 4 and torch.equal(again.patch_embed.weight, m.resize_patches(model.patch_embed.weight, 8))
+    assert torch.equal(again.pos_embed, m.resize_positions(model.pos_embed, (4, 4)))
+
+
+def test_corners_can_be_aligned():
+    """With align_corners the corner patches keep their positions at any grid, as one package's helper has it."""
+    model, corners = tiny(align_corners=True), [1, 6, 31, 36]
+    resized = m.resize_positions(model.pos_embed, (6, 6), align_corners=True)
+    torch.testing.assert_close(resized[:, corners], model.pos_embed[:, [1, 4, 13, 16]])
+    model.blocks = torch.nn.ModuleList()
+    tokens = model.tokens(torch.zeros(1, 3, 24, 24)) - model.patch_embed.bias
+    torch.testing.assert_close(tokens[:, corners], resized[:, corners], atol=1e-5, rtol=0)
+
+
+def test_activation_that_names_do_not_show_is_said(capsys):
+    """OpenAI's names are LAION's too: which activation was supposed is said, unless told or OpenAI's own."""
+    state = openai_state()
+    load_state(state)
+    assert 'QuickGELU supposed' in capsys.readouterr().out
+    load_state(state, vision=dict(act='gelu'), text=dict(act='gelu'))
+    load_state({**state, 'input_resolution': torch.tensor(16)})
+    assert 'QuickGELU' not in capsys.readouterr().out
+
+
+def test_key_bias_under_rotary_positions_is_refused():
+    """There it matters: zeros load, others do not."""
+    family = 'EVA-L classifier, class token'
+    state = export(tiny(act='swiglu', rope=16, pool='class', head=5), family)
+    assert family_of(state) == family and load_state(state).config['rope'] == 16
+    state['blocks.1.attn.qkv.bias'][20] = 1
+    with pytest.raises(ValueError, match=r'blocks\.1\.attn\.qkv\.bias has key biases'):
+        load_state(state)
+
+
+def test_loaded_tensors_are_copies():
+    """Training a model from load_state does not change the tensors that it was given."""
+    state = export(tiny(), 'eva')
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    with torch.no_grad():
+        for weight in load_state(state, heads=2).parameters():
+            weight.add_(1)
+    same(before, state)
+
+
+def test_tied_tensors_come_apart(tmp_path):
+    """Two names of one tensor in a file are two parameters."""
+    state, path = export(tiny(), 'eva'), str(tmp_path / 'x.pt')
+    state['blocks.1.norm1.weight'] = state['blocks.0.norm1.weight']
+    torch.save(state, path)
+    model = load(path, heads=2)
+    model.blocks[0].norm1.weight.data.add_(1)
+    assert torch.equal(model.blocks[1].norm1.weight, state['blocks.0.norm1.weight'])
+
+
+# ---- safetensors
+
+def write_safetensors(state, path, **changes):
+    header, offset = {'__metadata__': {'format': 'pt'}}, 0
+    for name, tensor in state.items():
+        dtype = {torch.float32: 'F32', torch.float16: 'F16', torch.int64: 'I64'}[tensor.dtype]
+        size = tensor.numel() * tensor.element_size()
+        header[name] = dict(dtype=dtype, shape=list(tensor.shape), data_offsets=[offset, offset + size])
+        offset += size
+    header.update(changes)
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)
+    with open(path, 'wb') as file:
+        file.write(len(text).to_bytes(8, 'little') + text)
+        for tensor in state.values():
+            file.write(tensor.contiguous().numpy().tobytes())
+
+
+def test_safetensors(tmp_path):
+    """The same model as from torch.save's file, half precision and a Hugging Face export's position ids included."""
+    model, path = random_clip(**OPENAI['vision'], text=OPENAI['text']), str(tmp_path / 'x.safetensors')
+    state = export(model, 'Hugging Face CLIP')
+    state['text_model.embeddings.position_ids'] = torch.arange(12)[None]
+    state['logit_scale'] = state['logit_scale'].half()
+    write_safetensors(state, path)
+    again = load(path, vision=dict(heads=2), text=dict(heads=2))
+    for name, tensor in plain(model).items():
+        assert torch.equal(again.state_dict()[name], tensor.half().float() if name == 'logit_scale' else tensor), name
+
+
+def test_training_does_not_reach_the_file(tmp_path):
+    """Mapped weights can be trained; the file stays as it was, and can be replaced meanwhile."""
+    model = tiny()
+    for name in ('x.pt', 'x.safetensors'):
+        path = str(tmp_path / name)
+        save(model, path, names='eva') if name == 'x.pt' else write_safetensors(export(model, 'eva'), path)
+        before = open(path, 'rb').read()
+        again = load(path, heads=2)
+        with torch.no_grad():
+            for weight in again.parameters():
+                weight.add_(1)
+        assert open(path, 'rb').read() == before
+        save(again, str(tmp_path / 'x.pt'))
+        same(plain(load(str(tmp_path / 'x.pt'))), plain(again))
+
+
+# ---- files that are not what they should be
+
+class Attack:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f'touch {self.marker}',)
+
+
+def refused(path, words=''):
+    with pytest.raises(ValueError, match=words) as error:
+        load(path)
+    assert path in str(error.value) and '\n' not in str(error.value)
+
+
+def test_pickles_that_run_code_are_refused(tmp_path):
+    """Zipped or not, alone or between good tensors: one line that names the code, which is not run."""
+    marker, path = tmp_path / 'ran', str(tmp_path / 'x.pt')
+    for new in (True, False):
+        for held in (Attack(marker), {**export(tiny(), 'eva'), 'spare': Attack(marker)}):
+            torch.save(held, path, _use_new_zipfile_serialization=new)
+            refused(path, r'asks for \w+\.system, which is code')
+    assert not marker.exists()
+    torch.load(path, weights_only=False)                                  # the attack would have worked
+    assert marker.exists()
+
+
+def write_archive(state, path):
+    """A TorchScript archive of these tensors, as OpenAI's are."""
+    root = torch.nn.Module()
+    for name, tensor in state.items():
+        module, parts = root, name.split('.')
+        for part in parts[:-1]:
+            if part not in module._modules:
+                module.add_module(part, torch.nn.Module())
+            module = module._modules[part]
+        module.register_parameter(parts[-1], torch.nn.Parameter(tensor.clone(), requires_grad=False))
+    torch.jit.save(torch.jit.script(root), path)
+
+
+def replace_pickle(path, change):
+    """Changes the pickle inside of an archive."""
+    import zipfile
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, 'w') as archive:
+        for name, record in records.items():
+            archive.writestr(name, change(record) if name.endswith('data.pkl') else record)
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_torchscript_archives_are_read_without_torch_jit(tmp_path, monkeypatch):
+    """The tensors of a scripted module tree, to the bit; torch.jit is not called."""
+    model, path = random_clip(**OPENAI['vision'], text=OPENAI['text']), str(tmp_path / 'x.pt')
+    write_archive(export(model, 'openai'), path)
+    monkeypatch.setattr(torch.jit, 'load', None)
+    same(plain(load(path, vision=dict(heads=2), text=dict(heads=2))), plain(model))
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_archives_that_run_code_are_refused(tmp_path):
+    """An archive whose pickle calls os.system before its tensors: one line, nothing run."""
+    marker, path = tmp_path / 'ran', str(tmp_path / 'x.pt')
+    write_archive(export(random_clip(**OPENAI['vision'], text=OPENAI['text']), 'openai'), path)
+    command = f'touch {marker}'.encode()
+    attack = b'cposix\nsystem\n(X' + len(command).to_bytes(4, 'little') + command + b'tR0'
+    replace_pickle(path, lambda record: record[:2] + attack + record[2:])
+    refused(path, r'asks for posix\.system, which is code')
+    assert not marker.exists()
+    import pickle
+    with pytest.raises(Exception):                       # a plain unpickler runs it, then misses torch's storages
+        pickle.loads(b'\x80\x02' + attack + b'cnone\nnone\n.')
+    assert marker.exists()
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_archive_tensors_stay_in_their_storage(tmp_path):
+    """A tensor that claims more than its storage holds is refused."""
+    path = str(tmp_path / 'x.pt')
+    write_archive({'class_embedding': torch.ones(7), 'ln_post.weight': torch.ones(3)}, path)
+    replace_pickle(path, lambda record: record.replace(b'(K\x07t', b'(K\x7ft'))
+    refused(path, 'not a checkpoint of tensors')
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_truncated_files_are_refused(tmp_path):
+    """Whatever the format and wherever it ends."""
+    model = random_clip(**OPENAI['vision'], text=OPENAI['text'])
+    paths = [str(tmp_path / name) for name in ('ours.pt', 'openai.pt', 'old.pt', 'jit.pt', 'x.safetensors')]
+    save(model, paths[0])
+    save(model, paths[1], names='openai')
+    torch.save(export(model, 'openai'), paths[2], _use_new_zipfile_serialization=False)
+    write_archive(export(model, 'openai'), paths[3])
+    write_safetensors(export(model, 'Hugging Face CLIP'), paths[4])
+    for path in paths:
+        whole = open(path, 'rb').read()
+        for length in (1, 9, 100, len(whole) // 2, len(whole) - 9):
+            with open(path, 'wb') as file:
+                file.write(whole[:length])
+            refused(path)
+
+
+def test_wrong_headers_are_refused(tmp_path):
+    """A safetensors header that points outside, disagrees with itself, or is not one."""
+    path, state = str(tmp_path / 'x.safetensors'), {'a': torch.ones(4)}
+    good = dict(dtype='F32', shape=[4], data_offsets=[0, 16])
+    for change in (dict(data_offsets=[8, 24]), dict(data_offsets=[-16, 0]), dict(shape=[5]), dict(dtype='F3'),
+                   dict(shape=3), dict(data_offsets=None)):
+        write_safetensors(state, path, a={**good, **change})
+        refused(path, 'not a checkpoint of tensors')
+
+
+@pytest.mark.parametrize('change, words', [
+    (lambda state: state.pop('blocks.1.attn.k_proj.weight'), r'missing blocks\.1\.attn\.k_proj\.weight'),
+    (lambda state: state.pop('blocks.2.mlp.w3.bias'), r'missing blocks\.2\.mlp\.w3\.bias'),
+    (lambda state: state.pop('pos_embed'), 'miss pos_embed'),
+    (lambda state: state.update({'blocks.0.attn.k_proj.bias': torch.ones(16)}), 'unexpected blocks.0.attn.k_proj.bias'),
+    (lambda state: state.update({'norm.bias': torch.ones(3)}), r'norm\.bias of shape \[3\] instead of \[16\]'),
+    (lambda state: state.update({'blocks.0.mlp.w1.bias': torch.ones(3)}), r'w1\.bias \[3\]'),
+    (lambda state: state.update({'pos_embed': torch.ones(3)}), 'EVA-02 MIM'),
+    (lambda state: state.update({'pos_embed': torch.ones(1, 8, 16)}), r'pos_embed of shape \[1, 8, 16\]'),
+    (lambda state: state.clear(), 'no known model'),
+])
+def test_wrong_tensors_are_named_in_the_files_words(tmp_path, change, words):
+    path, state = str(tmp_path / 'x.pt'), export(tiny(**EVA02, head=5), 'eva')
+    change(state)
+    torch.save(state, path)
+    refused(path, words)
+
+
+def test_options_of_nobody_are_refused(tmp_path):
+    """A misspelt option, and a tower's option without its tower."""
+    path = str(tmp_path / 'x.pt')
+    save(tiny(), path)
+    with pytest.raises(ValueError, match='ViT has no option head_dim'):
+        load(path, head_dim=3)
+    save(random_clip(), path)
+    with pytest.raises(ValueError, match=r'vision=dict\(heads=...\)'):
+        load(path, heads=3)
+
+
+# ---- memory, and the command
+
+MEASURE = """
+import os, sys, model
+def private():
+    return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('RssAnon'))
+model.load(sys.argv[1])
+kept = []
+for path in sys.argv[2:]:
+    before = private()
+    kept.append(model.load(path))
+    total = sum(weight.sum() for weight in kept[-1].parameters())           # every page is touched
+    print('copied', (private() - before) * 1024 / os.path.getsize(path))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='reads /proc')
+def test_private_memory_after_loading(tmp_path):
+    """Where tensors map one to one they stay in the file: less than a tenth of it is copied, and 1.2 is allowed."""
+    small, ours, eva, tensors = (str(tmp_path / name) for name in ('small.pt', 'ours.pt', 'eva.pt', 'x.safetensors'))
+    model = ViT(width=640, depth=5, heads=10, mlp_width=2560, patch_size=14, image_size=56)
+    save(tiny(), small)
+    save(model, ours)
+    save(model, eva, names='eva')
+    write_safetensors(export(model, 'eva'), tensors)
+    assert min(os.path.getsize(path) for path in (ours, eva, tensors)) > 95e6
+    run = subprocess.run([sys.executable, '-c', MEASURE, small, ours, eva, tensors], capture_output=True, text=True,
+                         cwd=os.path.dirname(os.path.abspath(m.__file__)), env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    copied = [float(line.split()[1]) for line in run.stdout.splitlines() if line.startswith('copied')]
+    assert len(copied) == 3 and max(copied) < 0.1, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize('names', ['ours', 'eva'])
+def test_description(tmp_path, capsys, names):
+    """What a file is, its size and resolution, and a line for each rule that its tensors follow."""
+    path, model = str(tmp_path / 'x.pt'), tiny(**EVA02, head=5, heads=4, width=64, mlp_width=170)
+    save(model, path, names=names)
+    m.describe(path)
+    said, parameters = capsys.readouterr().out, sum(weight.numel() for weight in model.parameters())
+    words = {'ours': ('nanoEVA', '3 same      blocks.*.norm1.weight'),
+             'eva': ('EVA-02 MIM', '9 concat    blocks.*.attn.q_proj.weight blocks.*.attn.k_proj.weight ')}
+    for word in (*words[names], f'{parameters:,} parameters', '16 px in 4 x 4 patches of 4 px', 'rope=index'):
+        assert word in said, said
+
+
+def test_command(tmp_path):
+    """python model.py FILE; a line and exit code 2 for what is no model."""
+    good, bad, script = str(tmp_path / 'x.pt'), str(tmp_path / 'y.pt'), os.path.abspath(m.__file__)
+    save(tiny(), good)
+    open(bad, 'w').write('hello')
+    assert 'a ViT of' in subprocess.run([sys.executable, script, good], capture_output=True, text=True).stdout
+    run = subprocess.run([sys.executable, script, bad], capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.count('\n') == 1 and bad in run.stderr
