@@ -671,8 +671,11 @@ def load_state(state, name=None, config=None, expected=None, assign=False, **ove
         for bias, values in key_biases.items():
             if not bias.startswith('text.') and values.any():
                 raise ValueError(f'{bias} has key biases; under rotary positions they matter, and this ViT has none')
-    with torch.device('meta'):             # no time is spent on values that will be replaced
-        model = CLIP(**config) if name == 'CLIP' else ViT(**config)
+    try:
+        with torch.device('meta'):             # no time is spent on values that will be replaced
+            model = CLIP(**config) if name == 'CLIP' else ViT(**config)
+    except (TypeError, KeyError, RuntimeError) as error:
+        raise ValueError(f'this config makes no {name}: {first_line(error)}') from None
     fill(model, state, fresh, rules, assign)
     model.extra = {}
     if family:
@@ -835,7 +838,7 @@ def read(path):
     except OSError as error:
         raise ValueError(f'{path} cannot be read ({error.strerror or error}); give a checkpoint file') from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError,
-            OverflowError, zipfile.BadZipFile) as error:
+            AssertionError, OverflowError, zipfile.BadZipFile) as error:
         code = re.search(r'GLOBAL ([\w.]+)', str(error))
         if code:
             raise ValueError(f'{path} asks for {code[1]}, which is code and no tensor; nothing of it was run') from None
