@@ -459,14 +459,12 @@ EVA_ENDS = {  # what EVA's ViTs end with: a tensor that tells, the pooling, its 
     'classifier, class token':      ('head.weight', 'class', same('norm.*', 'head.*')),
     'encoder':                      ('norm.weight', None, same('norm.*')),
 }
+QUICK = dict(act='quick_gelu', eps=1e-5)
 FAMILIES = {  # tensors that only it has; its table; what its tensors do not show
-    'OpenAI CLIP': (('visual.class_embedding', 'ln_final.weight'), OPENAI_CLIP, dict(act='quick_gelu', eps=1e-5)),
-    'OpenCLIP, custom text': (('visual.class_embedding', 'text.ln_final.weight'), OPENCLIP_TEXT,
-                              dict(act='gelu', eps=1e-5)),
-    'Hugging Face CLIP': (('vision_model.pre_layrnorm.weight', 'text_model.final_layer_norm.weight'), HF_CLIP,
-                          dict(act='quick_gelu', eps=1e-5)),
-    'OpenAI CLIP, vision tower': (('class_embedding', 'ln_post.weight'), OPENAI_VISION,
-                                  dict(act='quick_gelu', eps=1e-5)),
+    'OpenAI CLIP':              (('visual.class_embedding', 'ln_final.weight'), OPENAI_CLIP, QUICK),
+    'OpenCLIP, custom text':    (('visual.class_embedding', 'text.ln_final.weight'), OPENCLIP_TEXT, dict(eps=1e-5)),
+    'Hugging Face CLIP':        (('vision_model.pre_layrnorm.weight', 'visual_projection.weight'), HF_CLIP, QUICK),
+    'OpenAI CLIP, vision tower': (('class_embedding', 'ln_post.weight'), OPENAI_VISION, QUICK),
 }
 for _name, _mark, _rules in (('EVA-02', 'blocks.0.mlp.w1.weight', EVA02),
                              ('EVA-02 small', 'blocks.0.mlp.w12.weight', EVA02_SMALL),
