@@ -319,14 +319,11 @@ def sincos_positions(width, grid):
 @torch.no_grad()
 def init_weights(model, seed=0):
     """First values of a ViT or a CLIP on the CPU, a function of the seed; returns the model. Biases start at 0, norms
-    at 1; ViTs as narrow as ours start from sin-cos positions, which they learn from there (not in the paper). Weights
-    on the meta device are passed over: `load` takes them from a file."""
+    at 1; ViTs as narrow as ours start from sin-cos positions, which they learn from there (not in the paper)."""
     generator, is_clip = torch.Generator().manual_seed(seed), isinstance(model, CLIP)
     for tower in [module for module in model.modules() if isinstance(module, (ViT, TextTower))]:
         width, depth = tower.config['width'], tower.config['depth']
         for name, weight in tower.named_parameters():
-            if weight.is_meta:
-                continue
             layer = int(name.split('.')[1]) + 1 if name.startswith('blocks') else 1
             if is_clip:     # OpenAI's standard deviations for both towers, the first match
                 pixels = 3 * tower.config.get('patch_size', 1) ** 2     # of a patch; .08 = torch's default if it has 48
@@ -348,7 +345,7 @@ def init_weights(model, seed=0):
                     weight.normal_(0, std, generator=generator)
                 else:       # cut at one std, as EVA does, so that .0081 comes out of .015: erf(1 / sqrt(2)) = .683
                     weight.uniform_(-0.6826895, 0.6826895, generator=generator).erfinv_().mul_(2 ** .5 * std)
-    if is_clip and not model.logit_scale.is_meta:
+    if is_clip:
         model.logit_scale.fill_(math.log(1 / 0.07))
     return model
 
@@ -632,7 +629,7 @@ def fill(model, state, fresh=(), rules=(), assign=False):
     if fresh:
         empty = {name: torch.empty(tensor.shape) for name, tensor in model.state_dict().items() if name not in state}
         model.load_state_dict(empty, strict=False, assign=True)
-        init_weights(model)
+        init_weights(model)         # the others are on the meta device still, where this costs nothing
     filled, seen = {}, set()
     for name, parameter in model.state_dict().items():
         if name in state:
