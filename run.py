@@ -1,32 +1,52 @@
 """
-What every run needs once: options, device, optimizer, schedule, save and resume, log, curves, costs. The loops are in
-the stage files; they call these by name.
+What every run needs once: options, processes and devices, optimizer, schedule, save and resume, log, curves, costs.
+The loops are in the stage files; they call these by name.
+
+    python mim_pretrain.py                                 # one process: nothing here is distributed, tensors are plain
+    torchrun --nproc_per_node=8 mim_pretrain.py --size g   # weights, gradients and AdamW's state are sharded over eight
 """
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
 import pickle
+import queue
 import re
+import resource
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (get_model_state_dict, get_optimizer_state_dict,
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
 from PIL import Image, ImageDraw, ImageFont
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
+                                                     set_model_state_dict, set_optimizer_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.nn.functional import all_gather
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
+import model as M
 from model import SIZES, Block, ViT, first_line, get_rank, knn_accuracy, linear_probe, print0
 
 
@@ -52,17 +72,21 @@ class Run:
     seed: int = option(0, 'of weights, order, crops and masks')
     device: str = option('', 'cuda, mps or cpu; the best there is if empty')
     compile: bool = option(None, 'torch.compile the blocks; decided by the device if not given')
+    shard: str = option('full', "full: weights, gradients and AdamW's state divided over the processes; none: copied")
+    checkpoint_activations: bool = option(False, 'keep only the inputs of blocks, compute them again for the gradients')
     save_every: int = option(500, 'steps between checkpoints')
     log_every: int = option(10, 'steps between lines of log.jsonl')
     workers: int = option(0, 'processes that read images; 0: read in this one')
     eval: bool = option(False, 'only evaluate --init')
-    plan: bool = option(False, 'only print parameters, FLOPs and memory')
+    plan: bool = option(False, 'only print parameters, FLOPs, memory and days')
+    devices: int = option(1, 'of --plan: how many like this one')
+    bench: bool = option(False, 'only measure speed, without data and teacher')
     image: str = option('', 'only apply --init to this picture')
 
 
 # options that change how a run is made, not what it computes
-NEVER_DIFFER = {'out_dir', 'micro_batch', 'device', 'compile', 'shard', 'save_every', 'log_every', 'workers',
-                'eval', 'plan', 'bench', 'image'}
+NEVER_DIFFER = {'out_dir', 'micro_batch', 'device', 'compile', 'shard', 'checkpoint_activations', 'save_every',
+                'log_every', 'workers', 'eval', 'plan', 'devices', 'bench', 'image'}
 
 
 def parse_config(Config, RECIPES, argv=None):
@@ -93,12 +117,14 @@ def parse_config(Config, RECIPES, argv=None):
     for name, value in dataclasses.asdict(cfg).items():
         if isinstance(value, (int, float)) and not 0 <= value < math.inf:
             raise ValueError(f'--{name} {value} is not a number from 0 up')
-        if name in ('steps', 'batch_size', 'save_every', 'log_every') and value < 1:
+        if name in ('steps', 'batch_size', 'save_every', 'log_every', 'devices') and value < 1:
             raise ValueError(f'--{name} {value} is too small; use 1 or more')
         if name == 'betas' and not (len(value) == 2 and all(0 <= beta < 1 for beta in value)):
             raise ValueError(f'--betas {value} are not two numbers from 0 to below 1')
     if cfg.seed > 127:      # each seed of the built-in world owns 2^33 of its 2^40 scenes
         raise ValueError(f'--seed {cfg.seed} is too large; use 0 to 127')
+    if cfg.shard not in ('full', 'none'):
+        raise ValueError(f'--shard {cfg.shard} is unknown; use full or none')
     if cfg.micro_batch and cfg.batch_size % cfg.micro_batch:
         raise ValueError(f'--batch_size {cfg.batch_size} is not a multiple of --micro_batch {cfg.micro_batch}')
     return cfg
@@ -128,19 +154,179 @@ def main(train, Config, RECIPES):
 
 
 def setup(cfg):
-    """(rank, number of processes, device)."""
-    rank, world = get_rank(), int(os.environ.get('WORLD_SIZE', 1))
-    if world > 1:
-        raise ValueError(f'{world} processes were started, but sharding is not there yet; run it with python')
-    there = ['cuda'] * torch.cuda.is_available() + ['mps'] * torch.backends.mps.is_available() + ['cpu']
-    known = there + [f'cuda:{i}' for i in range(torch.cuda.device_count())]
-    if (cfg.device or there[0]) not in known:
-        raise ValueError(f'--device {cfg.device} is not on this machine; use {" or ".join(known)}')
-    device = torch.device(cfg.device or there[0])
+    """(rank, number of processes, device, mesh), from torchrun's variables; the mesh is None with one process. FSDP2
+    divides over a mesh's last dimension and copies over the one before: --shard is only its shape."""
+    global patient
+    rank, local_rank, local_world, world = (int(os.environ.get(name, default)) for name, default in (
+        ('RANK', 0), ('LOCAL_RANK', 0), ('LOCAL_WORLD_SIZE', 1), ('WORLD_SIZE', 1)))
+    device = find_device(cfg.device, local_rank, local_world)
     if device.type == 'cuda':
-        torch.cuda.set_device(device.index or 0)
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')      # TF32 where autocast keeps float32
-    return rank, world, device
+    if world == 1:
+        return rank, world, device, None
+    share = cfg.batch_size // world
+    if cfg.batch_size % world or share % (cfg.micro_batch or share):
+        raise ValueError(f'--batch_size {cfg.batch_size} does not divide over {world} processes'
+                         + f' into parts of --micro_batch {cfg.micro_batch}' * bool(cfg.micro_batch)
+                         + f'; use a multiple of {world * max(1, cfg.micro_batch)}, or fewer processes')
+    if not dist.is_initialized():
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        patient = dist.new_group(backend='gloo', timeout=timedelta(days=30))
+    shape, names = ((world,), ('shard',)) if cfg.shard == 'full' else ((world, 1), ('copy', 'shard'))
+    return rank, world, device, init_device_mesh(device.type, shape, mesh_dim_names=names)
+
+
+def find_device(name, local_rank, local_world):
+    """The torch.device that --device means; each process of a machine has a GPU of its own."""
+    gpus = torch.cuda.device_count()
+    there = ['cuda'] * (gpus > 0) + ['mps'] * torch.backends.mps.is_available() + ['cpu']
+    name = name or there[0]
+    if name not in there + [f'cuda:{i}' for i in range(gpus)]:
+        raise ValueError(f'--device {name} is not on this machine; use {" or ".join(there)}')
+    if local_world > 1 and name not in ('cuda', 'cpu'):
+        raise ValueError(f'--device {name} is one device, and there are {local_world} processes; use cuda or cpu')
+    if name == 'cuda' and local_world > gpus:
+        raise ValueError(f'{local_world} processes on a machine with {gpus} GPUs; use --nproc_per_node={gpus}')
+    return torch.device(name, local_rank) if name == 'cuda' else torch.device(name)
+
+
+patient = None      # the processes' gloo group on CPUs for what may take long: training a teacher, writing a checkpoint
+
+
+def on_first(function, *args, **options):
+    """Calls it on the first process while the others wait, however long; all return or raise what it does."""
+    answer = [None, None]
+    if get_rank() == 0:
+        try:
+            answer[0] = function(*args, **options)
+        except (ValueError, OSError, RuntimeError, SystemExit) as error:
+            answer[1] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer, group=patient)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def total(x):
+    """Sum of a tensor over the processes, on its device; x itself with one process."""
+    if dist.is_initialized():
+        dist.all_reduce(x := x.detach().clone())
+    return x
+
+
+def largest(number):
+    """The largest of the processes' numbers, agreed on by their CPUs: no device has to wait."""
+    if not dist.is_initialized():
+        return number
+    dist.all_reduce(x := torch.tensor(number, dtype=torch.float64), dist.ReduceOp.MAX, patient)
+    return x.item()
+
+
+def gather(x):
+    """Every process's [B, ...] as one [processes * B, ...], by rank, with gradients to where each came from."""
+    return torch.cat(all_gather(x)) if dist.is_initialized() else x
+
+
+def to_device(model, cfg, device, mesh=None):
+    """Moves a model to its device. In place, its blocks compute their activations again if asked to, are compiled (on
+    cuda, or where asked) and sharded, each a unit that is gathered when needed; what is left is the root's unit."""
+    model.to(device)
+    # bf16 halves what is gathered, float32 sums gradients; inputs stay as they are: the residual stream is float32
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if device.type == 'cuda' else None,
+                                  reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
+        if cfg.compile or cfg.compile is None and device.type == 'cuda':
+            block.forward = torch.compile(block.forward)
+        if cfg.checkpoint_activations and any(weight.requires_grad for weight in block.parameters()):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        if mesh:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+    if mesh:
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        for name in ('features', 'patch_features', 'encode_image', 'encode_text'):      # gather weights as forward does
+            if hasattr(model, name):
+                register_fsdp_forward_method(model, name)
+    return model
+
+
+def clip_gradients(model, largest_norm):
+    """Scales the gradients down to a global norm; returns what it was, the same on every process."""
+    norm = torch.nn.utils.clip_grad_norm_(list(model.parameters()), largest_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def save_model(model, path, **extra):
+    """model.save of a model that may be sharded: gathered on the first process, which writes."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    on_first(M.save, model, path, state, **extra)
+
+
+def ahead(batches, device):
+    """The same batches. On cuda a thread makes the next two on a stream of its own while the device computes: reading,
+    rendering, masks and transfers from pinned memory cost the training no time."""
+    if device.type == 'cuda':
+        return in_thread(batches, torch.cuda.Stream(device))
+    return batches
+
+
+def in_thread(items, stream=None, depth=2):
+    """Yields dicts of tensors that a thread makes, at most `depth` ahead; its exceptions are raised here."""
+    made, stopped, end = queue.Queue(depth), threading.Event(), object()
+
+    def put(item, error=None):
+        event = stream.record_event() if stream else None
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                return made.put((item, error, event), timeout=1)
+
+    def work():
+        try:
+            with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+                for item in items:
+                    put(item)
+                    if stopped.is_set():
+                        return
+            put(end)
+        except BaseException as error:
+            put(end, error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while (got := made.get())[0] is not end:
+            item, _, event = got
+            if event:
+                now = torch.cuda.current_stream()
+                now.wait_event(event)       # the transfer is done before what is computed from it
+                for x in item.values():
+                    if torch.is_tensor(x) and x.is_cuda:
+                        x.record_stream(now)    # memory of the thread's stream: not used anew before we are done
+            yield item
+        if got[1]:
+            raise got[1]
+    finally:
+        stopped.set()
+
+
+def pinned(tensor, device):
+    """A CPU's tensor on the device; from pinned memory the transfer does not wait for what the device is doing."""
+    return (tensor.pin_memory() if device.type == 'cuda' else tensor).to(device, non_blocking=True)
+
+
+def run_stage(script, *flags):
+    """Another stage's command as a process of its own, without torchrun's variables; returns its exit code. It gets our
+    signals, saves and leaves, and we after it."""
+    environment = {name: value for name, value in os.environ.items() if name not in (
+        'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'GROUP_RANK', 'MASTER_ADDR', 'MASTER_PORT')}
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), script)
+    child = subprocess.Popen([sys.executable, path, *flags], env=environment)
+    before = {number: signal.signal(number, lambda number, _: child.send_signal(number)) for number in STOPPING}
+    try:
+        return child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def autocast(device):
@@ -148,19 +334,63 @@ def autocast(device):
     return torch.autocast('cuda', torch.bfloat16) if device.type == 'cuda' else contextlib.nullcontext()
 
 
-def param_groups(model, weight_decay):
-    """Weights with decay, then norms, biases, positions and tokens without. A loop multiplies lr by lr_scale."""
-    groups = [dict(params=[], weight_decay=decay, lr_scale=1.) for decay in (weight_decay, 0.)]
+def param_groups(model, weight_decay, layer_decay=1.):
+    """Weights with decay, and norms, biases, positions and tokens without. A loop multiplies lr by lr_scale, which is
+    layer_decay once for each layer above (BEiT's rule; EVA fine-tunes so): the last norm and head have 1."""
+    groups = {}
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             bare = weight.ndim < 2 or name.split('.')[-1] in ('pos_embed', 'class_token', 'mask_token')
-            groups[bare]['params'].append(weight)
-    return [group for group in groups if group['params']]
+            decay, scale = 0. if bare else weight_decay, layer_decay ** layers_above(name, model)
+            groups.setdefault((bare, -scale), dict(params=[], weight_decay=decay, lr_scale=scale))['params'].append(weight)
+    return [groups[key] for key in sorted(groups)]
 
 
-def make_optimizer(model, cfg):
+def layers_above(name, model):
+    """How many layers a weight's output still passes in its tower: head and norm 0, the last block 1, the input most."""
+    tower, found, rest = name.rpartition('blocks.')
+    if found:
+        return len(model.get_submodule(tower + 'blocks')) - int(rest.split('.')[0])
+    tower, _, own = name.rpartition('.')
+    first = ('patch_embed', 'class_token', 'mask_token', 'pos_embed', 'pre_norm', 'token_embed')
+    part = next((i for i, part in enumerate(name.split('.')) if part in first), None)
+    return 0 if part is None else 1 + len(model.get_submodule('.'.join([*name.split('.')[:part], 'blocks'])))
+
+
+def make_optimizer(model, cfg, layer_decay=1.):
     """Fused AdamW, 2 to 5 times faster than the default on a CPU; cfg has lr, betas, eps and weight_decay."""
-    return torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+    groups = param_groups(model, cfg.weight_decay, layer_decay)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+
+
+class EMA:
+    """Slowly following weights: after each step they move 1 - decay of the way to the model's. Clones of the shards, so
+    nothing is gathered; save_checkpoint and resume take it along."""
+
+    def __init__(self, model, decay):
+        self.decay = decay
+        self.weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model):
+        weights = dict(model.named_parameters())
+        torch._foreach_lerp_(list(self.weights.values()), [weights[name].detach() for name in self.weights], 1 - self.decay)
+
+    @contextlib.contextmanager
+    def in_place_of(self, model):
+        """Within it the model has these weights, to evaluate or save them."""
+        self.swap(model)
+        try:
+            yield model
+        finally:
+            self.swap(model)
+
+    @torch.no_grad()
+    def swap(self, model):
+        for name, weight in model.named_parameters():
+            mine = self.weights[name].clone()
+            self.weights[name].copy_(weight)
+            weight.copy_(mine)
 
 
 def lr_at(step, cfg):
@@ -179,28 +409,44 @@ def single_process_is_fine():
         yield
 
 
-def save_checkpoint(out_dir, step, model, optimizer, cfg, constants={}):
-    """Everything a run needs to go on after `step` updates, under a temporary name until it is whole; the last two
-    stay. `constants` is what the run measured once (plain data or tensors)."""
+def run_state(model, optimizer, ema=None):
+    """What training changes, each process's shards: written as it is, and read into it on any number of processes."""
+    state = dict(model=get_model_state_dict(model), optim=get_optimizer_state_dict(model, optimizer))
+    return {**state, 'ema': ema.weights} if ema else state
+
+
+def save_checkpoint(out_dir, step, model, optimizer, cfg, constants={}, ema=None):
+    """Everything a run needs to go on after `step` updates, each process its shards, under a temporary name until it is
+    whole; the last two stay. `constants` is what the run measured once (plain data or tensors)."""
     final = os.path.join(out_dir, 'checkpoint', f'step_{step:07d}')
-    try:
-        shutil.rmtree(final + '.tmp', ignore_errors=True)
-        os.makedirs(final + '.tmp')
-        state = dict(model=get_model_state_dict(model), optim=get_optimizer_state_dict(model, optimizer))
-        with single_process_is_fine():
-            dcp.save(state, checkpoint_id=final + '.tmp')
+    beside = final + '.tmp'
+
+    def publish():
         run = dict(step=step, config=dataclasses.asdict(cfg), constants=constants)
-        torch.save(run, os.path.join(final + '.tmp', 'run.pt'))
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(final + '.tmp', final)
+        torch.save(run, os.path.join(beside, 'run.pt'))
+        remove(final)
+        os.rename(beside, final)
+        for old in list_checkpoints(out_dir)[:-2]:
+            remove(old)
+    try:
+        on_first(lambda: (remove(beside), os.makedirs(beside)))
+        with single_process_is_fine():
+            dcp.save(run_state(model, optimizer, ema), checkpoint_id=beside, process_group=patient)
+        on_first(publish)
     except (OSError, RuntimeError, CheckpointException) as error:
-        shutil.rmtree(final + '.tmp', ignore_errors=True)
+        on_first(remove, beside)
         last = latest_checkpoint(out_dir)
         raise ValueError(f'checkpoint {final} cannot be written ({first_line(error)}); '
                          + (f'{last} is intact, run the same command to go on' if last else 'none was written before')
                          ) from None
-    for old in list_checkpoints(out_dir)[:-2]:
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def remove(folder):
+    """Deletes a folder, if there is one; killed half-way, it leaves nothing that looks whole."""
+    if not folder.endswith('.tmp') and os.path.exists(folder):
+        shutil.rmtree(folder + '.tmp', ignore_errors=True)
+        os.rename(folder, folder := folder + '.tmp')
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def list_checkpoints(out_dir):
@@ -214,14 +460,15 @@ def latest_checkpoint(out_dir):
     return (list_checkpoints(out_dir) or [None])[-1]
 
 
-def resume(out_dir, model, optimizer, cfg):
-    """Loads the latest checkpoint, if any: (updates already made, the run's constants)."""
-    path = latest_checkpoint(out_dir)
+def resume(out_dir, model, optimizer, cfg, ema=None):
+    """Loads the latest checkpoint, if any, whatever number of processes wrote it: (updates already made, the run's
+    constants). Only from the run's own folder: its metadata is a pickle, which could do anything."""
+    path = on_first(latest_checkpoint, out_dir)
     if path is None:
         return 0, {}
     damaged = f'{path} is damaged; delete that folder, and the run goes on from the one before'
     try:
-        run = torch.load(os.path.join(path, 'run.pt'), map_location='cpu', weights_only=True)
+        run = on_first(torch.load, os.path.join(path, 'run.pt'), map_location='cpu', weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f'{damaged} ({first_line(error)})') from None
     now, then = dataclasses.asdict(cfg), run['config']
@@ -230,10 +477,10 @@ def resume(out_dir, model, optimizer, cfg):
     if changed:
         raise ValueError(f'{out_dir} holds an unfinished run with other options: {", ".join(changed)}; '
                          'repeat its options, or start another with --out_dir NAME')
-    state = dict(model=get_model_state_dict(model), optim=get_optimizer_state_dict(model, optimizer))
+    state = run_state(model, optimizer, ema)
     try:
         with single_process_is_fine():
-            dcp.load(state, checkpoint_id=path)
+            dcp.load(state, checkpoint_id=path, process_group=patient)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, CheckpointException) as error:
         raise ValueError(f'{damaged} ({first_line(error)})') from None
     set_model_state_dict(model, state['model'])
@@ -256,33 +503,71 @@ def finished(cfg):
     return False
 
 
-def read_log(out_dir):
-    """log.jsonl as a list of dicts; a last line cut short by a kill is left out."""
-    path = os.path.join(out_dir, 'log.jsonl')
+def read_log(out_dir, name='log.jsonl'):
+    """A file of JSON lines as a list of dicts; a last line cut short by a kill is left out."""
+    path = os.path.join(out_dir, name)
     if not os.path.exists(path):
         return []
     with open(path) as file:
         return [json.loads(line) for line in file if line.endswith('}\n')]
 
 
+STOPPING = signal.SIGTERM, signal.SIGINT    # of a cluster's scheduler, of Ctrl-C
+
+
 class Log:
     """A bar with the time left on stderr, and out_dir/log.jsonl. Starting at `start` drops the lines of steps that will
-    be done again. `seconds` runs on over interruptions. Only the first process writes."""
+    be done again. `seconds` and `skipped` run on over interruptions. Only the first process writes. While it lasts,
+    SIGTERM and Ctrl-C are noted, and obeyed where the loop asks. flops: of an image, for the share of the device's
+    speed (MFU): student three times, teacher once, what checkpointing computes again not counted."""
 
-    def __init__(self, cfg, start):
-        self.cfg, self.step, self.in_a_row, self.skipped = cfg, start, 0, 0
-        kept = [line for line in read_log(cfg.out_dir) if line['step'] < start]
-        self.began = time.time() - (kept[-1]['seconds'] if kept else 0)
+    def __init__(self, cfg, start, device=torch.device('cpu'), flops=0):
+        self.cfg, self.step, self.device, self.flops, self.in_a_row = cfg, start, device, flops, 0
+        kept = {name: [line for line in read_log(cfg.out_dir, name) if line['step'] < start]
+                for name in ('log.jsonl', 'evals.jsonl')}
+        last = kept['log.jsonl'][-1] if kept['log.jsonl'] else {}
+        self.began, self.skipped = time.time() - last.get('seconds', 0), int(last.get('skipped', 0))
+        self.speed = flops and matmul_speed(device) * int(os.environ.get('WORLD_SIZE', 1))
         self.last_write = time.time()
         self.file = None
         if get_rank() == 0:
-            path = os.path.join(cfg.out_dir, 'log.jsonl')
-            with open(path + '.tmp', 'w') as file:
-                file.writelines(json.dumps(line) + '\n' for line in kept)
-            os.replace(path + '.tmp', path)
-            self.file = open(path, 'a', buffering=1)
+            for name in kept:
+                path = os.path.join(cfg.out_dir, name)
+                with open(path + '.tmp', 'w') as file:
+                    file.writelines(json.dumps(line) + '\n' for line in kept[name])
+                os.replace(path + '.tmp', path)
+            self.file = open(os.path.join(cfg.out_dir, 'log.jsonl'), 'a', buffering=1)
         self.bar = tqdm(total=cfg.steps, initial=start, desc=cfg.size, dynamic_ncols=True, disable=get_rank() > 0,
                         mininterval=0.5 if sys.stderr.isatty() else 15)
+        self.signal, self.process, self.handlers = 0, os.getpid(), {}
+        for number in STOPPING:
+            self.handlers[number] = signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        """The signals' handler. A second one, a second or more later, ends the process at once."""
+        if os.getpid() != self.process:
+            return      # a reader of images, forked from here: it ends when we do
+        if self.signal and time.time() - self.noted > 1:
+            os._exit(128 + number)
+        self.signal, self.noted = number, time.time()
+
+    def stopping(self):
+        """The signal that any of the processes was sent, or 0; asked after each step, so that all leave after the same."""
+        self.signal = int(largest(self.signal))
+        return self.signal
+
+    def leave(self, done):
+        """Ends the process as the signal asked, after `done` steps and a checkpoint."""
+        self.close()
+        print0(f'\nstopped after step {done}, which is saved; the same command goes on from there')
+        sys.exit(128 + self.signal)
+
+    def close(self):
+        self.bar.close()
+        if self.file:
+            self.file.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def due(self, step):
         """Whether this step is logged: reading numbers back from a device costs time."""
@@ -301,7 +586,9 @@ class Log:
         """A line of log.jsonl; values are numbers. The bar shows them, and step + 1 of its steps done."""
         now = time.time()
         values['images_per_second'] = (step + 1 - self.step) * self.cfg.batch_size / (now - self.last_write)
-        values['seconds'] = now - self.began
+        if self.flops:
+            values['mfu'] = values['images_per_second'] * self.flops / self.speed
+        values |= dict(skipped=self.skipped, memory_gb=peak_memory(self.device) / 1e9, seconds=now - self.began)
         self.step, self.last_write = step + 1, now
         values = {name: float(f'{float(value):.6g}') for name, value in values.items()}
         if self.file:
@@ -319,9 +606,8 @@ class Log:
 
     def finish(self, model, ylabel, lines, **metrics):
         """loss.png, with lines {name: loss} to compare with, and result.json, which says that a run is done."""
-        self.bar.close()
+        self.close()
         if self.file:
-            self.file.close()
             curve = [(line['step'], line['loss']) for line in read_log(self.cfg.out_dir)]
             draw_curves(os.path.join(self.cfg.out_dir, 'loss.png'), {'loss': curve}, lines, ylabel=ylabel)
             result = dict(metrics, skipped=self.skipped, seconds=round(time.time() - self.began, 1),
@@ -404,42 +690,98 @@ def count_parameters(model):
     return sum(weight.numel() for weight in model.parameters())
 
 
+def transformer_flops(width, depth, mlp_width, tokens):
+    """Of one sequence through the blocks, forward, a multiply-add as two."""
+    linear = 2 * tokens * (4 * width ** 2 + 2 * width * mlp_width)      # qkv, proj, fc1, fc2
+    return depth * (linear + 4 * tokens ** 2 * width)                   # and scores, and the sum of values
+
+
 def flops_per_image(config):
     """Of a ViT's forward pass at its image_size, a multiply-add as two."""
-    N = (config['image_size'] // config['patch_size']) ** 2
-    D, mlp_width = config['width'], config['mlp_width']
-    linear = 2 * (1 + N) * (4 * D * D + 2 * D * mlp_width)       # qkv, proj, fc1, fc2
-    attention = 4 * (1 + N) ** 2 * D                             # scores, and the sum of values
+    N, D = (config['image_size'] // config['patch_size']) ** 2, config['width']
     head = 2 * (1 if config.get('pool') else N) * D * config.get('head', 0)
-    return config['depth'] * (linear + attention) + 2 * N * D * 3 * config['patch_size'] ** 2 + head
+    patches = 2 * N * D * 3 * config['patch_size'] ** 2
+    return patches + transformer_flops(D, config['depth'], config['mlp_width'], 1 + N) + head
 
 
-def activation_bytes(config, element=4):
+@functools.cache
+def matmul_speed(device):
+    """FLOP/s of a large matrix product: 8192^3 in bf16 on cuda, 768^3 in float32 elsewhere; the best of ten, in a tenth
+    of a second."""
+    n, dtype = (8192, torch.bfloat16) if device.type == 'cuda' else (768, torch.float32)
+    x = torch.ones(n, n, device=device, dtype=dtype)
+    return 2 * n ** 3 / min(seconds(lambda: x @ x, device) for _ in range(10))
+
+
+def seconds(function, device):
+    """How long it takes, until the device is done."""
+    synchronize(device)
+    began = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def synchronize(device):
+    if device.type != 'cpu':
+        getattr(torch, device.type).synchronize()
+
+
+def peak_memory(device):
+    """The most bytes this process has held: on its GPU, else in all."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def activation_bytes(config, element=4, checkpointed=False):
     """What a ViT keeps of one image for the backward pass; a matrix product's input has `element` bytes (bf16: 2)."""
     tokens = 1 + (config['image_size'] // config['patch_size']) ** 2
     D, mlp_width = config['width'], config['mlp_width']
     # float32: the inputs of two norms; else: their outputs, q, k, v, attention's output, before and after GELU
-    return config['depth'] * tokens * (2 * D * 4 + element * (6 * D + 2 * mlp_width))
+    block = tokens * (2 * D * 4 + element * (6 * D + 2 * mlp_width))
+    return config['depth'] * tokens * D * 4 + block if checkpointed else config['depth'] * block
 
 
-def training_memory(config, batch_size, device):
-    """Bytes that training a ViT with AdamW takes on one device: {what: bytes}."""
+def training_memory(config, batch_size, device, shards=1, checkpointed=False):
+    """Bytes that training a ViT with AdamW takes on each of `shards` devices, batch_size images at once: {what: bytes}.
+    Sharded, two blocks are whole at a time."""
     with torch.device('meta'):
         parameters = count_parameters(ViT(**config))
-    activations = batch_size * activation_bytes(config, 2 if device.type == 'cuda' else 4)      # bf16 under autocast
-    return dict(weights=4 * parameters, gradients=4 * parameters, AdamW=8 * parameters, activations=activations)
+    element = 2 if device.type == 'cuda' else 4         # bf16 under autocast
+    gathered = 2 * element * parameters / config['depth'] if shards > 1 else 0
+    return dict(weights=4 * parameters / shards + gathered, gradients=4 * parameters / shards + gathered,
+                AdamW=8 * parameters / shards,
+                activations=batch_size * activation_bytes(config, element, checkpointed))
 
 
-def plan(config, batch_size, device):
-    """Prints what training a ViT costs: parameters, FLOPs and memory on one device. The teacher is not counted."""
-    memory, forward = training_memory(config, batch_size, device), flops_per_image(config)
-    print0(f'parameters           {memory["weights"] // 4:,}')
+PLANNED_MFU = .5        # assumed by --plan: half of what one large matrix product reaches. EVA's own runs: .15
+
+
+def plan(cfg, config, device, teacher=None):
+    """Prints what training a ViT costs on --devices like this one: parameters, FLOPs, memory on each, days."""
+    batch_size, forward = cfg.micro_batch or math.ceil(cfg.batch_size / cfg.devices), flops_per_image(config)
+    shards = cfg.devices if cfg.shard == 'full' else 1
+    memory = training_memory(config, batch_size, device, shards, cfg.checkpoint_activations)
+    flops, speed = 3 * forward + (flops_per_image(teacher) if teacher else 0), matmul_speed(device)
+    with torch.device('meta'):
+        print0(f'parameters           {count_parameters(ViT(**config)):,}')
     print0(f'forward              {forward / 1e9:.4g} GFLOP an image')
-    print0(f'training             {3 * forward / 1e9:.4g} GFLOP an image (backward costs two forwards)')
+    if teacher:
+        print0(f'teacher, forward     {flops_per_image(teacher) / 1e9:.4g} GFLOP an image '
+               f'({teacher["width"]} wide, {teacher["depth"]} deep)')
+    print0(f'training             {flops / 1e9:.4g} GFLOP an image (backward costs two forwards)')
+    print0(f'on each of {cfg.devices} devices, {batch_size} images at once:')
     for name, size in memory.items():
-        note = f'  ({batch_size} images of {size / batch_size / 1e6:.4g} MB)' if name == 'activations' else ''
-        print0(f'{name:<20} {size / 1e9:.4g} GB{note}')
-    print0(f'memory               {sum(memory.values()) / 1e9:.4g} GB of {available_memory(device) / 1e9:.4g} GB free')
+        print0(f'{name:<20} {size / 1e9:.4g} GB')
+    for name, checkpointed in (('  kept', False), ('  --checkpoint_activations', True)):
+        size = activation_bytes(config, 2 if device.type == 'cuda' else 4, checkpointed)
+        print0(f'{name:<28} {size / 1e6:.4g} MB an image')
+    print0(f'memory               {sum(memory.values()) / 1e9:.4g} GB of {available_memory(device) / 1e9:.4g} GB free here')
+    days = cfg.steps * cfg.batch_size * flops / (cfg.devices * speed * PLANNED_MFU) / 86400
+    print0(f'matrix product       {speed / 1e12:.4g} TFLOP/s measured on this {device.type}')
+    print0(f'days                 {days:.4g} for {cfg.steps:,} steps of {cfg.batch_size:,} images, if {PLANNED_MFU:.0%} '
+           'of that is reached (assumed; --bench measures it)')
 
 
 def available_memory(device):
@@ -452,22 +794,47 @@ def available_memory(device):
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith('MemAvailable'))
 
 
-def check_memory(config, batch_size, device):
-    """Refuses before any work a training that would not fit."""
-    needed, there = sum(training_memory(config, batch_size, device).values()), available_memory(device)
+def check_memory(cfg, config, device, world=1):
+    """Refuses before any work a training that would not fit; the processes agree on the least memory that is free."""
+    batch_size = cfg.micro_batch or cfg.batch_size // world
+    needed = sum(training_memory(config, batch_size, device, world if cfg.shard == 'full' else 1,
+                                 cfg.checkpoint_activations).values())
+    there = -largest(-available_memory(device))
     if needed > there:
         raise ValueError(f'training needs {needed / 1e9:.1f} GB with {batch_size} images at once, {there / 1e9:.1f} GB '
-                         f'are free on {device.type}; use a smaller --micro_batch or --size')
+                         f'are free on {device.type}; use a smaller --micro_batch, --checkpoint_activations, more '
+                         'processes or a smaller --size')
 
 
-def to_device(model, cfg, device):
-    """Moves a model; its blocks are compiled in place on cuda, or where --compile asks for it."""
-    model.to(device)
-    if cfg.compile or cfg.compile is None and device.type == 'cuda':
-        for module in model.modules():
-            if isinstance(module, Block):
-                module.compile()
-    return model
+def matrix_products(config, batch_size, device, dtype):
+    """Exactly the matrix products of a ViT's training step, and nothing else: three for each of the forward pass's, its
+    own and those of the gradients of either side. Weights are each layer's own, as in the model; returns a function."""
+    N, D, mlp_width = (config['image_size'] // config['patch_size']) ** 2, config['width'], config['mlp_width']
+    rows, head_dim = batch_size * (1 + N), D // config['heads']
+    shapes = [(rows, D, 3 * D), (rows, D, D), (rows, D, mlp_width), (rows, mlp_width, D)] * config['depth']
+    shapes += [(batch_size * N, 3 * config['patch_size'] ** 2, D), (batch_size * N, D, config['head'])]
+    make = functools.cache(lambda *shape: torch.randn(shape, device=device, dtype=dtype) * .1)     # by shape, shared
+    weights = [make(out, into).clone() for _, into, out in shapes]
+    queries = make(batch_size * config['heads'], 1 + N, head_dim)
+
+    def products():
+        for (rows, into, out), weight in zip(shapes, weights):
+            x, y = make(rows, into), make(rows, out)
+            torch.mm(x, weight.T), torch.mm(y, weight), torch.mm(y.T, x)
+        for _ in range(config['depth']):
+            scores = torch.bmm(queries, queries.mT)                     # of q, k; of values' and outputs' gradients
+            torch.bmm(queries, queries.mT)
+            for _ in range(4):
+                torch.bmm(scores, queries)                              # values; gradients of q, k, v, scores
+    return products
+
+
+def compare(step, products, device, rounds):
+    """Medians over paired rounds: (seconds of a step, the products' share of them). Pairs, because machines drift."""
+    step(), products()
+    pairs = [(seconds(step, device), seconds(products, device)) for _ in range(rounds)]
+    median = lambda x: sorted(x)[len(x) // 2]
+    return median([a for a, _ in pairs]), median([b / a for a, b in pairs])
 
 
 def settle_steps(cfg, dataset):
