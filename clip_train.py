@@ -54,11 +54,14 @@ NUM_EVAL = 1024                                         # validation images
 # ---- the idea ---------------------------------------------------------------------------------------------------
 
 def contrastive_loss(image_features, text_features, scale):
-    """Cross-entropy of finding each image's text among the batch's, and each text's image.
+    """Cross-entropy of finding each image's text among the whole batch's, and each text's image. Every process has its
+    own rows in both directions; the mean over processes is the loss of the whole batch, and so are its gradients.
     image_features, text_features [B, D], L2-normalised; scale: exp of the learnt temperature."""
-    logits = scale * image_features.float() @ text_features.float().T               # [B images, B texts]
-    labels = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    image_features, text_features = image_features.float(), text_features.float()
+    labels = M.get_rank() * len(image_features) + torch.arange(len(image_features), device=image_features.device)
+    find_text = scale * image_features @ run.gather(text_features).T                # [B images, all texts]
+    find_image = scale * text_features @ run.gather(image_features).T               # [B texts, all images]
+    return (F.cross_entropy(find_text, labels) + F.cross_entropy(find_image, labels)) / 2
 
 
 @torch.no_grad()
@@ -138,7 +141,26 @@ def draw_retrieval(path, images, similarity, texts, rows=8):
         for line, (text, colour) in enumerate((('is:    ' + texts[n], 'black'),
                                                ('finds: ' + texts[best], '#00704a' if right else '#b04000'))):
             draw.text((x + tile + 8, y + 24 + 24 * line), text[:72], fill=colour, font=font)
-    sheet.save(path)
+    run.on_first(sheet.save, path)
+
+
+def cut(text):
+    """Ids [B, 77] without the columns that follow every caption's end, the largest id."""
+    return text[:, :int(text.argmax(1).max()) + 1]
+
+
+def add_text(batches, tokenizer):
+    """Adds the captions' ids [B, T], on the CPU: a length read back from the device would make us wait for it."""
+    for batch in batches:
+        batch['text'] = cut(tokenizer(batch['captions']))
+        yield batch
+
+
+def flops_per_pair(model, length):
+    """Of both towers, forward, with captions of `length` tokens."""
+    text = model.config['text']
+    return run.flops_per_image(model.config['vision']) + run.transformer_flops(
+        text['width'], text['depth'], 4 * text['width'], length)
 
 
 def build(cfg, tokenizer):
@@ -176,11 +198,13 @@ def look(cfg, val_set, device):
 
 def train(cfg):
     """Trains two towers; leaves model.pt (with its tokenizer), log.jsonl, result.json and pictures."""
-    rank, world, device = run.setup(cfg)
+    rank, world, device, mesh = run.setup(cfg)
     cfg.out_dir = cfg.out_dir or f'out/clip_train-{cfg.size}'
+    if cfg.bench:
+        raise ValueError('--bench measures pre-training: python mim_pretrain.py --bench')
     if cfg.plan:
         print0('the image tower alone:')
-        return run.plan(run.size_config(cfg, head=cfg.embed), cfg.batch_size, device)
+        return run.plan(cfg, run.size_config(cfg, head=cfg.embed), device)
     train_set, val_set = data.open_data(cfg.data, 'train'), data.open_data(cfg.data, 'val')
     if cfg.image:
         return look(cfg, val_set, device)
@@ -201,39 +225,44 @@ def train(cfg):
     else:
         tokenizer = data.Tokenizer.openai(cfg.bpe) if cfg.bpe else data.Tokenizer.learn(train_set.some_captions(20_000))
         model = M.init_weights(build(cfg, tokenizer), cfg.seed)
-    model = run.to_device(model, cfg, device)
+    model = run.to_device(model, cfg, device, mesh)
     optimizer = run.make_optimizer(model, cfg)
     start, _ = run.resume(cfg.out_dir, model, optimizer, cfg)
     image_size = model.config['vision']['image_size']
     print0(f'CLIP {cfg.size}: {run.count_parameters(model) / 1e6:.2f}M parameters, {image_size} px, '
            f'vocabulary of {tokenizer.vocab_size:,}, {cfg.steps:,} steps of {cfg.batch_size} pairs on {device}; '
            f'a blind model has loss ln({cfg.batch_size}) = {math.log(cfg.batch_size):.2f}')
-    autocast, log = run.autocast(device), run.Log(cfg, start)
+    length = cut(tokenizer(train_set.some_captions(256))).shape[1]
+    autocast, log = run.autocast(device), run.Log(cfg, start, device, 3 * flops_per_pair(model, length))
     batches = data.batches(train_set, cfg.batch_size, image_size, start, cfg.steps, cfg.seed, device, cfg.workers,
-                           scale=(.9, 1), flip=False)      # nearly the whole image: captions speak of all of it
+                           scale=(.9, 1), flip=False,      # nearly the whole image: captions speak of all of it
+                           rank=rank, world=world)
+    batches = run.ahead(add_text(batches, tokenizer), device)
     for step, batch in zip(range(start, cfg.steps), batches):
         for group in optimizer.param_groups:
             group['lr'] = run.lr_at(step, cfg) * group['lr_scale']
-        images, text = model.normalize(batch['images']), tokenizer(batch['captions']).to(device)    # [B, 77]
+        images, text = model.normalize(batch['images']), run.send(batch['text'], device)            # [B, T]
         with autocast:
             image_features, text_features, scale = model(images, text)              # [B, D], [B, D]
         loss = contrastive_loss(image_features, text_features, scale)
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        grad_norm = run.clip_gradients(model, cfg.grad_clip)
         if log.is_finite(grad_norm):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))             # CLIP, section 2.5
         if log.due(step):
-            log.write(step, loss=loss.detach(), lr=optimizer.param_groups[0]['lr'], grad_norm=grad_norm)
-        done = step + 1
-        if done % cfg.save_every == 0 and done < cfg.steps:
+            log.write(step, loss=run.total(loss) / world, lr=optimizer.param_groups[0]['lr'], grad_norm=grad_norm)
+        done, stopping = step + 1, log.stopping()
+        if done < cfg.steps and (stopping or done % cfg.save_every == 0):
             run.save_checkpoint(cfg.out_dir, done, model, optimizer, cfg)
+            if stopping:
+                log.leave(done)
             log.say(step, **evaluate(model, val_set, tokenizer, cfg, device, autocast, f'{cfg.out_dir}/retrieval.png'))
 
     metrics = evaluate(model, val_set, tokenizer, cfg, device, autocast, f'{cfg.out_dir}/retrieval.png')
-    M.save(model, f'{cfg.out_dir}/model.pt', merges=tokenizer.merges)
+    run.save_model(model, f'{cfg.out_dir}/model.pt', merges=tokenizer.merges)
     if isinstance(val_set, data.World):
         metrics |= patch_probes(model, val_set, cfg.seed)
     log.finish(model, 'contrastive loss', {f'blind: ln {cfg.batch_size}': math.log(cfg.batch_size)}, **metrics)

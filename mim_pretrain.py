@@ -8,8 +8,7 @@ Stage 1, masked image modelling: the ViT sees 60% of an image's patches and regr
 """
 import math
 import os
-import subprocess
-import sys
+import runpy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -147,8 +146,15 @@ class Target:
             return normalized_patches(images, self.grid)
         return teacher_features(self.teacher, images, self.grid)
 
+    def flops(self):
+        """Of the teacher, an image; the crop is resized so that its grid is ours."""
+        if not self.teacher:
+            return 0
+        config = self.teacher.visual.config
+        return run.flops_per_image({**config, 'image_size': self.grid * config['patch_size']})
+
     def loss(self, predictions, targets, mask):
-        """Mean over the patches of the mask."""
+        """Mean over the patches of the mask [B, N], or of its places, which index without waiting for the device."""
         if self.kind == 'tokens':
             return token_loss(predictions, targets, mask, self.codebook)
         return (pixel_loss if self.kind == 'pixels' else mim_loss)(predictions, targets, mask)
@@ -277,7 +283,7 @@ def draw_features(path, model, target, images, mask, bank_images):
 
 # ---- the loop ---------------------------------------------------------------------------------------------------
 
-def find_teacher(cfg, rank):
+def find_teacher(cfg):
     """The teacher's weights: --teacher, else the built-in one, trained at first use by clip_train.py's default command,
     the same for every size so that their skills compare."""
     if cfg.teacher:
@@ -292,23 +298,19 @@ def find_teacher(cfg, rank):
         print0('teacher: the built-in one, which has seen drawn scenes only. Train one on your own pictures with '
                '`python clip_train.py --data DIR`, and pass it with --teacher')
     folder = 'out/teacher'
-    if rank == 0 and not os.path.exists(f'{folder}/result.json'):
+    if not os.path.exists(f'{folder}/result.json'):
         print0(f'first the teacher, once ({folder}):')
-        environment = {k: v for k, v in os.environ.items() if k not in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')}
-        flags = ['--out_dir', folder] + (['--device', cfg.device] if cfg.device else [])
-        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'clip_train.py')
-        done = subprocess.run([sys.executable, script, *flags], env=environment)
-        if done.returncode:
-            sys.exit(done.returncode)       # it has said why; the same command continues it
+        device = ['--device', cfg.device] if cfg.device else []
+        run.on_first(run.run_stage, 'clip_train.py', '--out_dir', folder, *device)
     return f'{folder}/model.pt'
 
 
-def find_target(cfg, grid, rank, device, kind=None, codebook=None):
+def find_target(cfg, grid, device, kind=None, codebook=None):
     """The Target of a run: its teacher, if any, is a frozen CLIP, or for `untrained` that CLIP before it learnt."""
     kind = kind or cfg.target
     if kind == 'pixels':
         return Target(kind, grid)
-    teacher = M.load(find_teacher(cfg, rank), M.CLIP)
+    teacher = M.load(find_teacher(cfg), M.CLIP)
     if kind == 'untrained':
         teacher = M.init_weights(M.CLIP(**teacher.config)).eval()
     codebook = None if codebook is None else codebook.to(device)
@@ -327,7 +329,7 @@ def some_images(dataset, num, image_size, cfg, device):
     return next(iter(data.batches(dataset, num, image_size, 0, 1, cfg.seed, device)))['images']
 
 
-def look(cfg, train_set, val_set, rank, device):
+def look(cfg, train_set, val_set, device):
     """--eval: what any checkpoint's frozen features and, if it predicts what the target is, its predictions are worth;
     --image: its row of pictures for any photo."""
     path = cfg.init or f'{cfg.out_dir}/model.pt'
@@ -339,7 +341,7 @@ def look(cfg, train_set, val_set, rank, device):
         metrics = run.probe(run.pooled_features(model), train_set, val_set, size, run.NUM_PROBE, cfg, device)
         if model.pool or not model.config['head']:      # it predicts no patches: no teacher is needed
             return print0(run.table(metrics))
-    target = find_target(cfg, model.grid, rank, device, extra.get('target', cfg.target), extra.get('codebook'))
+    target = find_target(cfg, model.grid, device, extra.get('target', cfg.target), extra.get('codebook'))
     width = width_of(target, model.patch_size)
     predicts = model.config['head'] == width and not model.pool
     if cfg.image and not predicts:
@@ -376,28 +378,47 @@ def check(cfg):
     return config
 
 
+def teacher_config(cfg, grid):
+    """The default teacher's image tower at our grid: OpenAI's ViT-L/14 for b, l, g, else the built-in one."""
+    tower = dict(M.SIZES['l'], head=768) if cfg.size in ('b', 'l', 'g') else dict(M.SIZES['nano'], head=64)
+    return {**tower, 'image_size': grid * tower['patch_size']}
+
+
+def add_masks(batches, cfg, grid, depth, start, rank, world):
+    """Adds this process's masks [B, N] and what decides on dropped paths [B, depth, 2]; on the CPU, where nothing waits."""
+    num = cfg.batch_size // world
+    for step, batch in enumerate(batches, start):
+        position = step * cfg.batch_size + rank * num + torch.arange(num)
+        batch['mask'] = make_mask(cfg.mask, position, grid, cfg.mask_ratio, cfg.seed) | (cfg.target == 'distill')
+        batch['drop'] = data.uniform(cfg.seed, 'drop', position, 2 * depth).unflatten(1, (-1, 2))
+        yield batch
+
+
 def train(cfg):
     """Pre-trains; leaves model.pt, features.png, loss.png, log.jsonl and result.json. --eval and --image only look."""
-    rank, world, device = run.setup(cfg)
+    rank, world, device, mesh = run.setup(cfg)
     cfg.out_dir = cfg.out_dir or f'out/mim_pretrain-{cfg.size}'
     config = check(cfg)
-    if cfg.plan:
-        return run.plan({**config, 'head': 768}, cfg.micro_batch or cfg.batch_size, device)      # 768: CLIP ViT-L/14's
+    grid, image_size = config['image_size'] // config['patch_size'], config['image_size']
+    if cfg.plan or cfg.bench:
+        teacher = teacher_config(cfg, grid)
+        config |= dict(head=teacher['head'])
+        bench = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', 'bench.py')
+        return (run.plan if cfg.plan else runpy.run_path(bench)['bench'])(cfg, config, device, teacher)
     train_set, val_set = data.open_data(cfg.data, 'train'), data.open_data(cfg.data, 'val')
     if cfg.eval or cfg.image:
-        return look(cfg, train_set, val_set, rank, device)
+        return look(cfg, train_set, val_set, device)
     if run.finished(cfg):
         return
     run.settle_steps(cfg, train_set)
-    run.check_memory(config, cfg.micro_batch or cfg.batch_size, device)
-    grid, image_size = config['image_size'] // config['patch_size'], config['image_size']
-    target = find_target(cfg, grid, rank, device)
+    run.check_memory(cfg, config, device, world)
+    target = find_target(cfg, grid, device)
     config |= dict(head=width_of(target, config['patch_size']), mask_token=target.masked)
     if cfg.init:
         model = M.load(cfg.init, M.ViT, **config, pool=None)
     else:
         model = M.init_weights(M.ViT(**config), cfg.seed)
-    model = run.to_device(model, cfg, device)
+    model = run.to_device(model, cfg, device, mesh)
     optimizer = run.make_optimizer(model, cfg)
     start, constants = run.resume(cfg.out_dir, model, optimizer, cfg)
     autocast, constants = run.autocast(device), {'target': cfg.target, **constants}
@@ -418,40 +439,42 @@ def train(cfg):
            f'Cosine to beat: {baseline:.3f} (position mean), {inpaint:.3f} (inpainting)')
     measure = lambda: evaluate(model, target, val, autocast) | run.probe(
         run.pooled_features(model), train_set, val_set, image_size, num_probe, cfg, device)
-    log = run.Log(cfg, start)
-    batches = data.batches(train_set, cfg.batch_size, image_size, start, cfg.steps, cfg.seed, device, cfg.workers)
+    flops = 3 * run.flops_per_image(config) + target.flops()
+    log = run.Log(cfg, start, device, flops)
+    batches = data.batches(train_set, cfg.batch_size, image_size, start, cfg.steps, cfg.seed, device, cfg.workers,
+                           rank=rank, world=world)
+    batches = run.ahead(add_masks(batches, cfg, grid, len(model.blocks), start, rank, world), device)
     for step, batch in zip(range(start, cfg.steps), batches):
         for group in optimizer.param_groups:
             group['lr'] = run.lr_at(step, cfg) * group['lr_scale']
-        images = batch['images']                                                    # uint8 [B, 3, H, W]
-        position = step * cfg.batch_size + torch.arange(cfg.batch_size)             # on the CPU: nothing to wait for
-        mask = make_mask(cfg.mask, position, grid, cfg.mask_ratio, cfg.seed)        # [B, N], True = hidden
-        mask = mask | (not target.masked)                                           # distill: every patch counts
-        drop = data.uniform(cfg.seed, 'drop', position, 2 * len(model.blocks)).unflatten(1, (-1, 2))
-        num_hidden, loss = mask.sum(), 0
-        for images, mask, drop in zip(*(x.split(cfg.micro_batch or len(x)) for x in (images, mask, drop))):
-            share, mask, drop = mask.sum() / num_hidden, mask.to(device), drop.to(device)       # of the whole batch
+        parts = [batch[name].split(cfg.micro_batch or len(batch[name])) for name in ('images', 'mask', 'drop')]
+        num_hidden, loss = run.total(run.send(batch['mask'].sum(), device)), 0      # of the whole batch, all processes
+        for images, mask, drop in zip(*parts):                                      # uint8 [B, 3, H, W], [B, N], ...
+            hidden = tuple(run.send(place, device) for place in mask.nonzero(as_tuple=True))    # M rows, M patches
             with torch.no_grad(), autocast:
                 targets = target.of(images)                                         # [B, N, C]
             with autocast:
-                predictions = model(model.normalize(images), mask if target.masked else None, drop=drop)    # [B, N, C]
-            part = target.loss(predictions, targets, mask) * share
-            part.backward()
+                predictions = model(model.normalize(images), run.send(mask, device) if target.masked else None,
+                                    drop=run.send(drop, device))                    # [B, N, C]
+            part = target.loss(predictions, targets, hidden) * (len(hidden[0]) / num_hidden)    # its share of the mean
+            (part * world).backward()                                               # FSDP divides by the processes
             loss += part.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        grad_norm = run.clip_gradients(model, cfg.grad_clip)
         if log.is_finite(grad_norm):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if log.due(step):
-            log.write(step, loss=loss, lr=optimizer.param_groups[0]['lr'], grad_norm=grad_norm)
-        done = step + 1
-        if done % cfg.save_every == 0 and done < cfg.steps:
+            log.write(step, loss=run.total(loss), lr=optimizer.param_groups[0]['lr'], grad_norm=grad_norm)
+        done, stopping = step + 1, log.stopping()
+        if done < cfg.steps and (stopping or done % cfg.save_every == 0):
             run.save_checkpoint(cfg.out_dir, done, model, optimizer, cfg, constants)
+            if stopping:
+                log.leave(done)
             draw_features(f'{cfg.out_dir}/features.png', model, target, val.images[:8], val.mask[:8], bank)
             log.say(step, **measure())
 
     metrics = measure()
-    M.save(model, f'{cfg.out_dir}/model.pt', **constants)
+    run.save_model(model, f'{cfg.out_dir}/model.pt', **constants)
     draw_features(f'{cfg.out_dir}/features.png', model, target, val.images[:8], val.mask[:8], bank)
     lines = {'position mean': -baseline, 'inpainting': -inpaint} if cfg.target in ('clip', 'untrained') else {}
     log.finish(model, 'training loss', lines, **metrics)

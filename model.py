@@ -7,6 +7,7 @@ weights; probes of frozen features.
 """
 import argparse
 import contextlib
+import functools
 import inspect
 import io
 import json
@@ -156,8 +157,7 @@ class ViT(nn.Module):
 
     def normalize(self, images):
         """uint8 [B, 3, H, W] to the floats this model was trained on."""
-        mean = torch.tensor(self.config['mean'], device=images.device).view(3, 1, 1) * 255
-        std = torch.tensor(self.config['std'], device=images.device).view(3, 1, 1) * 255
+        mean, std = (constant(tuple(self.config[name]), images.device).view(3, 1, 1) * 255 for name in ('mean', 'std'))
         return images.float().sub_(mean).div_(std)
 
     def tokens(self, images, mask=None, keep=None, drop=None):
@@ -183,7 +183,7 @@ class ViT(nn.Module):
         if drop is None or not self.config['drop_path']:
             drop = [None] * len(self.blocks)
         else:
-            rates = torch.tensor(self.drop_rates, device=drop.device)[:, None]
+            rates = constant(tuple(self.drop_rates), drop.device)[:, None]
             drop = ((drop >= rates) / (1 - rates)).unbind(1)               # depth times [B, 2]
         for block, multipliers in zip(self.blocks, drop):
             x = block(x, multipliers, rotary)
@@ -224,7 +224,8 @@ class TextTower(nn.Module):
     def forward(self, text):
         """text [B, T] ids to [B, embed]. Attention looks back only, so what follows the last end token is cut off."""
         end = text.argmax(dim=1)                                      # [B]
-        length = int(end.max()) + 1
+        # elsewhere reading the length back would make the CPU wait, so the caller cuts
+        length = int(end.max()) + 1 if text.device.type == 'cpu' else text.shape[1]
         x = self.token_embed(text[:, :length]) + self.pos_embed[:, :length]
         for block in self.blocks:
             x = block(x)
@@ -258,6 +259,12 @@ class CLIP(nn.Module):
         image_features = F.normalize(self.visual(images, keep=keep, drop=drop).float(), dim=-1)
         text_features = F.normalize(self.text(text).float(), dim=-1)
         return image_features, text_features, self.logit_scale.exp()
+
+
+@functools.lru_cache
+def constant(values, device):
+    """A tuple of numbers as a tensor, moved once: a transfer makes the CPU wait for what the device is doing."""
+    return torch.tensor(values, device=device)
 
 
 def check_grid(height, width, patch_size):

@@ -31,9 +31,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
-                                                     set_model_state_dict, set_optimizer_state_dict)
 from PIL import Image, ImageDraw, ImageFont
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
@@ -148,9 +145,11 @@ def main(train, Config, RECIPES):
         if get_rank() == 0:
             print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print0('\nstopped; the same command goes on from the last checkpoint')
+    except KeyboardInterrupt:       # before or after the loop, which has a handler of its own
+        print0('\nstopped; the same command goes on from the last checkpoint, if there is one')
         sys.exit(130)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def setup(cfg):
@@ -211,8 +210,9 @@ def on_first(function, *args, **options):
 
 def total(x):
     """Sum of a tensor over the processes, on its device; x itself with one process."""
+    x = x.detach().clone()
     if dist.is_initialized():
-        dist.all_reduce(x := x.detach().clone())
+        dist.all_reduce(x)
     return x
 
 
@@ -309,24 +309,26 @@ def in_thread(items, stream=None, depth=2):
         stopped.set()
 
 
-def pinned(tensor, device):
+def send(tensor, device):
     """A CPU's tensor on the device; from pinned memory the transfer does not wait for what the device is doing."""
     return (tensor.pin_memory() if device.type == 'cuda' else tensor).to(device, non_blocking=True)
 
 
 def run_stage(script, *flags):
-    """Another stage's command as a process of its own, without torchrun's variables; returns its exit code. It gets our
-    signals, saves and leaves, and we after it."""
+    """Another stage's command as a process of its own, without torchrun's variables. It gets our signals, saves and
+    leaves, and we after it; whatever else ends it early ends us too, since it has said why."""
     environment = {name: value for name, value in os.environ.items() if name not in (
         'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'GROUP_RANK', 'MASTER_ADDR', 'MASTER_PORT')}
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), script)
     child = subprocess.Popen([sys.executable, path, *flags], env=environment)
     before = {number: signal.signal(number, lambda number, _: child.send_signal(number)) for number in STOPPING}
     try:
-        return child.wait()
+        code = child.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if code:
+        sys.exit(code if code > 0 else 128 - code)
 
 
 def autocast(device):
@@ -676,7 +678,7 @@ def draw_sheet(path, columns, tile=128):
         for y, picture in enumerate(column.clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()):
             resample = Image.BICUBIC if picture.shape[0] > tile else Image.NEAREST
             sheet.paste(Image.fromarray(picture).resize((tile, tile), resample), (6 + x * step, 28 + y * step))
-    sheet.save(path)
+    on_first(sheet.save, path)
 
 
 def ticks(low, high):
@@ -804,37 +806,6 @@ def check_memory(cfg, config, device, world=1):
         raise ValueError(f'training needs {needed / 1e9:.1f} GB with {batch_size} images at once, {there / 1e9:.1f} GB '
                          f'are free on {device.type}; use a smaller --micro_batch, --checkpoint_activations, more '
                          'processes or a smaller --size')
-
-
-def matrix_products(config, batch_size, device, dtype):
-    """Exactly the matrix products of a ViT's training step, and nothing else: three for each of the forward pass's, its
-    own and those of the gradients of either side. Weights are each layer's own, as in the model; returns a function."""
-    N, D, mlp_width = (config['image_size'] // config['patch_size']) ** 2, config['width'], config['mlp_width']
-    rows, head_dim = batch_size * (1 + N), D // config['heads']
-    shapes = [(rows, D, 3 * D), (rows, D, D), (rows, D, mlp_width), (rows, mlp_width, D)] * config['depth']
-    shapes += [(batch_size * N, 3 * config['patch_size'] ** 2, D), (batch_size * N, D, config['head'])]
-    make = functools.cache(lambda *shape: torch.randn(shape, device=device, dtype=dtype) * .1)     # by shape, shared
-    weights = [make(out, into).clone() for _, into, out in shapes]
-    queries = make(batch_size * config['heads'], 1 + N, head_dim)
-
-    def products():
-        for (rows, into, out), weight in zip(shapes, weights):
-            x, y = make(rows, into), make(rows, out)
-            torch.mm(x, weight.T), torch.mm(y, weight), torch.mm(y.T, x)
-        for _ in range(config['depth']):
-            scores = torch.bmm(queries, queries.mT)                     # of q, k; of values' and outputs' gradients
-            torch.bmm(queries, queries.mT)
-            for _ in range(4):
-                torch.bmm(scores, queries)                              # values; gradients of q, k, v, scores
-    return products
-
-
-def compare(step, products, device, rounds):
-    """Medians over paired rounds: (seconds of a step, the products' share of them). Pairs, because machines drift."""
-    step(), products()
-    pairs = [(seconds(step, device), seconds(products, device)) for _ in range(rounds)]
-    median = lambda x: sorted(x)[len(x) // 2]
-    return median([a for a, _ in pairs]), median([b / a for a, b in pairs])
 
 
 def settle_steps(cfg, dataset):

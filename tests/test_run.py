@@ -217,20 +217,30 @@ def test_curves_are_drawn(tmp_path):
 
 
 def test_plan_prints(capsys):
-    """g: parameters, FLOPs forward and in training; 16 bytes a weight and .54 GB an image in bf16."""
-    run.plan(SIZES['g'], 32, torch.device('cpu'))
+    """g: parameters, FLOPs forward, of the teacher and in training, days; 16 bytes a weight, .54 GB an image in bf16."""
+    cfg, cpu = Config(batch_size=4096, steps=1_086_300, devices=8, micro_batch=32), torch.device('cpu')
+    run.plan(cfg, SIZES['g'], cpu, dict(SIZES['l'], head=768))
     shown = capsys.readouterr().out
-    assert '1,011,147,520' in shown and '534.1' in shown and '1602' in shown
+    assert all(number in shown for number in ('1,011,147,520', '534.1 GFLOP', '162.4 GFLOP', '1765 GFLOP', '8 devices'))
+    days = float(shown.split('days')[1].split()[0])
+    assert days == pytest.approx(1_086_300 * 4096 * 1.765e12 / (8 * run.PLANNED_MFU * run.matmul_speed(cpu)) / 86400, .01)
     memory = run.training_memory(SIZES['g'], 1, torch.device('cuda'))
     assert memory['activations'] / 1e9 == pytest.approx(0.542, abs=1e-3)
     assert sum(memory.values()) - memory['activations'] == 16 * 1_011_147_520
 
 
+def test_shards_and_checkpointing_take_less_memory():
+    """Over 8 devices AdamW's state is an eighth; with checkpointing an image of g takes .07 GB instead of .54."""
+    whole, part = (run.training_memory(SIZES['g'], 1, torch.device('cuda'), shards, shards > 1) for shards in (1, 8))
+    assert part['AdamW'] == whole['AdamW'] / 8 and part['weights'] < whole['weights'] / 4
+    assert part['activations'] / 1e9 == pytest.approx(0.07, abs=5e-3)
+
+
 def test_too_large_is_refused():
     """A training that cannot fit is one line before it starts; one that fits passes."""
-    run.check_memory(SIZES['pico'], 1, torch.device('cpu'))
+    run.check_memory(Config(batch_size=1), SIZES['pico'], torch.device('cpu'))
     with pytest.raises(ValueError, match=r'needs \d+\.\d GB with 10000000 images .* GB are free on cpu; .*micro_batch'):
-        run.check_memory(SIZES['g'], 10 ** 7, torch.device('cpu'))
+        run.check_memory(Config(batch_size=10 ** 7), SIZES['g'], torch.device('cpu'))
 
 
 def test_epochs_become_steps():
