@@ -40,7 +40,8 @@ RECIPES = {  # differences from the defaults; the small rows are ours, tuned on 
     's':     dict(batch_size=1024, steps=50_000, lr=5e-4, embed=384, warmup_steps=2000),
     'b':     dict(batch_size=4096, steps=100_000, lr=5e-4, embed=512, warmup_steps=2000),
     'l':     dict(batch_size=16_384, steps=200_000, lr=4e-4, embed=768, warmup_steps=2000),
-    'g':     dict(batch_size=40_960, steps=268_000, lr=4e-4, embed=1024, warmup_steps=2000),    # 11B pairs, LAION-400M
+    'g':     dict(batch_size=40_960, steps=268_000, lr=4e-4, embed=1024, warmup_steps=2000,     # 11B pairs, LAION-400M
+                  checkpoint_activations=True),
 }
 TEXT_TOWERS = {  # the paper's g reads with CLIP-L's text tower, 768 x 12
     'b': dict(width=512, depth=12, heads=8),

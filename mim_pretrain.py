@@ -48,7 +48,8 @@ RECIPES = {  # differences from the defaults. g: the paper; ti to l: EVA-02's; t
     's':     dict(batch_size=4000, steps=852_000,   lr=3e-3,   drop_path=0., warmup_steps=3550),
     'b':     dict(batch_size=2048, steps=1_040_000, lr=1.5e-3, drop_path=0., warmup_steps=6934),     # 150 epochs
     'l':     dict(batch_size=2048, steps=1_040_000, lr=1.5e-3, warmup_steps=6934),
-    'g':     dict(batch_size=4096, steps=1_086_300, lr=1e-3,   warmup_steps=14_484),   # 150 x 7,242
+    'g':     dict(batch_size=4096, steps=1_086_300, lr=1e-3,   warmup_steps=14_484,    # 150 x 7,242
+                  checkpoint_activations=True),
 }
 TARGETS = ('clip', 'tokens', 'distill', 'pixels', 'untrained')
 NUM_CODES = 512         # k-means centres of --target tokens

@@ -335,7 +335,7 @@ def test_samples_do_not_depend_on_processes_and_workers(tmp_path):
 
 
 def long_run(folder, world):
-    trained(folder / 'disturbed', steps=400, save_every=1)
+    trained(folder / 'disturbed', steps=200, save_every=1)
 
 
 @pytest.mark.long
