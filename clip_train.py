@@ -205,7 +205,7 @@ def train(cfg):
         raise ValueError('--bench measures pre-training: python mim_pretrain.py --bench')
     if cfg.plan:
         print0('the image tower alone:')
-        return run.plan(cfg, run.size_config(cfg, head=cfg.embed), device)
+        return run.costs('plan', cfg, run.size_config(cfg, head=cfg.embed), device)
     train_set, val_set = data.open_data(cfg.data, 'train'), data.open_data(cfg.data, 'val')
     if cfg.image:
         return look(cfg, val_set, device)
@@ -267,9 +267,7 @@ def train(cfg):
     if isinstance(val_set, data.World):
         metrics |= patch_probes(model, val_set, cfg.seed)
     log.finish(model, 'contrastive loss', {f'blind: ln {cfg.batch_size}': math.log(cfg.batch_size)}, **metrics)
-    for dataset in (train_set, val_set):
-        if dataset.broken:
-            print0(data.report_broken(dataset))
+    run.report_broken(train_set, val_set)
 
 
 if __name__ == '__main__':

@@ -8,7 +8,6 @@ Stage 1, masked image modelling: the ViT sees 60% of an image's patches and regr
 """
 import math
 import os
-import runpy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -121,11 +120,6 @@ def token_loss(predictions, targets, mask, codebook):
     return F.cross_entropy(predictions[mask].float(), codes)
 
 
-def pixel_loss(predictions, targets, mask):
-    """Mean squared error over the hidden patches. predictions, targets [B, N, C]; mask [B, N]. MAE, arXiv:2111.06377."""
-    return F.mse_loss(predictions[mask].float(), targets[mask].float())
-
-
 def normalized_patches(images, grid):
     """Each patch's pixels with mean 0 and variance 1: MAE's target. uint8 [B, 3, H, W] -> [B, N, 3 * size * size]."""
     size = images.shape[-1] // grid
@@ -147,18 +141,13 @@ class Target:
             return normalized_patches(images, self.grid)
         return teacher_features(self.teacher, images, self.grid)
 
-    def flops(self):
-        """Of the teacher, an image; the crop is resized so that its grid is ours."""
-        if not self.teacher:
-            return 0
-        config = self.teacher.visual.config
-        return run.flops_per_image({**config, 'image_size': self.grid * config['patch_size']})
-
     def loss(self, predictions, targets, mask):
         """Mean over the patches of the mask [B, N], or of its places, which index without waiting for the device."""
         if self.kind == 'tokens':
             return token_loss(predictions, targets, mask, self.codebook)
-        return (pixel_loss if self.kind == 'pixels' else mim_loss)(predictions, targets, mask)
+        if self.kind == 'pixels':
+            return F.mse_loss(predictions[mask].float(), targets[mask].float())     # MAE, arXiv:2111.06377
+        return mim_loss(predictions, targets, mask)
 
     def predict(self, model, images, mask):
         """What the model says of every patch, as of(images) would: [B, N, C]; for tokens the centres' mean."""
@@ -245,16 +234,6 @@ def evaluate(model, target, val, autocast):
 
 # ---- the picture ------------------------------------------------------------------------------------------------
 
-def principal_axes(features):
-    """Three axes on which features look most different, and their range: what turns [..., C] into RGB."""
-    features = features.flatten(0, -2).float().cpu()
-    mean = features.mean(0)
-    axes = torch.linalg.eigh((features - mean).T @ (features - mean))[1][:, -3:].flip(1)        # [C, 3]
-    projected = (features - mean) @ axes
-    low, high = projected.quantile(.02, dim=0), projected.quantile(.98, dim=0)
-    return lambda x: (((x.float().cpu() - mean) @ axes - low) / (high - low)).clamp(0, 1)
-
-
 @torch.no_grad()
 def draw_features(path, model, target, images, mask, bank_images):
     """features.png, a row per image: input, masked input, the targets (the teacher's features), the prediction (hidden
@@ -265,7 +244,7 @@ def draw_features(path, model, target, images, mask, bank_images):
     targets_of = lambda x: torch.cat([target.of(part) for part in x.split(64)]).float()
     targets, predictions = targets_of(images), target.predict(model, images, mask)              # [B, N, C]
     predictions = F.normalize(predictions, dim=-1) * targets.norm(dim=-1).mean()        # only directions were learnt
-    rgb = principal_axes(targets)
+    rgb = M.principal_axes(targets)
     bank = F.normalize(targets_of(bank_images), dim=-1).flatten(0, 1)                                # [BANK, C]
     patches = F.unfold(bank_images.float(), size, stride=size).transpose(1, 2).flatten(0, 1)    # [BANK, 3 * size^2]
     filled = F.unfold(images.float(), size, stride=size).transpose(1, 2)                        # [B, N, 3 * size^2]
@@ -299,10 +278,7 @@ def find_teacher(cfg):
         print0('teacher: the built-in one, which has seen drawn scenes only. Train one on your own pictures with '
                '`python clip_train.py --data DIR`, and pass it with --teacher')
     folder = 'out/teacher'
-    if not os.path.exists(f'{folder}/result.json'):
-        print0(f'first the teacher, once ({folder}):')
-        device = ['--device', cfg.device] if cfg.device else []
-        run.on_first(run.run_stage, 'clip_train.py', '--out_dir', folder, *device)
+    run.on_first(run.run_stage, 'clip_train.py', folder, *(['--device', cfg.device] if cfg.device else []))
     return f'{folder}/model.pt'
 
 
@@ -334,15 +310,14 @@ def look(cfg, train_set, val_set, device):
     """--eval: what any checkpoint's frozen features and, if it predicts what the target is, its predictions are worth;
     --image: its row of pictures for any photo."""
     path = cfg.init or f'{cfg.out_dir}/model.pt'
-    model = M.load(path)
-    extra = model.extra
-    model = (model.visual if isinstance(model, M.CLIP) else model).to(device)
+    held = M.load(path)
+    model = (held.visual if isinstance(held, M.CLIP) else held).to(device)
     size, metrics = model.image_size, {}
     if cfg.eval:
         metrics = run.probe(run.pooled_features(model), train_set, val_set, size, run.NUM_PROBE, cfg, device)
         if model.pool or not model.config['head']:      # it predicts no patches: no teacher is needed
             return print0(run.table(metrics))
-    target = find_target(cfg, model.grid, device, extra.get('target', cfg.target), extra.get('codebook'))
+    target = find_target(cfg, model.grid, device, held.extra.get('target', cfg.target), held.extra.get('codebook'))
     width = width_of(target, model.patch_size)
     predicts = model.config['head'] == width and not model.pool
     if cfg.image and not predicts:
@@ -379,14 +354,8 @@ def check(cfg):
     return config
 
 
-def teacher_config(cfg, grid):
-    """The default teacher's image tower at our grid: OpenAI's ViT-L/14 for b, l, g, else the built-in one."""
-    tower = dict(M.SIZES['l'], head=768) if cfg.size in ('b', 'l', 'g') else dict(M.SIZES['nano'], head=64)
-    return {**tower, 'image_size': grid * tower['patch_size']}
-
-
 def add_masks(batches, cfg, grid, depth, start, rank, world):
-    """Adds this process's masks [B, N] and what decides on dropped paths [B, depth, 2]; on the CPU, where nothing waits."""
+    """Adds its samples' masks [B, N] and what decides on dropped paths [B, depth, 2]; on the CPU, where nothing waits."""
     num = cfg.batch_size // world
     for step, batch in enumerate(batches, start):
         position = step * cfg.batch_size + rank * num + torch.arange(num)
@@ -402,10 +371,7 @@ def train(cfg):
     config = check(cfg)
     grid, image_size = config['image_size'] // config['patch_size'], config['image_size']
     if cfg.plan or cfg.bench:
-        teacher = teacher_config(cfg, grid)
-        config |= dict(head=teacher['head'])
-        bench = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', 'bench.py')
-        return (run.plan if cfg.plan else runpy.run_path(bench)['bench'])(cfg, config, device, teacher)
+        return run.costs('pretraining', cfg, config, device)
     train_set, val_set = data.open_data(cfg.data, 'train'), data.open_data(cfg.data, 'val')
     if cfg.eval or cfg.image:
         return look(cfg, train_set, val_set, device)
@@ -415,10 +381,7 @@ def train(cfg):
     run.check_memory(cfg, config, device, world)
     target = find_target(cfg, grid, device)
     config |= dict(head=width_of(target, config['patch_size']), mask_token=target.masked)
-    if cfg.init:
-        model = M.load(cfg.init, M.ViT, **config, pool=None)
-    else:
-        model = M.init_weights(M.ViT(**config), cfg.seed)
+    model = M.load(cfg.init, M.ViT, **config, pool=None) if cfg.init else M.init_weights(M.ViT(**config), cfg.seed)
     model = run.to_device(model, cfg, device, mesh)
     optimizer = run.make_optimizer(model, cfg)
     start, constants = run.resume(cfg.out_dir, model, optimizer, cfg)
@@ -430,18 +393,18 @@ def train(cfg):
             first = data.permutation(torch.arange(NUM_CODES) % len(features), len(features), seed=0, epoch=0)
             constants['codebook'] = M.kmeans(features, features[first.to(device)]).cpu()
         target.codebook = constants['codebook'].to(device)
-    num_eval = min(NUM_EVAL, max(8, cfg.steps * cfg.batch_size))        # a rehearsal of one step is not judged on 1024
-    num_probe = min(run.NUM_PROBE, max(8, cfg.steps * cfg.batch_size))
-    val = make_validation(cfg, val_set, target, image_size, num_eval, device)
+    most = max(8, cfg.steps * cfg.batch_size)           # a rehearsal of one step is not judged on 1024 images
+    val = make_validation(cfg, val_set, target, image_size, min(NUM_EVAL, most), device)
     baseline, inpaint = val.position[val.mask].mean().item(), val.inpaint[val.mask].mean().item()
     print0(f'EVA {cfg.size}: {run.count_parameters(model) / 1e6:.2f}M parameters, {image_size} px, '
            f'{val.mask.sum(1).float().mean():.1f} of {grid * grid} patches hidden on average; '
            f'{cfg.steps:,} steps of {cfg.batch_size} images on {device}. '
            f'Cosine to beat: {baseline:.3f} (position mean), {inpaint:.3f} (inpainting)')
     measure = lambda: evaluate(model, target, val, autocast) | run.probe(
-        run.pooled_features(model), train_set, val_set, image_size, num_probe, cfg, device)
-    flops = 3 * run.flops_per_image(config) + target.flops()
-    log = run.Log(cfg, start, device, flops)
+        run.pooled_features(model), train_set, val_set, image_size, min(run.NUM_PROBE, most), cfg, device)
+    teacher = {**target.teacher.visual.config, 'image_size': grid * target.teacher.visual.patch_size} \
+        if target.teacher else None
+    log = run.Log(cfg, start, device, run.training_flops(config, teacher))
     batches = data.batches(train_set, cfg.batch_size, image_size, start, cfg.steps, cfg.seed, device, cfg.workers,
                            rank=rank, world=world)
     batches = run.ahead(add_masks(batches, cfg, grid, len(model.blocks), start, rank, world), device)
@@ -479,9 +442,7 @@ def train(cfg):
     draw_features(f'{cfg.out_dir}/features.png', model, target, val.images[:8], val.mask[:8], bank)
     lines = {'position mean': -baseline, 'inpainting': -inpaint} if cfg.target in ('clip', 'untrained') else {}
     log.finish(model, 'training loss', lines, **metrics)
-    for dataset in (train_set, val_set):
-        if dataset.broken:
-            print0(data.report_broken(dataset))
+    run.report_broken(train_set, val_set)
 
 
 if __name__ == '__main__':

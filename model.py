@@ -930,6 +930,16 @@ def kmeans(features, centres, rounds=20):
     return centres
 
 
+def principal_axes(features):
+    """Three axes on which features look most different, and their range: what turns [..., C] into RGB."""
+    features = features.flatten(0, -2).float().cpu()
+    mean = features.mean(0)
+    axes = torch.linalg.eigh((features - mean).T @ (features - mean))[1][:, -3:].flip(1)        # [C, 3]
+    projected = (features - mean) @ axes
+    low, high = projected.quantile(.02, dim=0), projected.quantile(.98, dim=0)
+    return lambda x: (((x.float().cpu() - mean) @ axes - low) / (high - low)).clamp(0, 1)
+
+
 def get_rank():
     return int(os.environ.get('RANK', 0))
 

@@ -13,18 +13,18 @@ import json
 import math
 import os
 import pickle
-import queue
 import re
 import resource
+import runpy
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -43,8 +43,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-import model as M
-from model import SIZES, Block, ViT, first_line, get_rank, knn_accuracy, linear_probe, print0
+from model import SIZES, Block, ViT, first_line, get_rank, knn_accuracy, linear_probe, print0, save
 
 
 def option(default, help):
@@ -260,53 +259,33 @@ def clip_gradients(model, largest_norm):
 def save_model(model, path, **extra):
     """model.save of a model that may be sharded: gathered on the first process, which writes."""
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    on_first(M.save, model, path, state, **extra)
+    on_first(save, model, path, state, **extra)
 
 
 def ahead(batches, device):
     """The same batches. On cuda a thread makes the next two on a stream of its own while the device computes: reading,
     rendering, masks and transfers from pinned memory cost the training no time."""
-    if device.type == 'cuda':
-        return in_thread(batches, torch.cuda.Stream(device))
-    return batches
+    return in_thread(batches, torch.cuda.Stream(device)) if device.type == 'cuda' else batches
 
 
 def in_thread(items, stream=None, depth=2):
-    """Yields dicts of tensors that a thread makes, at most `depth` ahead; its exceptions are raised here."""
-    made, stopped, end = queue.Queue(depth), threading.Event(), object()
+    """Yields the same dicts of tensors; a thread makes them, up to `depth` ahead. Its exceptions are raised here."""
+    items, end = iter(items), object()
 
-    def put(item, error=None):
-        event = stream.record_event() if stream else None
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                return made.put((item, error, event), timeout=1)
-
-    def work():
-        try:
-            with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
-                for item in items:
-                    put(item)
-                    if stopped.is_set():
-                        return
-            put(end)
-        except BaseException as error:
-            put(end, error)
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        while (got := made.get())[0] is not end:
-            item, _, event = got
-            if event:
+    def make():
+        with torch.cuda.stream(stream):
+            return next(items, end), stream and stream.record_event()
+    with ThreadPoolExecutor(1) as thread:
+        waiting = [thread.submit(make) for _ in range(depth)]
+        while (got := waiting.pop(0).result())[0] is not end:
+            waiting.append(thread.submit(make))
+            if stream:
                 now = torch.cuda.current_stream()
-                now.wait_event(event)       # the transfer is done before what is computed from it
-                for x in item.values():
+                now.wait_event(got[1])              # first the transfer, then what is computed from it
+                for x in got[0].values():
                     if torch.is_tensor(x) and x.is_cuda:
-                        x.record_stream(now)    # memory of the thread's stream: not used anew before we are done
-            yield item
-        if got[1]:
-            raise got[1]
-    finally:
-        stopped.set()
+                        x.record_stream(now)        # not given to the thread's stream again before we are done
+            yield got[0]
 
 
 def send(tensor, device):
@@ -314,13 +293,16 @@ def send(tensor, device):
     return (tensor.pin_memory() if device.type == 'cuda' else tensor).to(device, non_blocking=True)
 
 
-def run_stage(script, *flags):
-    """Another stage's command as a process of its own, without torchrun's variables. It gets our signals, saves and
-    leaves, and we after it; whatever else ends it early ends us too, since it has said why."""
+def run_stage(script, out_dir, *flags):
+    """Another stage's command, unless out_dir has its result, as a process of its own without torchrun's variables. It
+    gets our signals, saves and leaves, and we after it; whatever else ends it early ends us too, since it said why."""
+    if os.path.exists(os.path.join(out_dir, 'result.json')):
+        return
+    print0(f'first {script}, once ({out_dir}):')
     environment = {name: value for name, value in os.environ.items() if name not in (
         'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'GROUP_RANK', 'MASTER_ADDR', 'MASTER_PORT')}
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), script)
-    child = subprocess.Popen([sys.executable, path, *flags], env=environment)
+    child = subprocess.Popen([sys.executable, path, '--out_dir', out_dir, *flags], env=environment)
     before = {number: signal.signal(number, lambda number, _: child.send_signal(number)) for number in STOPPING}
     try:
         code = child.wait()
@@ -344,12 +326,13 @@ def param_groups(model, weight_decay, layer_decay=1.):
         if weight.requires_grad:
             bare = weight.ndim < 2 or name.split('.')[-1] in ('pos_embed', 'class_token', 'mask_token')
             decay, scale = 0. if bare else weight_decay, layer_decay ** layers_above(name, model)
-            groups.setdefault((bare, -scale), dict(params=[], weight_decay=decay, lr_scale=scale))['params'].append(weight)
+            group = groups.setdefault((bare, -scale), dict(params=[], weight_decay=decay, lr_scale=scale))
+            group['params'].append(weight)
     return [groups[key] for key in sorted(groups)]
 
 
 def layers_above(name, model):
-    """How many layers a weight's output still passes in its tower: head and norm 0, the last block 1, the input most."""
+    """How many layers of its tower come after a weight's: head and norm 0, the last block 1, the input most."""
     tower, found, rest = name.rpartition('blocks.')
     if found:
         return len(model.get_submodule(tower + 'blocks')) - int(rest.split('.')[0])
@@ -375,8 +358,8 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model):
-        weights = dict(model.named_parameters())
-        torch._foreach_lerp_(list(self.weights.values()), [weights[name].detach() for name in self.weights], 1 - self.decay)
+        weights = [weight.detach() for weight in model.parameters()]
+        torch._foreach_lerp_(list(self.weights.values()), weights, 1 - self.decay)
 
     @contextlib.contextmanager
     def in_place_of(self, model):
@@ -554,7 +537,7 @@ class Log:
         self.signal, self.noted = number, time.time()
 
     def stopping(self):
-        """The signal that any of the processes was sent, or 0; asked after each step, so that all leave after the same."""
+        """The signal that any of the processes was sent, or 0; asked after each step: all leave after the same one."""
         self.signal = int(largest(self.signal))
         return self.signal
 
@@ -619,6 +602,18 @@ class Log:
                 json.dump(result, file, indent=2)
             os.replace(path + '.tmp', path)
             print0(table(result), f'\n{self.cfg.out_dir}/: {", ".join(sorted(os.listdir(self.cfg.out_dir)))}')
+
+
+def report_broken(*datasets):
+    """What could not be read, by whichever process."""
+    for dataset in datasets:
+        met = [dataset.broken]
+        if dist.is_initialized():
+            met = [None] * dist.get_world_size()
+            dist.all_gather_object(met, dataset.broken, group=patient)
+        dataset.broken.update(*met)
+        if dataset.broken:
+            print0(data.report_broken(dataset))
 
 
 def table(values):
@@ -706,6 +701,11 @@ def flops_per_image(config):
     return patches + transformer_flops(D, config['depth'], config['mlp_width'], 1 + N) + head
 
 
+def training_flops(config, teacher=None):
+    """Of an image: the student's forward pass, its backward as two, and the forward pass of a teacher, if any."""
+    return 3 * flops_per_image(config) + (flops_per_image(teacher) if teacher else 0)
+
+
 @functools.cache
 def matmul_speed(device):
     """FLOP/s of a large matrix product: 8192^3 in bf16 on cuda, 768^3 in float32 elsewhere; the best of ten, in a tenth
@@ -757,33 +757,10 @@ def training_memory(config, batch_size, device, shards=1, checkpointed=False):
                 activations=batch_size * activation_bytes(config, element, checkpointed))
 
 
-PLANNED_MFU = .5        # assumed by --plan: half of what one large matrix product reaches. EVA's own runs: .15
-
-
-def plan(cfg, config, device, teacher=None):
-    """Prints what training a ViT costs on --devices like this one: parameters, FLOPs, memory on each, days."""
-    batch_size, forward = cfg.micro_batch or math.ceil(cfg.batch_size / cfg.devices), flops_per_image(config)
-    shards = cfg.devices if cfg.shard == 'full' else 1
-    memory = training_memory(config, batch_size, device, shards, cfg.checkpoint_activations)
-    flops, speed = 3 * forward + (flops_per_image(teacher) if teacher else 0), matmul_speed(device)
-    with torch.device('meta'):
-        print0(f'parameters           {count_parameters(ViT(**config)):,}')
-    print0(f'forward              {forward / 1e9:.4g} GFLOP an image')
-    if teacher:
-        print0(f'teacher, forward     {flops_per_image(teacher) / 1e9:.4g} GFLOP an image '
-               f'({teacher["width"]} wide, {teacher["depth"]} deep)')
-    print0(f'training             {flops / 1e9:.4g} GFLOP an image (backward costs two forwards)')
-    print0(f'on each of {cfg.devices} devices, {batch_size} images at once:')
-    for name, size in memory.items():
-        print0(f'{name:<20} {size / 1e9:.4g} GB')
-    for name, checkpointed in (('  kept', False), ('  --checkpoint_activations', True)):
-        size = activation_bytes(config, 2 if device.type == 'cuda' else 4, checkpointed)
-        print0(f'{name:<28} {size / 1e6:.4g} MB an image')
-    print0(f'memory               {sum(memory.values()) / 1e9:.4g} GB of {available_memory(device) / 1e9:.4g} GB free here')
-    days = cfg.steps * cfg.batch_size * flops / (cfg.devices * speed * PLANNED_MFU) / 86400
-    print0(f'matrix product       {speed / 1e12:.4g} TFLOP/s measured on this {device.type}')
-    print0(f'days                 {days:.4g} for {cfg.steps:,} steps of {cfg.batch_size:,} images, if {PLANNED_MFU:.0%} '
-           'of that is reached (assumed; --bench measures it)')
+def costs(what, *args):
+    """--plan and --bench, which no training needs: assets/costs.py."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', 'costs.py')
+    return runpy.run_path(path)[what](*args)
 
 
 def available_memory(device):

@@ -156,7 +156,7 @@ def first_trains_the_teacher(folder):
     """Which process trains the built-in teacher, here at once; all have its path afterwards."""
     trainers = folder / 'trainers'
 
-    def train_at_once(script, *flags):
+    def train_at_once(script, out_dir, *flags):
         time.sleep(.5)
         with open(trainers, 'a') as file:
             file.write(f'{M.get_rank()} {script}\n')

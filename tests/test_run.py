@@ -1,15 +1,17 @@
 """One claim a test: the machinery of a run, from options to save and resume."""
 import dataclasses
+import functools
 import json
 import math
 import os
+import signal
 import sys
 
 import pytest
 import torch
 
 import run
-from model import CLIP, SIZES, ViT, init_weights
+from model import CLIP, SIZES, ViT, init_weights, load
 from run import option
 from test_model import TEXT, TINY, images, plain, same, tiny
 
@@ -89,6 +91,93 @@ def test_param_groups():
         <= {names[id(weight)] for weight in bare['params']}
 
 
+def test_layer_decay():
+    """lr_scale is decay to the number of layers above: 1 for head and last norm; each tower counts its own blocks."""
+    model = CLIP(dict(**TINY, head=8, pool='class'), TEXT)
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    scales = {names[id(weight)]: group['lr_scale'] for group in run.param_groups(model, 0.05, layer_decay=.5)
+              for weight in group['params']}
+    depth, text_depth = TINY['depth'], TEXT['depth']
+    for name, above in {'visual.head.weight': 0, 'visual.norm.bias': 0, 'logit_scale': 0, 'text.head.weight': 0,
+                        f'visual.blocks.{depth - 1}.mlp.fc1.weight': 1, 'visual.blocks.0.attn.q_bias': depth,
+                        'visual.patch_embed.weight': depth + 1, 'visual.pos_embed': depth + 1,
+                        'text.token_embed.weight': text_depth + 1}.items():
+        assert scales[name] == .5 ** above, name
+
+
+def test_ema_follows():
+    """(1 - decay) of the way a step, and only within in_place_of it stands in the model."""
+    model = tiny()
+    first, ema = plain(model), run.EMA(model, .75)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(1)
+    ema.update(model)
+    with ema.in_place_of(model):
+        inside = plain(model)
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(inside[name], first[name] + .25)
+        torch.testing.assert_close(weight.detach(), first[name] + 1)
+
+
+# ---- processes and devices
+
+@pytest.mark.parametrize('name, local_rank, processes, gpus, expected', [
+    ('', 0, 1, 0, 'cpu'), ('', 3, 4, 8, 'cuda:3'), ('cuda:1', 0, 1, 2, 'cuda:1'), ('cpu', 1, 2, 8, 'cpu'),
+    ('cuda', 0, 1, 0, 'not on this machine'), ('cuda:7', 0, 1, 2, 'not on this machine'),
+    ('cuda:1', 0, 2, 2, 'is one device'), ('', 0, 8, 4, 'nproc_per_node=4')])
+def test_each_process_has_a_device(monkeypatch, name, local_rank, processes, gpus, expected):
+    """Its own GPU where there are some; a device that is not there, or too few of them, is one line."""
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
+    if ' ' in expected or '=' in expected:
+        with pytest.raises(ValueError, match=expected):
+            run.find_device(name, local_rank, processes)
+    else:
+        assert str(run.find_device(name, local_rank, processes)) == expected
+
+
+def test_a_thread_makes_batches_ahead():
+    """In order, at most two before they are asked for; what goes wrong in the thread is raised here."""
+    made = []
+
+    def items():
+        for n in range(5):
+            made.append(n)
+            yield dict(n=n)
+        raise ValueError('of the reader')
+    stream = run.in_thread(items())
+    assert next(stream) == dict(n=0) and len(made) <= 3
+    assert [next(stream)['n'] for _ in range(4)] == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match='of the reader'):
+        next(stream)
+
+
+def test_compiled_blocks_compute_the_same(monkeypatch):
+    """Also with activations computed again; names of weights stay. Traced but not turned into C++, which takes long."""
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='aot_eager'))
+    config = dict(width=16, depth=2, heads=2, mlp_width=32, patch_size=4, image_size=8, head=4)
+    whole, cpu = init_weights(ViT(**config)), torch.device('cpu')
+    model = run.to_device(init_weights(ViT(**config)), Config(compile=True, checkpoint_activations=True), cpu)
+    assert plain(model).keys() == plain(whole).keys()
+    for one in (whole, model):
+        one(torch.linspace(-1, 1, 2 * 3 * 64).view(2, 3, 8, 8)).square().mean().backward()
+    for (name, weight), other in zip(whole.named_parameters(), model.parameters()):
+        if weight.grad is not None:
+            torch.testing.assert_close(other.grad, weight.grad, msg=name)
+
+
+@pytest.mark.parametrize('script, code', [('import sys; sys.exit(2)', 2), (
+    'import os, signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); os.kill(os.getppid(), 15); '
+    'time.sleep(60)', 143)])
+def test_another_stage_ends_us_as_it_ended(tmp_path, script, code):
+    """With its exit code; a SIGTERM to us goes on to it, and we leave when it has."""
+    (tmp_path / 'stage.py').write_text(script)
+    with pytest.raises(SystemExit) as left:
+        run.run_stage(str(tmp_path / 'stage.py'), str(tmp_path / 'out'))
+    assert left.value.code == code
+
+
 # ---- save and resume
 
 def train(out_dir, cfg, steps, stop=None):
@@ -157,6 +246,16 @@ def test_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch, broken):
     assert train(str(tmp_path), Config(steps=6), 2)[1] == 1
 
 
+def test_init_takes_no_checkpoint_folder(tmp_path):
+    """Its metadata is a pickle, which could do anything: neither the folder nor a file in it is read as weights."""
+    train(str(tmp_path), Config(steps=6), 6, stop=1)
+    folder = tmp_path / 'checkpoint' / 'step_0000001'
+    for path in (folder, *folder.iterdir()):
+        with pytest.raises(ValueError) as error:
+            load(str(path))
+        assert str(path) in str(error.value) and '\n' not in str(error.value)
+
+
 def test_finished_run_says_so(tmp_path, capsys, monkeypatch):
     """A folder with a result is a finished run: one line names it and what to type for another."""
     cfg = Config(out_dir=str(tmp_path / 'a'), steps=2)
@@ -194,6 +293,37 @@ def test_log_drops_what_will_be_done_again(tmp_path):
     assert [line['step'] for line in lines] == [0, 1, 2] and [line['loss'] for line in lines] == [0.5, 0.5, 0.25]
 
 
+def test_log_counts_over_interruptions(tmp_path):
+    """Skipped steps and seconds run on; each line has the share of the device's speed, and memory."""
+    cfg = Config(out_dir=str(tmp_path), steps=9, batch_size=10)
+    log = run.Log(cfg, 0, flops=1e6)
+    log.is_finite(torch.tensor(math.nan))
+    log.write(0, loss=1.)
+    log.close()
+    log = run.Log(cfg, 1, flops=1e6)
+    log.write(1, loss=1.)
+    log.close()
+    first, second = run.read_log(str(tmp_path))
+    assert first['skipped'] == second['skipped'] == 1 and second['seconds'] >= first['seconds']
+    speed = run.matmul_speed(torch.device('cpu'))
+    assert first['mfu'] == pytest.approx(first['images_per_second'] * 1e6 / speed, rel=1e-4)
+    assert 0.05 < first['memory_gb'] < 100
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_are_noted_and_obeyed(tmp_path, capsys, number, code):
+    """Nothing happens until the loop asks; then the exit code is the signal's, and handlers are as before."""
+    before = signal.getsignal(number)
+    log = run.Log(Config(out_dir=str(tmp_path), steps=9), 0)
+    assert log.stopping() == 0
+    os.kill(os.getpid(), number)
+    assert log.stopping() == number
+    with pytest.raises(SystemExit) as left:
+        log.leave(3)
+    assert left.value.code == code and signal.getsignal(number) is before
+    assert 'stopped after step 3' in capsys.readouterr().out
+
+
 def test_ten_bad_gradients_end_the_run(tmp_path):
     """A gradient that is not finite is skipped; ten in a row stop the run, a good one starts the count again."""
     log = run.Log(Config(out_dir=str(tmp_path), steps=9), 0)
@@ -217,13 +347,13 @@ def test_curves_are_drawn(tmp_path):
 
 
 def test_plan_prints(capsys):
-    """g: parameters, FLOPs forward, of the teacher and in training, days; 16 bytes a weight, .54 GB an image in bf16."""
+    """g: parameters, FLOPs forward, of the teacher and in training, days; 16 bytes a weight, .54 GB an image."""
     cfg, cpu = Config(batch_size=4096, steps=1_086_300, devices=8, micro_batch=32), torch.device('cpu')
-    run.plan(cfg, SIZES['g'], cpu, dict(SIZES['l'], head=768))
+    run.costs('plan', cfg, SIZES['g'], cpu, dict(SIZES['l'], head=768))
     shown = capsys.readouterr().out
     assert all(number in shown for number in ('1,011,147,520', '534.1 GFLOP', '162.4 GFLOP', '1765 GFLOP', '8 devices'))
     days = float(shown.split('days')[1].split()[0])
-    assert days == pytest.approx(1_086_300 * 4096 * 1.765e12 / (8 * run.PLANNED_MFU * run.matmul_speed(cpu)) / 86400, .01)
+    assert days == pytest.approx(1_086_300 * 4096 * 1.765e12 / (8 * .5 * run.matmul_speed(cpu)) / 86400, .01)
     memory = run.training_memory(SIZES['g'], 1, torch.device('cuda'))
     assert memory['activations'] / 1e9 == pytest.approx(0.542, abs=1e-3)
     assert sum(memory.values()) - memory['activations'] == 16 * 1_011_147_520

@@ -1,12 +1,15 @@
 """
-What `python mim_pretrain.py --bench` measures, without data and teacher.
+What --plan and --bench print, without data and teacher.
 
-On a CPU: a training step at 224 px, patch 14, 4 images, float32, on one core, beside the same matrix products alone;
-then where the time of the recipe's own step goes. On cuda: bf16 at the recipe's image size, the default teacher
-included, with and without compiled blocks and checkpointed activations.
+    python mim_pretrain.py --plan --size g --devices 128   # parameters, FLOPs, memory on each device, days
+    python mim_pretrain.py --bench --size s                # a step beside its matrix products, where the time goes
+
+On cuda --bench times the recipe in bf16, the default teacher included, with and without compiled blocks and
+checkpointed activations, and finds the largest micro-batch.
 """
 import dataclasses
 import functools
+import math
 import time
 
 import torch
@@ -15,6 +18,42 @@ import data
 import mim_pretrain
 import model as M
 import run
+
+PLANNED_MFU = .5        # assumed by --plan: half of what one large matrix product reaches. EVA's own runs: .15
+
+
+def plan(cfg, config, device, teacher=None):
+    """Prints what training a ViT costs on --devices like this one: parameters, FLOPs, memory on each, days."""
+    batch_size, forward = cfg.micro_batch or math.ceil(cfg.batch_size / cfg.devices), run.flops_per_image(config)
+    shards = cfg.devices if cfg.shard == 'full' else 1
+    memory = run.training_memory(config, batch_size, device, shards, cfg.checkpoint_activations)
+    flops, speed = run.training_flops(config, teacher), run.matmul_speed(device)
+    with torch.device('meta'):
+        run.print0(f'parameters           {run.count_parameters(M.ViT(**config)):,}')
+    run.print0(f'forward              {forward / 1e9:.4g} GFLOP an image')
+    if teacher:
+        run.print0(f'teacher, forward     {run.flops_per_image(teacher) / 1e9:.4g} GFLOP an image '
+                   f'({teacher["width"]} wide, {teacher["depth"]} deep)')
+    run.print0(f'training             {flops / 1e9:.4g} GFLOP an image (backward costs two forwards)')
+    run.print0(f'on each of {cfg.devices} devices, {batch_size} images at once:')
+    for name, size in memory.items():
+        run.print0(f'{name:<20} {size / 1e9:.4g} GB')
+    for name, checkpointed in (('  kept', False), ('  --checkpoint_activations', True)):
+        size = run.activation_bytes(config, 2 if device.type == 'cuda' else 4, checkpointed)
+        run.print0(f'{name:<28} {size / 1e6:.4g} MB an image')
+    run.print0(f'memory               {sum(memory.values()) / 1e9:.4g} GB; '
+               f'{run.available_memory(device) / 1e9:.4g} GB are free here')
+    days = cfg.steps * cfg.batch_size * flops / (cfg.devices * speed * PLANNED_MFU) / 86400
+    run.print0(f'matrix product       {speed / 1e12:.4g} TFLOP/s measured on this {device.type}')
+    run.print0(f'days                 {days:,.4g} for {cfg.steps:,} steps of {cfg.batch_size:,} images on {cfg.devices} '
+               f'like it, if {PLANNED_MFU:.0%} of that is reached (assumed; --bench measures it)')
+
+
+def pretraining(cfg, config, device):
+    """mim_pretrain.py's, with the default teacher at our grid: OpenAI's ViT-L/14 for b, l, g, else the built-in one."""
+    teacher = dict(M.SIZES['l'], head=768) if cfg.size in ('b', 'l', 'g') else dict(M.SIZES['nano'], head=64)
+    teacher['image_size'] = config['image_size'] // config['patch_size'] * teacher['patch_size']
+    (plan if cfg.plan else bench)(cfg, {**config, 'head': teacher['head']}, device, teacher)
 
 
 def bench(cfg, config, device, teacher):
@@ -81,43 +120,44 @@ def matrix_products(config, num, device):
 
 
 def beside_products(cfg, config, device, num=4, rounds=7):
-    """Medians over paired rounds: machines drift, so a step and its products are timed in turn."""
+    """Medians over paired rounds, in turn because machines drift; the core's own seconds, because others use it too."""
     config = {**config, 'image_size': 224, 'patch_size': 14, 'head': 768}
     step, products = make_step(cfg, config, num, device), matrix_products(config, num, device)
     step(), products()
-    pairs = [(run.seconds(step, device), run.seconds(products, device)) for _ in range(rounds)]
+    pairs = [(core_seconds(step), core_seconds(products)) for _ in range(rounds)]
     median = lambda x: sorted(x)[len(x) // 2]
-    run.print0(f'{cfg.size} at 224 px, patch 14, {num} images, float32, one core: {median([a for a, _ in pairs]):.3g} s '
-               f'a training step; its matrix products alone take {median([b / a for a, b in pairs]):.2f} of that')
+    run.print0(f'{cfg.size} at 224 px, patch 14, {num} images, float32, one core: a training step takes '
+               f'{median([a for a, _ in pairs]):.3g} s, its matrix products alone {median([b / a for a, b in pairs]):.2f} '
+               'of that')
+
+
+def core_seconds(function):
+    began = time.process_time()
+    function()
+    return time.process_time() - began
 
 
 class Clock:
-    """Adds up the seconds between calls under a name."""
+    """Adds up the core's seconds between calls under a name."""
 
-    def __init__(self, device):
-        self.device, self.sums = device, {}
-        self.skip()
-
-    def skip(self):
-        run.synchronize(self.device)
-        self.last = time.perf_counter()
+    def __init__(self):
+        self.sums, self.last = {}, time.process_time()
 
     def __call__(self, name):
-        before = self.last
-        self.skip()
-        self.sums[name] = self.sums.get(name, 0) + self.last - before
+        now = time.process_time()
+        self.sums[name], self.last = self.sums.get(name, 0) + now - self.last, now
 
 
 def split(cfg, config, device, teacher, steps=20):
     """Where the time of the recipe's own step goes; its data are the built-in world's."""
-    num, size, grid = cfg.micro_batch or cfg.batch_size, config['image_size'], config['image_size'] // config['patch_size']
-    steps = max(2, min(steps, 20 * 2_500_000_000 // (num * run.flops_per_image(config))))
+    size, grid = config['image_size'], config['image_size'] // config['patch_size']
+    num = min(cfg.micro_batch or cfg.batch_size, max(1, int(5e10 / run.flops_per_image(config))))   # a second or two
     model = run.to_device(M.init_weights(M.ViT(**config)), cfg, device)
-    teacher, optimizer, clock = frozen(teacher, cfg, device), run.make_optimizer(model, cfg), Clock(device)
+    teacher, optimizer, clock = frozen(teacher, cfg, device), run.make_optimizer(model, cfg), Clock()
     batches = data.batches(data.World(), num, size, 0, 2 + steps, 0, device)
     for step in range(2 + steps):
         if step == 2:
-            clock = Clock(device)       # the first two warm up
+            clock = Clock()       # the first two warm up
         images = next(batches)['images']
         clock('data')
         mask = mim_pretrain.make_mask('block', step * num + torch.arange(num), grid, 105 / 256)
@@ -138,22 +178,23 @@ def split(cfg, config, device, teacher, steps=20):
                f'{num * steps / whole:.4g} images/s, of which')
     for name, part in clock.sums.items():
         run.print0(f'  {name:<12} {part / whole:6.1%}   {part / steps * 1e3:.1f} ms')
-    run.print0(f'{num * steps / clock.sums["masks"]:,.0f} masks/s on this grid, '
-               f'{512 / run.seconds(lambda: mim_pretrain.block_mask(torch.arange(512), 16, 105), device):,.0f} on 16 x 16')
+    masks = 512 / core_seconds(lambda: mim_pretrain.block_mask(torch.arange(512), 16, 105))
+    run.print0(f'{num * steps / clock.sums["masks"]:,.0f} masks/s on this grid, {masks:,.0f} on 16 x 16, 512 at once')
 
 
 def bench_gpu(cfg, config, device, teacher):
     """A line for each way to train: the largest micro-batch that fits, images/s, share of a matrix product's speed."""
-    flops, speed = 3 * run.flops_per_image(config) + run.flops_per_image(teacher), run.matmul_speed(device)
+    flops, speed = run.training_flops(config, teacher), run.matmul_speed(device)
     run.print0(f'{cfg.size} at {config["image_size"]} px, patch {config["patch_size"]}, bf16, with a teacher of '
                f'{teacher["width"]} x {teacher["depth"]} on {torch.cuda.get_device_name(device)}; '
-               f'8192^3 product: {speed / 1e12:.0f} TFLOP/s\ncompile  checkpoint  images at once  images/s   MFU  memory')
+               f'8192^3 product: {speed / 1e12:.0f} TFLOP/s')
+    run.print0('compile  checkpoint  images at once  images/s   MFU  memory')
     for compile in (False, True):
         for checkpoint in (False, True):
             options = dataclasses.replace(cfg, compile=compile, checkpoint_activations=checkpoint)
             num, per_second, memory = fastest(options, config, device, teacher)
             run.print0(f'{compile!s:<8} {checkpoint!s:<11} {num:>14} {per_second:9.1f} '
-                       f'{per_second * flops / speed:6.1%} {memory / 1e9:5.0f} GB', flush=True)
+                       f'{per_second * flops / speed:6.1%} {memory / 1e9:5.0f} GB')
 
 
 def fastest(cfg, config, device, teacher):
