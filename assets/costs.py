@@ -45,8 +45,8 @@ def plan(cfg, config, device, teacher=None):
                f'{run.available_memory(device) / 1e9:.4g} GB are free here')
     days = cfg.steps * cfg.batch_size * flops / (cfg.devices * speed * PLANNED_MFU) / 86400
     run.print0(f'matrix product       {speed / 1e12:.4g} TFLOP/s measured on this {device.type}')
-    run.print0(f'days                 {days:,.4g} for {cfg.steps:,} steps of {cfg.batch_size:,} images on {cfg.devices} '
-               f'like it, if {PLANNED_MFU:.0%} of that is reached (assumed; --bench measures it)')
+    run.print0(f'days                 {days:,.4g} for {cfg.steps:,} steps of {cfg.batch_size:,} images on '
+               f'{cfg.devices} like it, if {PLANNED_MFU:.0%} of that is reached (assumed; --bench measures it)')
 
 
 def pretraining(cfg, config, device):
@@ -127,8 +127,8 @@ def beside_products(cfg, config, device, num=4, rounds=7):
     pairs = [(core_seconds(step), core_seconds(products)) for _ in range(rounds)]
     median = lambda x: sorted(x)[len(x) // 2]
     run.print0(f'{cfg.size} at 224 px, patch 14, {num} images, float32, one core: a training step takes '
-               f'{median([a for a, _ in pairs]):.3g} s, its matrix products alone {median([b / a for a, b in pairs]):.2f} '
-               'of that')
+               f'{median([a for a, _ in pairs]):.3g} s, its matrix products alone '
+               f'{median([b / a for a, b in pairs]):.2f} of that')
 
 
 def core_seconds(function):

@@ -39,7 +39,8 @@ def make_teacher(path):
 
 def small(patch):
     """Two blocks, evaluations of a few images, no pictures; each mask hides another number of patches."""
-    nothing = lambda *args, **options: {}
+    nothing, some_captions = lambda *args, **options: {}, data.World.some_captions
+    patch.setattr(data.World, 'some_captions', lambda world, num: some_captions(world, 200))
     for module, name, value in ((mim_pretrain, 'NUM_EVAL', 8), (run, 'NUM_PROBE', 8), (mim_pretrain, 'BANK', 512),
                                 (mim_pretrain, 'draw_features', nothing), (run, 'draw_curves', nothing),
                                 (clip_train, 'NUM_EVAL', 8), (clip_train, 'patch_probes', nothing),
