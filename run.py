@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from model import SIZES, Block, ViT, first_line, get_rank, knn_accuracy, linear_probe, print0, save
+from model import CLIP, SIZES, Block, ViT, first_line, get_rank, knn_accuracy, linear_probe, print0, save
 
 
 def option(default, help):
@@ -258,8 +258,16 @@ def clip_gradients(model, largest_norm):
 
 def save_model(model, path, **extra):
     """model.save of a model that may be sharded: gathered on the first process, which writes."""
+    if not dist.is_initialized():
+        return save(model, path, **extra)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    on_first(save, model, path, state, **extra)
+
+    def write():
+        with torch.device('meta'):
+            whole = (CLIP if isinstance(model, CLIP) else ViT)(**model.config)
+        whole.load_state_dict(state, assign=True)
+        save(whole, path, **extra)
+    on_first(write)
 
 
 def ahead(batches, device):

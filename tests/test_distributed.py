@@ -270,7 +270,7 @@ def test_a_run_goes_on_with_another_number_of_processes(shown):
 
 
 def weights_equal(one, other):
-    one, other = (torch.load(folder / 'model.pt')['state_dict'] for folder in (one, other))
+    one, other = (M.load(str(folder / 'model.pt')).state_dict() for folder in (one, other))
     return all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
 
 
