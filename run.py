@@ -208,7 +208,7 @@ def on_first(function, *args, **options):
 
 
 def total(x):
-    """Sum of a tensor over the processes, on its device; x itself with one process."""
+    """Sum of a tensor over the processes, on its device; with one process a copy."""
     x = x.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(x)
