@@ -51,6 +51,8 @@ RECIPES = {  # differences from the defaults. g: the paper; ti to l: EVA-02's; t
                   checkpoint_activations=True),
 }
 TARGETS = ('clip', 'tokens', 'distill', 'pixels', 'untrained')
+VIT_L_14 = ('https://openaipublic.azureedge.net/clip/models/'      # its SHA-256 is part of the address
+            'b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt')
 NUM_CODES = 512         # k-means centres of --target tokens
 NUM_EVAL = 1024         # validation images; the same, with the same masks, for every run of at least as many
 BANK = 65_536           # training patches: the picture looks for the nearest among them, k-means for its centres
@@ -264,16 +266,16 @@ def draw_features(path, model, target, images, mask, bank_images):
 # ---- the loop ---------------------------------------------------------------------------------------------------
 
 def find_teacher(cfg):
-    """The teacher's weights: --teacher, else the built-in one, trained at first use by clip_train.py's default command,
-    the same for every size so that their skills compare."""
+    """The teacher's weights: --teacher; else EVA's for b, l and g on real images; else the built-in one, trained at first
+    use by clip_train.py's default command, the same for every size so that their skills compare."""
     if cfg.teacher:
         return cfg.teacher
     if cfg.data.partition(':')[0] == 'shapes':
         if cfg.size in ('l', 'g'):
             print0(f'a rehearsal: {cfg.size} on the built-in world with its small teacher. For real: --data DIR')
     elif cfg.size in ('b', 'l', 'g'):
-        raise ValueError(f"--size {cfg.size} on your own pictures takes OpenAI's ViT-L/14 as teacher; its TorchScript "
-                         'archive cannot be read yet; pass --teacher FILE with a CLIP trained here or its state dict')
+        print0("teacher: OpenAI's ViT-L/14, fetched once into out/")
+        return run.on_first(data.fetch, VIT_L_14, VIT_L_14.split('/')[-2], 'out/ViT-L-14.pt', 'pass --teacher FILE')
     else:
         print0('teacher: the built-in one, which has seen drawn scenes only. Train one on your own pictures with '
                '`python clip_train.py --data DIR`, and pass it with --teacher')

@@ -315,3 +315,13 @@ def test_eval_is_how_evas_own_cosine_is_measured(tmp_path, capsys):
     found = dict(line.split()[:2] for line in done.stdout.splitlines() if line.startswith(('cosine', 'linear_top1')))
     assert float(found['cosine']) == pytest.approx(torch.stack(cosines).mean().item(), abs=2e-4), done.stderr
     assert 'linear_top1' in found
+
+
+def test_b_on_real_images_takes_openais_clip_checked(tmp_path, monkeypatch):
+    """The file fetched is ViT-L/14, wanted with the SHA-256 that OpenAI's address holds; another size takes none."""
+    wanted = []
+    monkeypatch.setattr(data, 'fetch', lambda url, sha256, path, advice: wanted.append((url, sha256)) or path)
+    cfg = run.parse_config(mim_pretrain.Config, mim_pretrain.RECIPES, ['--size', 'b', '--data', str(tmp_path)])
+    assert mim_pretrain.find_teacher(cfg).endswith('ViT-L-14.pt')
+    (url, sha256), = wanted
+    assert url.endswith('/ViT-L-14.pt') and sha256 in url and len(sha256) == 64
