@@ -82,7 +82,7 @@ class Run:
 
 # options that change how a run is made, not what it computes
 NEVER_DIFFER = {'out_dir', 'micro_batch', 'device', 'compile', 'shard', 'checkpoint_activations', 'save_every',
-                'log_every', 'workers', 'eval', 'plan', 'devices', 'bench', 'image'}
+                'log_every', 'workers', 'eval', 'plan', 'devices', 'bench', 'image', 'templates', 'whole'}
 
 
 def parse_config(Config, RECIPES, argv=None):
