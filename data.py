@@ -249,7 +249,8 @@ class World:
     classes=N (only the N most frequent fine classes, all equally frequent: the poor control), objects=1 (one each).
     split: 'train', 'val', or 'heldout' (only attribute pairs that training never shows)."""
     reads_files, has_captions = False, True
-    classes, KNOBS = list(KINDS), ('unique', 'classes', 'objects')
+    classes = label_names = list(KINDS)
+    KNOBS = 'unique', 'classes', 'objects'
 
     def __init__(self, split='train', unique=0, classes=0, objects=MAX_OBJECTS):
         for name, value, low, high in (('unique', unique, 0, 2 ** 33), ('classes', classes, 0, NUM_FINE),
@@ -712,16 +713,19 @@ def crop_box(u, width, height, scale=(.2, 1), ratio=(3 / 4, 4 / 3)):
     return left, top, left + w, top + h
 
 
-def central_box(width, height):
-    """The evaluation view: shorter side to 256/224 of the size, centre crop = the central square of 7/8 of it."""
-    side = min(width, height) * 224 / 256
+def central_box(width, height, share=224 / 256):
+    """The evaluation view: shorter side to 256/224 of the size, centre crop = the central square of 7/8 of it. CLIP's
+    has a share of 1."""
+    side = min(width, height) * share
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
 
 
-def load_crop(path, image_size, u=None, scale=(.2, 1), flip=True):
-    """One image -> uint8 [3, S, S], bicubic. u: NUM_CROP uniform numbers; None for the evaluation view."""
-    box_of = central_box if u is None else lambda width, height: crop_box(u, width, height, scale)
+def load_crop(path, image_size, u=None, scale=(.2, 1), flip=True, share=224 / 256):
+    """One image -> uint8 [3, S, S], bicubic. u: NUM_CROP uniform numbers; None for the evaluation view, the central
+    square of that share of the shorter side."""
+    def box_of(width, height):
+        return central_box(width, height, share) if u is None else crop_box(u, width, height, scale)
     image, box = read_part(path, box_of, image_size)
     image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
     image = torch.from_numpy(np.array(image)).permute(2, 0, 1)                                # [3, S, S]
@@ -753,28 +757,30 @@ def class_names(paths):
 
 class Folder:
     """Any folder of images, flat or nested. train/ and val/ (or images/train, images/val) are the splits if both exist,
-    else split_by_hash. Class folders give labels and 'a photo of a ...'; a .txt beside an image is its caption."""
+    else split_by_hash. 'test' is val/ or, without it, every image: for sets that nothing was trained on. Class folders
+    give labels and 'a photo of a ...'; a .txt beside an image is its caption."""
     reads_files = True          # worker processes help
 
     def __init__(self, path, split='train'):
         bases = [base for base in (path, os.path.join(path, 'images'))
                  if os.path.isdir(os.path.join(base, 'train')) and os.path.isdir(os.path.join(base, 'val'))]
+        split = 'val' if bases and split == 'test' else split
         self.root = os.path.join(bases[0], split) if bases else path
         (files, texts), others = list_files(self.root), []
         if bases:               # the other split's classes count too, so that both give the same ids
             others, _ = list_files(os.path.join(bases[0], 'val' if split == 'train' else 'train'))
-        self.paths = files if bases else split_by_hash(files)[split]
+        self.paths = files if bases or split == 'test' else split_by_hash(files)[split]
         if not self.paths:
             raise ValueError(f'{self.root}: no images in it or below; looked for {" ".join(SUFFIXES)} and .tar shards '
                              '(json lists and the like are not read: unpack them)')
         names = class_names(files + others)
-        self.classes, class_of = sorted(set(names)), dict(zip(files, names))
-        ids = {name: i for i, name in enumerate(self.classes)}
+        self.classes = self.label_names = sorted(set(names))
+        class_of, ids = dict(zip(files, names)), {name: i for i, name in enumerate(self.classes)}
         self.labels = [ids[class_of[path]] for path in self.paths] if names else None
         self.texts = {path for path in self.paths if os.path.splitext(path)[0] in texts}   # images with a caption file
         self.has_captions = bool(names) or len(self.texts) == len(self.paths)
         self.broken = set()     # (what, name) of what could not be read, met so far
-        self.sample(0, 8, None, None, False, [])            # ValueError unless some image can be read
+        self.sample(0, 8, None, 1., False, [])              # ValueError unless some image can be read
 
     def __len__(self):
         return len(self.paths)
@@ -802,7 +808,8 @@ class Folder:
             try:
                 caption = self.caption(i, broken)           # 'left of the house' is untrue of the mirror image
                 turnable = flip and not re.search(r'\b(left|right)', caption, re.IGNORECASE)
-                return i, load_crop(self.image(i), image_size, None if scale is None else u, scale, turnable), caption
+                view = dict(u=u, scale=scale, flip=turnable) if isinstance(scale, tuple) else dict(share=scale)
+                return i, load_crop(self.image(i), image_size, **view), caption
             except OSError as error:
                 broken.append((f'of {len(self):,} images could not be read and were replaced', self.paths[i]))
                 last = error
@@ -810,7 +817,7 @@ class Folder:
 
     def batch(self, position, image_size, seed, device='cpu', scale=(.2, 1), flip=True):
         """position [B] int64 -> dict: images uint8 [B, 3, S, S], position and index [B], labels [B], captions, broken.
-        scale: share of the image's area a random crop takes; None for the evaluation view."""
+        scale: from and to which share of the area a random crop takes; a number: central_box's, for evaluation."""
         index, broken = sample_index(position, len(self), seed).tolist(), []
         u = uniform(seed, 'crop', position, NUM_CROP).tolist()
         samples = [self.sample(i, image_size, row, scale, flip, broken) for i, row in zip(index, u)]
@@ -889,7 +896,8 @@ class Shards(Folder):
         self.has_captions = bool(described)
         if described:           # a caption for each, or for none
             self.broken |= {('images without a caption were left out', key) for key in rows.keys() - described}
-        self.paths = split_by_hash(sorted(described or rows))[split]
+        paths = sorted(described or rows)
+        self.paths = paths if split == 'test' else split_by_hash(paths)[split]
         self.rows = np.array([[rows[key].get(what, (0, 0, 0)) for what in ('image', 'txt', 'json', 'cls')]
                               for key in self.paths])                                       # [n, 4, 3] int64
         labelled = all('cls' in row for row in rows.values())
@@ -897,8 +905,9 @@ class Shards(Folder):
         names = sorted(set(class_of.values()), key=lambda name: (len(name) if name.isdecimal() else 0, name))
         ids = {name: i for i, name in enumerate(names)}
         self.labels = [ids[class_of[key]] for key in self.paths] if labelled else None
+        self.label_names = names
         self.classes = [] if all(name.isdecimal() for name in names) else names     # numbers are no names
-        self.sample(0, 8, None, None, False, [])            # ValueError unless some image can be read
+        self.sample(0, 8, None, 1., False, [])              # ValueError unless some image can be read
 
     def read(self, shard, offset, size):
         with open(self.shards[shard], 'rb') as file:
@@ -992,9 +1001,9 @@ def batches(dataset, batch_size, image_size, start, steps, seed, device, workers
     return Batches(dataset, begins, num, end, options).stream(device, workers)
 
 
-def eval_batches(dataset, batch_size, image_size, num, device, workers=0):
+def eval_batches(dataset, batch_size, image_size, num, device, workers=0, share=224 / 256):
     """The first num samples, once each, in a fixed shuffled order, evaluation view; the last batch may be short."""
-    num, options = min(num, len(dataset)), dict(image_size=image_size, seed=0, scale=None, flip=False)
+    num, options = min(num, len(dataset)), dict(image_size=image_size, seed=0, scale=share, flip=False)
     return Batches(dataset, range(0, num, batch_size), batch_size, num, options).stream(device, workers)
 
 
@@ -1005,7 +1014,7 @@ def open_data(spec, split='train'):
         pairs = [knob.partition('=')[::2] for knob in knobs.split(',') if knob]
         if wrong := [f'{key}={value}' for key, value in pairs if key not in World.KNOBS or not value.isdecimal()]:
             raise ValueError(f'--data {spec}: {wrong[0]!r} is not a knob; expected shapes:unique=N,classes=N,objects=N')
-        return World(split, **{key: int(value) for key, value in pairs})
+        return World('val' if split == 'test' else split, **{key: int(value) for key, value in pairs})
     shards = sorted(glob.glob(os.path.join(glob.escape(spec), '*.tar'))) if os.path.isdir(spec) else expand(spec)
     if absent := [path for path in shards if not os.path.exists(path)]:
         raise ValueError(f"--data {spec}: {absent[0]} does not exist; expected a folder of images, a folder of .tar "

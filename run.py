@@ -82,7 +82,7 @@ class Run:
 
 # options that change how a run is made, not what it computes
 NEVER_DIFFER = {'out_dir', 'micro_batch', 'device', 'compile', 'shard', 'checkpoint_activations', 'save_every',
-                'log_every', 'workers', 'eval', 'plan', 'devices', 'bench', 'image'}
+                'log_every', 'workers', 'eval', 'plan', 'devices', 'bench', 'image', 'templates', 'whole'}
 
 
 def parse_config(Config, RECIPES, argv=None):
@@ -97,6 +97,8 @@ def parse_config(Config, RECIPES, argv=None):
         help = field.metadata.get('help', '').replace('%', '%%')
         if field.type is bool:
             parser.add_argument(f'--{field.name}', action=argparse.BooleanOptionalAction, help=help)
+        elif field.type is list:
+            parser.add_argument(f'--{field.name}', nargs='+', metavar='TEXT', help=help)
         elif field.type is tuple:
             parser.add_argument(f'--{field.name}', type=comma_separated, metavar='A,B',
                                 help=f'{help} ({",".join(map(str, field.default))})')
@@ -355,6 +357,40 @@ def make_optimizer(model, cfg, layer_decay=1.):
     """Fused AdamW, 2 to 5 times faster than the default on a CPU; cfg has lr, betas, eps and weight_decay."""
     groups = param_groups(model, cfg.weight_decay, layer_decay)
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+
+
+class Lamb(torch.optim.Optimizer):
+    """AdamW, whose step of each matrix is made lr times as long as the matrix (arXiv:1904.00962): batches of 100,000
+    ask for large steps, and no layer may outrun the others. What has no weight decay takes AdamW's step as it is, as
+    usual: a bias that starts at 0 would stay there. Weights may be sharded; lengths are those of the whole."""
+
+    def __init__(self, groups, lr, betas, eps):
+        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            beta1, beta2 = group['betas']
+            for weight in [weight for weight in group['params'] if weight.grad is not None]:
+                state = self.state[weight]
+                if not state:
+                    state.update(step=torch.zeros(()), mean=torch.zeros_like(weight), square=torch.zeros_like(weight))
+                state['step'] += 1
+                state['mean'].lerp_(weight.grad, 1 - beta1)
+                state['square'].lerp_(weight.grad.square(), 1 - beta2)
+                mean, square = (state[name] / (1 - beta ** state['step'].item())        # both started at 0
+                                for name, beta in (('mean', beta1), ('square', beta2)))
+                change = mean / (square.sqrt() + group['eps']) + group['weight_decay'] * weight
+                if group['weight_decay']:
+                    change *= trust_ratio(weight, change)
+                weight -= group['lr'] * change
+
+
+def trust_ratio(weight, change):
+    """How many times longer the weight is than its change, a number; 1 where either is zero."""
+    weight, change = (norm.full_tensor() if isinstance(norm, DTensor) else norm
+                      for norm in (torch.linalg.vector_norm(x) for x in (weight, change)))
+    return torch.where((weight > 0) & (change > 0), weight / change, 1.)
 
 
 class EMA:

@@ -4,6 +4,7 @@ The README's studies: a grid of real commands, those already done skipped, and a
     python assets/study.py targets                           # what is reconstructed x how long it trains
     python assets/study.py longer                            # the same at 8 and 16 times the shortest length
     python assets/study.py photographs --data cifar10_tar    # features, pixels and scratch on photographs
+    python assets/study.py clip                              # CLIP from scratch, from its teacher, pixels, EVA
 
 Runs go to out/study-NAME/, two at a time on half of the cores each (--jobs); every number of theirs to assets/NAME.csv.
 Intervals are 95% of Student's t over seeds. Seeds are paired: one seed means the same weights, order and masks.
@@ -39,6 +40,14 @@ STUDIES = {  # runs: {target: steps}, the target to compare with first
 }
 MEASURES = ('linear_top1', 'knn_top1', 'linear_unnamed', 'knn_unnamed', 'skill')
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}   # by n - 1
+
+CLIP_STEPS, CLIP_BATCH = 80, 128
+CLIP_RATES = (8e-4, 2e-3, 5e-3, 1.25e-2, 3e-2)
+CLIP_ARMS = {  # where the image tower comes from, the learning rates tried on seed 1, seeds at the best of them
+    'scratch': ('', CLIP_RATES, 5), 'pixels': ('out/study-clip/pixels/model.pt', CLIP_RATES, 5),
+    'teacher': ('assets/nano-teacher.pt', CLIP_RATES, 5), 'EVA': ('assets/nano-eva.pt', CLIP_RATES, 5),
+    'scratch, all compute': ('', (8e-4, 2e-3, 5e-3), 3)}      # 20 times as long; rates tried at a sixth of it
+CLIP_MEASURES = ('heldout_pairs', 'heldout_among_24', 'seen_pairs', 'zero_shot_top1', 'retrieval')
 
 
 def command(script, flags, out_dir, cores):
@@ -100,14 +109,104 @@ def report(study, records):
             print(f'| {name(a)} - {name(b)} | {len(seeds)} | ' + ' | '.join(cells) + ' |')
 
 
+def clip_costs():
+    """{arm: (pairs, images without captions, TFLOP) of the stages before}, and the TFLOP of a step of this one. A
+    training step is three forward passes; a text tower reads up to its batch's longest caption."""
+    clip = M.load(str(ROOT / 'assets/nano-teacher.pt'))
+    text, tokenizer = clip.config['text'], data.Tokenizer(clip.extra['merges'])
+    captions = data.World().some_captions(2048)
+    longest = [(tokenizer(captions[n:n + CLIP_BATCH]) > 0).sum(1).max() for n in range(0, 2048, CLIP_BATCH)]
+    L, D = float(sum(longest)) / len(longest), text['width']
+    image = run.flops_per_image(clip.config['vision']) / 1e12
+    pair = image + text['depth'] * (2 * L * 12 * D * D + 4 * L * L * D) / 1e12
+    pairs, images = 700 * 128, 1600 * 64                # the default commands of the two stages
+    teacher, eva = pairs * 3 * pair, images * 4 * image        # MIM: the student's three passes, the teacher's one
+    return {'scratch': (0, 0, 0), 'pixels': (0, images, images * 3 * image), 'teacher': (pairs, 0, teacher),
+            'EVA': (pairs, images, teacher + eva), 'scratch, all compute': (0, 0, 0)}, CLIP_BATCH * 3 * pair
+
+
+def clip_study(jobs, cores, began):
+    """The paper's section 3.4 in small: each arm at its own best learning rate, chosen on seed 1 by the pairs of colour
+    and kind that training shows, then more seeds; from scratch also with the compute of all stages together."""
+    before, step_cost = clip_costs()
+    long = CLIP_STEPS + round(before['EVA'][2] / step_cost)
+    command('mim_pretrain.py', ['--target', 'pixels'], 'out/study-clip/pixels', cores)
+
+    def one(job):
+        arm, lr, seed, steps = job
+        start = ['--vision', CLIP_ARMS[arm][0]] if CLIP_ARMS[arm][0] else []
+        name = f'{arm.replace(", ", "-").replace(" ", "-")}-{steps}-{lr:g}-{seed}'
+        save_every = 20 if steps == CLIP_STEPS else 200
+        flags = ['--steps', steps, '--lr', lr, '--seed', seed, '--save_every', save_every, *start]
+        result = command('clip_train.py', flags, f'out/study-clip/{name}', cores)
+        lines = [json.loads(line) for line in open(ROOT / f'out/study-clip/{name}/evals.jsonl')]
+        curve = {line['step'] + 1: line['heldout_pairs'] for line in lines} | {steps: result['heldout_pairs']}
+        print(f'{(time.time() - began) / 60:6.1f} min  {arm} {steps} {lr:g} {seed}: held-out pairs '
+              f'{result["heldout_pairs"]:.3f}, seen {result["seen_pairs"]:.3f}', file=sys.stderr, flush=True)
+        return dict(row=arm, steps=steps, lr=lr, seed=seed, curve=curve, **result)
+
+    *short_arms, long_arm = CLIP_ARMS
+    sweep, final, best = [], [], {}
+    with ThreadPoolExecutor(jobs) as pool:
+        for arms, steps, tried in ((short_arms, CLIP_STEPS, CLIP_STEPS), ([long_arm], long, long // 6)):
+            sweep += pool.map(one, [(arm, lr, 1, tried) for arm in arms for lr in CLIP_ARMS[arm][1]])
+            for arm in arms:
+                best[arm] = max((r for r in sweep if r['row'] == arm), key=lambda r: r['seen_pairs'])['lr']
+            final += pool.map(one, [(arm, best[arm], seed, steps) for seed in range(1, 6) for arm in arms
+                                    if seed <= CLIP_ARMS[arm][2]])
+    save_csv('clip', ['row', 'steps', 'lr', 'seed', *CLIP_MEASURES, 'skipped', 'seconds'],
+             sweep + [r for r in final if r not in sweep])
+    clip_report(sweep, final, best, before, step_cost)
+
+
+def clip_report(sweep, final, best, before, step_cost):
+    """The table, the paired differences, and two curves of the held-out pairs' accuracy: over the pairs that this stage
+    saw, and over the compute of all stages."""
+    print('| image tower | pairs here | pairs in all | images without captions | TFLOP in all | learning rate | '
+          'rates within 90% | ' + ' | '.join(CLIP_MEASURES) + ' |\n' + '|---' * (7 + len(CLIP_MEASURES)) + '|')
+    curves, compute = {}, {}
+    for arm in CLIP_ARMS:
+        runs = [r for r in final if r['row'] == arm]
+        pairs, images, cost = before[arm]
+        here, tried = runs[0]['steps'] * CLIP_BATCH, [r for r in sweep if r['row'] == arm]
+        top = max(r['seen_pairs'] for r in tried)
+        good = [r['lr'] for r in tried if r['seen_pairs'] >= .9 * top and not r['skipped']]
+        print(f'| {arm} | {here:,} | {here + pairs:,} | {images:,} | {cost + runs[0]["steps"] * step_cost:.1f} | '
+              f'{best[arm]:g} | {min(good):g} to {max(good):g} | '
+              + ' | '.join(interval([r[name] for r in runs]) for name in CLIP_MEASURES) + ' |')
+        mean = [(step, sum(r['curve'][step] for r in runs) / len(runs)) for step in sorted(runs[0]['curve'])
+                if all(step in r['curve'] for r in runs)]
+        compute[arm] = [(cost + step * step_cost, 100 * y) for step, y in mean]
+        if here == CLIP_STEPS * CLIP_BATCH:
+            curves[arm] = [(step * CLIP_BATCH, 100 * y) for step, y in mean]
+    print('\nPaired differences\n\n| | ' + ' | '.join(CLIP_MEASURES) + ' |\n' + '|---' * (1 + len(CLIP_MEASURES)) + '|')
+    by = {arm: {r['seed']: r for r in final if r['row'] == arm} for arm in CLIP_ARMS}
+    for other in [arm for arm in CLIP_ARMS if arm != 'EVA']:
+        cells = [interval([by['EVA'][s][name] - by[other][s][name] for s in by[other]]) for name in CLIP_MEASURES]
+        print(f'| EVA - {other} | ' + ' | '.join(cells) + ' |')
+    label = 'zero-shot accuracy on held-out pairs, percent'
+    run.draw_curves(str(ROOT / 'assets/clip_pairs.png'), curves, xlabel='pairs seen in this stage', ylabel=label)
+    run.draw_curves(str(ROOT / 'assets/clip_compute.png'), compute, xlabel='TFLOP of all stages', ylabel=label)
+
+
+def save_csv(name, columns, records):
+    with open(ROOT / f'assets/{name}.csv', 'w', newline='') as file:
+        writer = csv.DictWriter(file, columns, extrasaction='ignore')
+        writer.writeheader()
+        writer.writerows({name: f'{x:.5g}' if isinstance(x, float) else x for name, x in record.items()}
+                         for record in records)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('name', choices=STUDIES)
+    parser.add_argument('name', choices=[*STUDIES, 'clip'])
     parser.add_argument('--data', default='shapes', help='as of the stages')
     parser.add_argument('--jobs', type=int, default=2, help='runs at once')
     args = parser.parse_args()
-    study, began = STUDIES[args.name], time.time()
-    cores = max(1, (os.cpu_count() or 1) // args.jobs)
+    began, cores = time.time(), max(1, (os.cpu_count() or 1) // args.jobs)
+    if args.name == 'clip':
+        return clip_study(args.jobs, cores, began)
+    study = STUDIES[args.name]
     spec = args.data if args.data.startswith('shapes') else os.path.abspath(args.data)
     command('clip_train.py', ['--data', spec, *study['teacher_flags']], study['teacher'], cores * args.jobs)
     records = [dict(row=row, steps=0, seed=seed, **metrics)
@@ -129,11 +228,7 @@ def main():
     records.sort(key=lambda record: (order.index(record['row']) if record['steps'] else -1, record['steps'],
                                      record['seed']))
     names = ['row', 'steps', 'seed', *MEASURES, 'cosine', 'baseline', 'inpaint', 'inpaint_skill', 'seconds']
-    with open(ROOT / f'assets/{args.name}.csv', 'w', newline='') as file:
-        writer = csv.DictWriter(file, names, extrasaction='ignore')
-        writer.writeheader()
-        writer.writerows({name: f'{x:.5g}' if isinstance(x, float) else x for name, x in record.items()}
-                         for record in records)
+    save_csv(args.name, names, records)
     report(study, records)
     print(f'\n{sum(r.get("seconds", 0) for r in records) / 60:.0f} minutes of runs, {args.jobs} at once')
 

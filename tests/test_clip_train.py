@@ -1,16 +1,21 @@
 """The contrastive loss, zero-shot classification, and a real run of the teacher's stage."""
 import json
 import math
+import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import clip_train
 import data
 import model as M
 import run
 from clip_train import contrastive_loss
+from test_commands import refusal
 
 
 def test_loss_of_a_blind_model_is_ln_batch():
@@ -35,26 +40,253 @@ def test_class_embeddings_average_the_templates():
         torch.testing.assert_close(row, mean / mean.norm())
 
 
-def test_recall_counts_equal_captions_as_right():
+def test_zero_shot_equals_a_plain_loop():
+    """Top-1, top-5 and the mean of the classes' own accuracies, counted one image at a time."""
+    generator = torch.Generator().manual_seed(0)
+    features, classes = (torch.randn(n, 6, generator=generator) for n in (40, 9))
+    labels = torch.randint(0, 8, (40,), generator=generator)                    # the ninth class has no image
+    first, five, by_class = [], [], {}
+    for x, label in zip(features, labels.tolist()):
+        order = sorted(range(9), key=lambda k: -float(x @ classes[k]))
+        first.append(order[0] == label)
+        five.append(label in order[:5])
+        by_class.setdefault(label, []).append(order[0] == label)
+    metrics = clip_train.zero_shot(features, labels, classes)
+    assert metrics['zero_shot_top1'] == pytest.approx(sum(first) / 40) and metrics['chance'] == 1 / 9
+    assert metrics['zero_shot_top5'] == pytest.approx(sum(five) / 40)
+    mean = sum(sum(right) / len(right) for right in by_class.values()) / len(by_class)
+    assert metrics['zero_shot_by_class'] == pytest.approx(mean)
+
+
+def test_retrieval_ranks_both_ways():
+    """Of 12 images, image i finds its text at place i, and every text finds its image first."""
+    similarity = torch.zeros(12, 12)
+    for i in range(12):
+        similarity[i, :i] = 30 - i          # i texts before its own; a column's first row is its largest
+        similarity[i, i] = 30 - i - .5
+    metrics = clip_train.retrieval(similarity, [f'text {i}' for i in range(12)])
+    assert [metrics[f'image_to_text_{k}'] for k in (1, 5, 10)] == pytest.approx([1 / 12, 5 / 12, 10 / 12])
+    assert [metrics[f'text_to_image_{k}'] for k in (1, 5, 10)] == pytest.approx([1, 1, 1])
+    assert metrics['retrieval'] == pytest.approx((1 / 12 + 1) / 2)
+
+
+def test_retrieval_counts_equal_captions_as_right():
     """Two images of one caption are not told apart by it."""
     similarity = torch.tensor([[.1, .9], [.2, .8]])
-    assert clip_train.recall_at_1(similarity, ['a', 'a']) == 1 and clip_train.recall_at_1(similarity, ['a', 'b']) == .25
+    assert clip_train.retrieval(similarity, ['a', 'a'])['retrieval'] == 1
+    assert clip_train.retrieval(similarity, ['a', 'b'])['retrieval'] == .25
 
+
+def test_the_evaluation_view_is_clips(tmp_path):
+    """Shorter side to the size, centre crop, as OpenAI's preprocessing, to 1 of 255."""
+    noise = torch.randint(0, 256, (14, 20, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = Image.fromarray(noise.numpy()).resize((400, 280), Image.BICUBIC)
+    image.save(tmp_path / 'a.png')
+    steps = torch.from_numpy(np.array(image.resize((80, 56), Image.BICUBIC).crop((12, 0, 68, 56)))).permute(2, 0, 1)
+    view = data.load_crop(tmp_path / 'a.png', 56, share=1.)
+    assert (view.int() - steps.int()).abs().max() <= 1
+
+
+# ---- words
+
+def test_class_names_come_in_order_or_by_folder(tmp_path, capsys):
+    """A name a line, or 'folder<TAB>name', of which one file serves data sets with fewer folders, and subsets."""
+    folders, path = ['n01', 'n02', 'n05'], tmp_path / 'classes.txt'
+    assert clip_train.read_classes('', folders) == (folders, [0, 1, 2])
+    path.write_text('tench\nshark\nowl\n')
+    assert clip_train.read_classes(str(path), folders) == (['tench', 'shark', 'owl'], [0, 1, 2])
+    path.write_text('n05\towl\nn01\ttench\nn07\tgoose\n')
+    assert clip_train.read_classes(str(path), folders) == (['tench', 'owl'], [0, -1, 1])
+    assert "2 of the data's 3 classes are among the 3 of" in capsys.readouterr().out
+
+
+def test_wrong_class_and_template_files_are_one_line(tmp_path):
+    path = tmp_path / 'lines.txt'
+    path.write_text('tench\nshark\n')
+    with pytest.raises(ValueError, match='has 2 names for the 3 classes of the data'):
+        clip_train.read_classes(str(path), ['n01', 'n02', 'n05'])
+    with pytest.raises(ValueError, match="'tench' has no {}"):
+        clip_train.read_templates(str(path))
+    path.write_text('x\ttench\n')
+    with pytest.raises(ValueError, match='has 0 names for the 1 classes'):
+        clip_train.read_classes(str(path), ['n01'])
+    path.write_text('')
+    with pytest.raises(ValueError, match='is empty'):
+        clip_train.read_templates(str(path))
+    with pytest.raises(ValueError, match='cannot be read'):
+        clip_train.read_templates(str(tmp_path / 'missing.txt'))
+
+
+# ---- towers
+
+def config(*flags):
+    flags = ['--size', 'pico', '--device', 'cpu', *map(str, flags)]
+    return run.parse_config(clip_train.Config, clip_train.RECIPES, flags)
+
+
+WORDS = SimpleNamespace(some_captions=lambda num: ['a photo of a red star on sand', 'two blue rings'])    # a data set
+
+
+@pytest.fixture
+def eva(tmp_path):
+    """A pre-trained ViT's file, with mask token and a head as wide as the shared space, and the ViT."""
+    vit = M.init_weights(M.ViT(**M.SIZES['pico'], head=64), seed=5)
+    torch.nn.init.ones_(vit.head.bias)
+    M.save(vit, str(tmp_path / 'eva.pt'))
+    return str(tmp_path / 'eva.pt'), vit
+
+
+def test_vision_takes_all_but_the_head(eva):
+    """Of EVA's file the trunk is used; head, text tower and temperature are those of a run from scratch."""
+    path, vit = eva
+    model, tokenizer = clip_train.build(config('--vision', path, '--seed', 3), WORDS)
+    scratch, _ = clip_train.build(config('--seed', 3), WORDS)
+    trained = vit.state_dict()
+    same = {f'visual.{name}' for name in trained if name in model.visual.state_dict()
+            and torch.equal(trained[name], model.visual.state_dict()[name])}
+    own = model.state_dict().keys() - same
+    assert own == {name for name in model.state_dict() if name.startswith(('visual.head.', 'text.', 'logit_scale'))}
+    for name in own:
+        assert torch.equal(model.state_dict()[name], scratch.state_dict()[name]), name
+    assert model.visual.mask_token is None and model.text.config['vocab'] == tokenizer.vocab_size
+
+
+def test_text_takes_all_but_the_projection(tmp_path):
+    """The text tower comes with the vocabulary it was trained with."""
+    tokenizer = data.Tokenizer.learn(['a red star on sand', 'two blue rings'])
+    reader = M.init_weights(M.CLIP(dict(M.SIZES['pico'], head=16, pool='mean', mask_token=False),
+                                   dict(width=32, depth=1, heads=2, vocab=tokenizer.vocab_size, embed=16)), seed=5)
+    M.save(reader, str(tmp_path / 'clip.pt'), merges=tokenizer.merges)
+    model, own = clip_train.build(config('--text', tmp_path / 'clip.pt', '--seed', 3), WORDS)
+    state = model.text.state_dict()
+    same = [name for name, weight in reader.text.state_dict().items()
+            if weight.shape == state[name].shape and torch.equal(weight, state[name])]
+    assert own.merges == tokenizer.merges and model.text.head.weight.shape == (64, 32)
+    assert set(same) == {name for name in reader.text.state_dict() if name != 'head.weight'}
+    assert not torch.equal(model.visual.class_token, reader.visual.class_token)
+
+
+def test_a_tower_for_larger_images_gets_larger_positions(eva):
+    model, _ = clip_train.build(config('--vision', eva[0], '--image_size', 48), WORDS)
+    assert model.visual.pos_embed.shape == (1, 1 + 12 ** 2, 32) and model.config['vision']['image_size'] == 48
+    torch.testing.assert_close(model.visual.pos_embed, M.resize_positions(eva[1].pos_embed, (12, 12)))
+
+
+def test_size_g_is_the_papers():
+    """EVA's ViT with a projection to 1024, CLIP-L's text tower; image and text tower learn at different rates."""
+    cfg = run.parse_config(clip_train.Config, clip_train.RECIPES, ['--size', 'g'])
+    vision, text = clip_train.towers(cfg)
+    with torch.device('meta'):
+        model = M.CLIP(vision, dict(text, vocab=49408))
+    pretraining = 1_012_229_632                     # with a mask token and a head to CLIP-L's 768
+    assert run.count_parameters(model.visual) == pretraining - 1408 + (1408 + 1) * (1024 - 768)
+    assert (text['width'], text['depth'], text['embed']) == (768, 12, 1024)
+    assert (vision['drop_path'], vision['pool']) == (.4, 'class')
+    assert (cfg.lr, cfg.text_lr, cfg.layer_decay, cfg.batch_size) == (4e-4, 4e-5, (.85, .75), 40_960)
+
+
+def test_each_tower_has_its_rate_and_decay():
+    """A block's matrices move at lr_scale of their tower's rate, once more decayed for every layer below the last."""
+    cfg = config('--lr', '1e-3', '--text_lr', '1e-4', '--layer_decay', '.5,.1')
+    model = M.CLIP(*(lambda vision, text: (vision, dict(text, vocab=600)))(*clip_train.towers(cfg)))
+    scale = {}
+    for group in clip_train.make_optimizer(model, cfg).param_groups:
+        scale |= {weight: group['lr_scale'] for weight in group['params']}
+    assert len(scale) == len(list(model.parameters())) and scale[model.logit_scale] == 1
+    for tower, depth, top, decay in ((model.visual, 4, 1, .5), (model.text, 2, .1, .1)):
+        assert scale[tower.head.weight] == pytest.approx(top)
+        assert scale[tower.blocks[-1].mlp.fc1.weight] == pytest.approx(top * decay)
+        assert scale[tower.blocks[0].mlp.fc1.bias] == pytest.approx(top * decay ** depth)
+        assert scale[tower.pos_embed] == pytest.approx(top * decay ** (depth + 1))
+
+
+# ---- token dropping and LAMB
+
+def test_kept_patches_depend_on_the_position_alone():
+    """Half of the patches, each once, whatever batch a sample comes in."""
+    keep = clip_train.kept_patches(7, torch.arange(100, 108), 64, .5)
+    assert keep.shape == (8, 32) and all(len(row.unique()) == 32 and row.max() < 64 for row in keep)
+    assert torch.equal(keep[3:5], clip_train.kept_patches(7, torch.arange(103, 105), 64, .5))
+    assert not torch.equal(keep, clip_train.kept_patches(8, torch.arange(100, 108), 64, .5))
+
+
+def test_dropping_tokens_leaves_evaluation_untouched(monkeypatch):
+    """The same model is measured alike with and without; in training its image tower sees half of the patches."""
+    monkeypatch.setattr(clip_train, 'NUM_EVAL', 32)
+    monkeypatch.setattr(clip_train, 'NUM_PAIRS', 16)
+    world, cpu, metrics, seen = data.World('val'), torch.device('cpu'), [], []
+    for flags in ((), ('--drop_tokens', .5)):
+        cfg = config('--batch_size', 8, *flags)
+        model, tokenizer = clip_train.build(cfg, WORDS)
+        metrics.append(clip_train.evaluate(model, world, tokenizer, cfg, cpu, run.autocast(cpu)))
+        batches = data.batches(data.World(), 8, 32, 5, 6, cfg.seed, 'cpu')
+        batch = next(clip_train.prepare(batches, tokenizer, cfg, model.visual, 5, 0, 1))
+        model.visual.blocks[0].register_forward_hook(lambda block, inputs, output: seen.append(output.shape[1]))
+        model(model.normalize(batch['images']), batch['text'], batch.get('keep'), batch.get('drop'))
+    assert metrics[0] == metrics[1] and seen == [1 + 64, 1 + 32]
+
+
+def plain_lamb(weights, gradients, lr, beta1, beta2, eps, weight_decay):
+    """One matrix through some steps, in plain loops over numbers."""
+    w, m, v = list(weights), [0.] * len(weights), [0.] * len(weights)
+    for t, gradient in enumerate(gradients, 1):
+        change = []
+        for i, g in enumerate(gradient):
+            m[i] = beta1 * m[i] + (1 - beta1) * g
+            v[i] = beta2 * v[i] + (1 - beta2) * g * g
+            change.append(m[i] / (1 - beta1 ** t) / (math.sqrt(v[i] / (1 - beta2 ** t)) + eps) + weight_decay * w[i])
+        length = lambda x: math.sqrt(sum(y * y for y in x))
+        ratio = length(w) / length(change) if weight_decay and length(w) and length(change) else 1
+        w = [x - lr * ratio * c for x, c in zip(w, change)]
+    return w
+
+
+@pytest.mark.parametrize('weight_decay, start', [(.05, 1.), (.05, 0.), (0., 1.)])
+def test_lambs_step_equals_a_plain_reference(weight_decay, start):
+    """A matrix with decay, one that starts at zero, and a tensor without decay, which takes AdamW's step."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(start * torch.randn(3, 4, generator=generator))
+    gradients = [torch.randn(3, 4, generator=generator) for _ in range(4)]
+    expected = plain_lamb(weight.flatten().tolist(), [gradient.flatten().tolist() for gradient in gradients],
+                          .1, .9, .98, 1e-6, weight_decay)
+    optimizer = run.Lamb([dict(params=[weight], weight_decay=weight_decay)], .1, (.9, .98), 1e-6)
+    for gradient in gradients:
+        weight.grad = gradient
+        optimizer.step()
+    torch.testing.assert_close(weight.detach().flatten(), torch.tensor(expected), atol=1e-5, rtol=1e-4)
+
+
+def test_lamb_resumes(tmp_path):
+    """Stopped and continued from a checkpoint it goes on as if nothing had happened."""
+    cfg, runs = config('--optimizer', 'lamb', '--weight_decay', .05), []
+    for stop in (None, 2):
+        weight_of = lambda model: model.visual.blocks[0].mlp.fc1.weight.detach().clone()
+        for start, end in ([(0, 4)] if stop is None else [(0, stop), (stop, 4)]):
+            vision, text = clip_train.towers(cfg)
+            model = M.init_weights(M.CLIP(vision, dict(text, vocab=600)))
+            optimizer = clip_train.make_optimizer(model, cfg)
+            assert run.resume(str(tmp_path / str(stop)), model, optimizer, cfg)[0] == start
+            for step in range(start, end):
+                for n, parameter in enumerate(model.parameters()):
+                    parameter.grad = torch.full_like(parameter, math.sin(step + n))
+                optimizer.step()
+            run.save_checkpoint(str(tmp_path / str(stop)), end, model, optimizer, cfg)
+        runs.append(weight_of(model))
+    assert torch.equal(*runs)
+
+
+# ---- runs
 
 @pytest.mark.parametrize('source', ['shapes', 'folder'])
 def test_a_real_run_learns_and_leaves_a_teacher(tmp_path, monkeypatch, source):
     """30 steps on the world or on a folder of two classes: the loss falls, the file loads with its vocabulary."""
-    from PIL import Image
     monkeypatch.setattr(clip_train, 'NUM_EVAL', 64)
+    monkeypatch.setattr(clip_train, 'NUM_PAIRS', 32)
     spec = 'shapes'
     if source == 'folder':
-        spec = str(tmp_path / 'photos')
-        for colour in ('red', 'blue'):
-            (tmp_path / 'photos' / colour).mkdir(parents=True)
-            for n in range(8):
-                Image.new('RGB', (40, 30 + n), colour).save(tmp_path / 'photos' / colour / f'{n}.png')
-    flags = ['--size', 'pico', '--data', spec, '--steps', '30', '--batch_size', '16', '--warmup_steps', '5', '--log_every',
-             '1', '--out_dir', str(tmp_path / 'out'), '--device', 'cpu', '--save_every', '20']
+        spec = folder_of_classes(tmp_path / 'photos', num=8)
+    flags = ['--size', 'pico', '--data', spec, '--steps', '30', '--batch_size', '16', '--warmup_steps', '5',
+             '--log_every', '1', '--out_dir', str(tmp_path / 'out'), '--device', 'cpu', '--save_every', '20']
     cfg = run.parse_config(clip_train.Config, clip_train.RECIPES, flags)
     clip_train.train(cfg)
     losses = [json.loads(line)['loss'] for line in open(tmp_path / 'out' / 'log.jsonl')]
@@ -63,3 +295,72 @@ def test_a_real_run_learns_and_leaves_a_teacher(tmp_path, monkeypatch, source):
     assert data.Tokenizer(teacher.extra['merges']).vocab_size == teacher.config['text']['vocab']
     result = json.loads((tmp_path / 'out' / 'result.json').read_text())
     assert result['chance'] == (1 / 16 if source == 'shapes' else 1 / 2) and 'zero_shot_top1' in result
+
+
+def folder_of_classes(path, num=4):
+    """num pictures of one colour in each of two class folders, without splits."""
+    for colour in ('blue', 'red'):
+        (path / colour).mkdir(parents=True)
+        for n in range(num):
+            Image.new('RGB', (40, 30 + n), colour).save(path / colour / f'{n}.png')
+    return str(path)
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """A CLIP's file, untrained, with its vocabulary."""
+    tokenizer = data.Tokenizer.learn(['a photo of a red star', 'two blue rings'])
+    model = M.init_weights(M.CLIP(dict(M.SIZES['pico'], head=16, pool='mean', mask_token=False),
+                                  dict(width=16, depth=1, heads=2, vocab=tokenizer.vocab_size, embed=16)))
+    M.save(model, str(tmp_path / 'clip.pt'), merges=tokenizer.merges)
+    return str(tmp_path / 'clip.pt')
+
+
+def command(monkeypatch, capsys, *flags):
+    """What the command prints."""
+    monkeypatch.setattr(sys, 'argv', ['clip_train.py', *flags])
+    run.main(clip_train.train, clip_train.Config, clip_train.RECIPES)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_image_and_text_print_probabilities(clip, tmp_path, monkeypatch, capsys):
+    """A line a sentence, the likeliest first, in all 100%."""
+    Image.new('RGB', (50, 40), 'red').save(tmp_path / 'a.png')
+    lines = command(monkeypatch, capsys, '--init', clip, '--image', str(tmp_path / 'a.png'), '--text', 'a red star',
+                    'blue rings', 'a ring')
+    shares = [float(line.split('%')[0]) for line in lines]
+    assert sorted(line.split('%  ')[1] for line in lines) == ['a red star', 'a ring', 'blue rings']
+    assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=.3)
+
+
+def test_eval_of_class_folders(clip, tmp_path, monkeypatch, capsys):
+    """Names from the folders or from a file, sentences from a file; --whole takes every picture where there is no val/."""
+    photos, seen = folder_of_classes(tmp_path / 'photos'), []
+    monkeypatch.setattr(data, 'eval_batches', lambda dataset, *args, original=data.eval_batches, **options: (
+        seen.append((len(dataset), options['share'])), original(dataset, *args, **options))[1])
+    (tmp_path / 'names.txt').write_text('red\tcrimson star\n')
+    (tmp_path / 'sentences.txt').write_text('two {} rings\n')
+    plain = command(monkeypatch, capsys, '--eval', '--init', clip, '--data', photos)
+    assert any(line.split() == ['chance', '0.5'] for line in plain) and 'zero_shot_top5' in '\n'.join(plain)
+    subset = command(monkeypatch, capsys, '--eval', '--init', clip, '--data', photos, '--whole', '--classes',
+                     str(tmp_path / 'names.txt'), '--templates', str(tmp_path / 'sentences.txt'))
+    assert any(line.split() == ['chance', '1'] for line in subset) and seen == [(1, 1.), (8, 1.)]
+
+
+def test_what_does_not_fit_is_refused(clip, tmp_path, monkeypatch, capsys):
+    """One line and exit code 2, before any training."""
+    monkeypatch.chdir(tmp_path)
+    photos = folder_of_classes(tmp_path / 'photos')
+    (tmp_path / 'three.txt').write_text('one\ntwo\nthree\n')
+    for flags, words in (
+            (['--init', clip, '--vision', clip], '--init is the whole model'),
+            (['--init', clip, '--text', clip], '--init is the whole model'),
+            (['--data', photos, '--classes', 'three.txt'], 'three.txt has 3 names for the 2 classes'),
+            (['--data', photos, '--templates', 'three.txt'], 'has no {}'),
+            (['--batch_size', '1'], '--batch_size is at least 2'),
+            (['--micro_batch', '2'], '--micro_batch does not apply'),
+            (['--optimizer', 'sgd'], 'adamw or lamb'), (['--layer_decay', '.9'], 'two numbers'),
+            (['--drop_tokens', '1'], 'below 1'), (['--vision', 'missing.pt'], 'missing.pt'),
+            (['--text', 'missing.pt'], 'missing.pt'),
+            (['--eval', '--init', clip, '--data', photos, '--classes', 'three.txt'], 'has 3 names for the 2 classes')):
+        assert words in refusal(monkeypatch, capsys, clip_train, *flags), flags
