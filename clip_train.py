@@ -126,13 +126,14 @@ def zero_shot(features, labels, classes):
 
 
 def retrieval(similarity, texts):
-    """Share of images whose text is among the 1, 5 and 10 best of all n, and of texts whose image is. Two images of the
-    same words are not told apart by them: each is right. similarity [n images, n texts]; texts: list of n."""
-    number = {text: i for i, text in enumerate(texts)}
-    which = torch.tensor([number[text] for text in texts], device=similarity.device)
-    metrics = {}
-    for name, scores in (('image_to_text', similarity), ('text_to_image', similarity.T)):
-        found = which[scores.topk(min(10, len(texts))).indices] == which[:, None]                   # [n, 10]
+    """Share of images whose text is among the 1, 5 and 10 best different ones, and of texts whose image is. Two images
+    of the same words are not told apart by them: each is right. similarity [n images, n texts]; texts: list of n."""
+    last, metrics = {text: i for i, text in enumerate(texts)}, {}           # where each of the different texts stands
+    which = torch.tensor([last[text] for text in texts], device=similarity.device)
+    different = which.unique()
+    for name, scores, answers in (('image_to_text', similarity[:, different], different),
+                                  ('text_to_image', similarity.T, which)):
+        found = answers[scores.topk(min(10, len(answers))).indices] == which[:, None]               # [n, 10]
         metrics |= {f'{name}_{k}': found[:, :k].any(1).float().mean().item() for k in (1, 5, 10)}
     return dict(metrics, retrieval=(metrics['image_to_text_1'] + metrics['text_to_image_1']) / 2)
 

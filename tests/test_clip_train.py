@@ -77,6 +77,14 @@ def test_retrieval_counts_equal_captions_as_right():
     assert clip_train.retrieval(similarity, ['a', 'b'])['retrieval'] == .25
 
 
+def test_a_text_that_many_images_share_is_one_candidate():
+    """Six images of 'a' do not fill the five best texts of the image of 'b'."""
+    similarity = torch.ones(7, 7)
+    similarity[:, 6] = .5                                           # every image likes 'a' better
+    metrics = clip_train.retrieval(similarity, ['a'] * 6 + ['b'])
+    assert metrics['image_to_text_1'] == pytest.approx(6 / 7) and metrics['image_to_text_5'] == 1
+
+
 def test_the_evaluation_view_is_clips(tmp_path):
     """Shorter side to the size, centre crop, as OpenAI's preprocessing, to 1 of 255."""
     noise = torch.randint(0, 256, (14, 20, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
