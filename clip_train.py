@@ -1,6 +1,6 @@
 """
 Stage 0, the teacher: a ViT and a text transformer learn to tell which caption belongs to which image. What the ViT
-then says of each patch is what EVA regresses. CLIP, arXiv:2103.00020; EVA-CLIP, arXiv:2211.07636, section 3.4.
+then says of each patch is what EVA regresses. CLIP, arXiv:2103.00020; EVA-CLIP, arXiv:2211.07636, section 2.3.
 
     python clip_train.py --out_dir out/teacher             # the built-in teacher: the world, minutes on a laptop
     python clip_train.py --data photos --out_dir out/mine  # any folder with classes or captions

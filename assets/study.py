@@ -126,7 +126,7 @@ def clip_costs():
 
 
 def clip_study(jobs, cores, began):
-    """The paper's section 3.4 in small: each arm at its own best learning rate, chosen on seed 1 by the pairs of colour
+    """The paper's section 2.3 in small: each arm at its own best learning rate, chosen on seed 1 by the pairs of colour
     and kind that training shows, then more seeds; from scratch also with the compute of all stages together."""
     before, step_cost = clip_costs()
     long = CLIP_STEPS + round(before['EVA'][2] / step_cost)
