@@ -14,6 +14,7 @@ import model as M
 import run
 from test_commands import refusal
 from test_distributed import finish, launch, small
+from test_golden import close, fixtures, read
 
 PICO = M.SIZES['pico']
 
@@ -302,6 +303,45 @@ def test_from_pretraining_norm_and_head_start_afresh_and_positions_resize(tmp_pa
     assert torch.equal(model.pos_embed, M.resize_positions(old.pos_embed, (12, 12))) and model.mask_token is None
     assert not model.patch_embed.weight.requires_grad and model.pos_embed.requires_grad
     assert finetune.classifier(config('--init', 'scratch'), ['a', 'b']).patch_embed.weight.requires_grad
+
+
+def from_fixture(monkeypatch, path, num_classes, *flags):
+    """finetune.classifier of a reference file, whose head is not 64 wide, and what the file holds."""
+    held = read(path)
+    model = M.load_state(held[1], heads=held[0]['num_heads'])
+    model.extra = {}
+    monkeypatch.setattr(finetune, 'load_tower', lambda path: model)
+    cfg = config('--init', path, *flags)
+    return finetune.classifier(cfg, [str(k) for k in range(num_classes)]), *held
+
+
+@pytest.mark.parametrize('path', fixtures('eva01_pretrain_to_cls*.pt'))
+def test_fine_tuning_starts_as_evas(monkeypatch, path):
+    """Its logits, once the fresh norm and head have EVA's fresh values."""
+    config, state, inputs, outputs = read(path)
+    model, *_ = from_fixture(monkeypatch, path, config['num_classes'], '--image_size', config['finetune_img_size'])
+    fresh = {name: inputs['fresh.' + name] for name in ('head.weight', 'head.bias')}
+    fresh |= {'norm.' + name: inputs['fresh.fc_norm.' + name] for name in ('weight', 'bias')}
+    model.load_state_dict(fresh, strict=False)
+    with torch.no_grad():
+        close(model(inputs['image']), outputs['logits'])
+
+
+@pytest.mark.parametrize('path', fixtures('eva01_cls_*.pt'))
+def test_gradients_of_fine_tuning_are_evas(monkeypatch, path):
+    """From a classifier of the same classes, the patch embedding without any, the loss without smoothing."""
+    num_classes = read(path)[0]['num_classes']
+    pool = 'mean' if read(path)[0]['use_mean_pooling'] else 'class'
+    model, config, state, inputs, outputs = from_fixture(monkeypatch, path, num_classes, '--pool', pool)
+    model.head.load_state_dict({name: state['head.' + name] for name in ('weight', 'bias')})
+    targets = finetune.soft_labels(inputs['labels'], num_classes, 0)
+    F.cross_entropy(model(inputs['image']), targets).backward()
+    assert model.patch_embed.weight.grad is None and model.patch_embed.bias.grad is None
+    norms = outputs['grad_norms_stop_grad_conv1']
+    for name, theirs in (('blocks.0.attn.qkv.weight', 'blocks.0.attn.qkv.weight'), ('pos_embed', 'pos_embed'),
+                         ('head.weight', 'head.weight')):
+        norm = model.get_parameter(name).grad.norm().item()
+        assert norm == pytest.approx(norms[theirs], rel=1e-4), name
 
 
 # evaluation
