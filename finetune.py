@@ -336,16 +336,14 @@ def check_classes(cfg, train_set, val_set):
     of_class = [[] for _ in classes]
     for i, label in enumerate(train_set.labels):
         of_class[label].append(i)
-    if [] in of_class:
-        raise ValueError(f'{cfg.data}: class {classes[of_class.index([])]!r} is in validation only; training and '
-                         'validation need the same class folders')
     if os.path.isdir(train_set.root) and any(path.startswith(classes[0] + '/') for path in train_set.paths):
         for name in sorted(os.listdir(train_set.root)):
             if os.path.isdir(os.path.join(train_set.root, name)) and name[0] != '.' and name not in classes:
                 raise ValueError(f'{train_set.root}: class folder {name!r} has no image')
     for name, indices in zip(classes, of_class):
         if not any(readable(train_set, i) for i in indices):
-            raise ValueError(f'{train_set.root}: none of the {len(indices)} images of class {name!r} can be read')
+            found = f'none of its {len(indices)} images can be read' if indices else 'it is in validation only'
+            raise ValueError(f'{train_set.root}: class {name!r} cannot be learnt, {found}')
     return classes
 
 
