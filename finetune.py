@@ -394,7 +394,8 @@ def train(cfg):
     cfg.out_dir = cfg.out_dir or f'out/finetune-{cfg.size}'
     check(cfg)
     if cfg.plan:
-        return run.plan(cfg, {**M.SIZES[cfg.size.partition('-')[0]], **vit_options(cfg, 1000)}, device)
+        config = {**M.SIZES[cfg.size.partition('-')[0]], **vit_options(cfg, 1000)}
+        return run.costs('plan', cfg, config, device)
     if cfg.eval or cfg.image:
         return look(cfg, device, (rank, world))
     train_set, val_set = (data.open_data(cfg.data, split, cfg.frames) for split in ('train', 'val'))
@@ -426,7 +427,7 @@ def train(cfg):
     def measure(picture=''):
         with ema.in_place_of(model) if ema else contextlib.nullcontext():
             return evaluate(model, val_set, cfg, device, (rank, world), None, picture, classes)
-    autocast, log = run.autocast(device), run.Log(cfg, start, device, 3 * run.flops_per_image(model.config))
+    autocast, log = run.autocast(device), run.Log(cfg, start, device, run.training_flops(model.config))
     batches = data.batches(train_set, cfg.batch_size, model.image_size, start, cfg.steps, cfg.seed, device, cfg.workers,
                            scale=(cfg.crop, 1), augment=cfg.augment, rank=rank, world=world)
     for step, batch in zip(range(start, cfg.steps), run.ahead(batches, device)):
@@ -467,9 +468,7 @@ def train(cfg):
     with ema.in_place_of(model) if ema else contextlib.nullcontext():
         run.save_model(model, f'{cfg.out_dir}/model.pt', classes=classes)
     log.finish(model, 'training loss', {f'blind: ln {len(classes)}': math.log(len(classes))}, **metrics)
-    for dataset in (train_set, val_set):
-        if dataset.broken:
-            print0(data.report_broken(dataset))
+    run.report_broken(train_set, val_set)
 
 
 if __name__ == '__main__':

@@ -489,6 +489,12 @@ def test_clips_of_folders_train(tmp_path):
     assert {'top1', 'top5', 'shuffled_top1'} <= json.loads((tmp_path / 'run' / 'result.json').read_text()).keys()
 
 
+def test_plan_counts_the_parameters_of_evas_classifier(capsys):
+    """EVA-g at 336 px with 1,000 classes and the average patch."""
+    finetune.train(config('--size', 'g', '--plan'))
+    assert '1,013,005,672' in capsys.readouterr().out
+
+
 # what is refused
 
 @pytest.mark.parametrize('flags, expected', [
