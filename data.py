@@ -31,7 +31,8 @@ import ftfy
 import numpy as np
 import regex
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
 
 # ---- randomness without state -----------------------------------------------------------------------------------
 
@@ -88,6 +89,11 @@ OUTLINES = ((250, 250, 250), (15, 15, 15), (255, 225, 0), (255, 115, 0), (200, 0
 SECOND_COLOURS = ((128, 128, 128), (255, 255, 255), (0, 0, 0), (90, 90, 90), (255, 240, 190), (40, 20, 90),
                   (110, 60, 20), (190, 190, 190))
 LAYOUTS = ('single', 'free', 'row', 'ring', 'grid', 'mirror')
+# What happens in clips: each of eight motions, and the same backwards in time. A frame alone cannot tell which of the
+# two it is from, except in the last: there the small object follows the large one.
+ACTIONS = ('move right', 'move left', 'move down', 'move up', 'turn right', 'turn left', 'grow', 'shrink', 'meet',
+           'part', 'appear', 'vanish', 'circle right', 'circle left', 'lead right', 'lead left')
+NUM_HIDDEN = 14         # actions that one frame does not show
 NUM_KINDS, NUM_TEXTURES, NUM_PARTS, NUM_COLOURS, NUM_STUFF = 16, 8, 4, 10, 10
 NUM_FINE = 240          # 15 of the 32 (texture, part) pairs of each kind, of Zipf frequency: the long-tailed vocabulary
 NUM_SCENE_TYPES = 32
@@ -244,20 +250,27 @@ def grammar(device, classes, uniform_classes):
     return {name: table.to(device) for name, table in tables.items()}
 
 
+def pose(turn, size, height, flip=1):
+    """From places to cells of a shape's table: [..., 4] of turn [..., (cos, sin)], the radii across and down [...]."""
+    cos, sin = turn.unbind(-1)
+    return torch.stack([flip * cos, sin, flip * -sin, cos], -1) * (4 * RADIUS) // torch.stack(
+        [size, size, height, height], -1)
+
+
 class World:
     """The built-in world as a data set without end. options: unique=N (only N scenes, visited again and again),
     classes=N (only the N most frequent fine classes, all equally frequent: the poor control), objects=1 (one each).
-    split: 'train', 'val', or 'heldout' (only attribute pairs that training never shows)."""
-    reads_files, has_captions = False, True
-    classes = label_names = list(KINDS)
-    KNOBS = 'unique', 'classes', 'objects'
+    split: 'train', 'val', or 'heldout' (only attribute pairs that training never shows). frames=N: clips of ACTIONS."""
+    reads_files, KNOBS = False, ('unique', 'classes', 'objects')
 
-    def __init__(self, split='train', unique=0, classes=0, objects=MAX_OBJECTS):
+    def __init__(self, split='train', unique=0, classes=0, objects=MAX_OBJECTS, frames=0):
         for name, value, low, high in (('unique', unique, 0, 2 ** 33), ('classes', classes, 0, NUM_FINE),
                                        ('objects', objects, 1, MAX_OBJECTS)):
             if not low <= value <= high:
                 raise ValueError(f'shapes:{name}={value} is outside {low} to {high}')
         self.split, self.unique, self.num_fine, self.max_objects = split, unique, classes, objects
+        self.frames, self.has_captions, self.classes = frames, not frames, list(ACTIONS if frames else KINDS)
+        self.label_names = self.classes
         self.broken = set()         # as in Folder: nothing drawn is ever unreadable
 
     def __len__(self):
@@ -275,24 +288,34 @@ class World:
         """Captions of the first scenes, from which a tokenizer learns its vocabulary."""
         return self.batch(torch.arange(num), 0, want=('captions',))['captions']
 
-    def batch(self, position, image_size, seed=0, device='cpu', scale=None, flip=False, want=('images', 'captions')):
+    def batch(self, position, image_size, seed=0, device='cpu', scale=None, flip=False, augment='',
+              want=('images', 'captions')):
         """dict of the scenes at these positions: position, index, every field of scenes(), labels among them (kind of
         the largest object), unnamed (its part pattern); as wanted images uint8 [B, 3, H, W] on device, captions (list
         of B), semantic [B, H, W] (grounds, then 10 + kind), boxes [B, 6, 4] (xyxy, pixels, of what is visible) and
-        num_visible [B, 6]. A world without end needs no augmentation: scale and flip are for real images."""
+        num_visible [B, 6]. Of clips: images [B, T, 3, H, W], labels (actions), position, index. A world without end
+        needs no augmentation: scale, flip and augment are for real images."""
         index = self.index(position.to(device), seed)
+        if self.frames:
+            frames, labels = self.clips(index)
+            images = self.draw(frames, image_size)['images'].unflatten(0, (-1, self.frames))
+            return dict(images=images, labels=labels, position=position, index=index)
         scenes = self.scenes(index)
         largest = (scenes['radius'] * scenes['valid']).argmax(1, keepdim=True)
         out = dict(scenes, position=position, index=index, unnamed=scenes['part'].gather(1, largest)[:, 0])
         if {'images', 'semantic', 'boxes'} & set(want):
-            pixels = 2 ** 16 if index.device.type == 'cpu' else 2 ** 24     # at once: what a CPU's cache holds
-            chunk = max(1, pixels // image_size ** 2)
-            parts = [self.render({k: v[i:i + chunk] for k, v in scenes.items()}, image_size,
-                                 annotate=bool({'semantic', 'boxes'} & set(want))) for i in range(0, len(index), chunk)]
-            out |= {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            out |= self.draw(scenes, image_size, annotate=bool({'semantic', 'boxes'} & set(want)))
         if 'captions' in want:
             out['captions'] = captions(scenes, index)
         return out
+
+    def draw(self, scenes, image_size, annotate=False):
+        """render of any number of scenes, a few at a time."""
+        pixels = 2 ** 16 if scenes['x'].device.type == 'cpu' else 2 ** 24       # at once: what a CPU's cache holds
+        chunk = max(1, pixels // image_size ** 2)
+        parts = [self.render({k: v[i:i + chunk] for k, v in scenes.items()}, image_size, annotate)
+                 for i in range(0, len(scenes['x']), chunk)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def scenes(self, index):
         """The scene of each index as integers, exact on every device: type, layout, rotation_step, ground, ... [B];
@@ -346,11 +369,9 @@ class World:
         rotation_step = pick(u[7], 4) * repeats[:, 0]       # 0, 22.5, 45 or 90 degrees from one to the next
         steps = torch.tensor([0, 4, 8, 16], device=index.device)[rotation_step]
         rotation = (pick(drawn(5, leader), 13) - 6 + i * steps[:, None]) % 64
-        cos, sin = turn[rotation].unbind(-1)
         height = size * (13 + pick(drawn(6, class_of), 4)) // 16
         flip = torch.where(is_layout('mirror')[:, None] & (i % 2 == 1), -1, 1)
-        matrix = torch.stack([flip * cos, sin, flip * -sin, cos], -1) * (4 * RADIUS) // torch.stack(
-            [size, size, height, height], -1)
+        matrix = pose(turn[rotation], size, height, flip)
 
         grounds = g['grounds'][scene_type]                                                              # [B, 3]
         tilt = turn[(torch.where(u[8] < .75, 16, 0) + pick(u[9], 7) - 3) % 64]
@@ -365,6 +386,36 @@ class World:
                     contrast=16 + pick(u[23], 20), light=torch.stack([pick(u[24], 61) - 30, pick(u[25], 61) - 30], 1),
                     jitter=torch.stack([pick(drawn(slot, colour_of), 41) - 20 for slot in (7, 8, 9)], -1),
                     labels=kind.gather(1, (size * (i < num)).argmax(1, keepdim=True))[:, 0])
+
+    def clips(self, index):
+        """The scenes of each index's clip, frame after frame, fields [B * T, ...], and its action [B]. Grounds, kinds
+        and colours are the scene's; what moves is drawn apart from them, so that looks say nothing of the action. The
+        last object moves, in some motions with the one before it; the first rests."""
+        scenes, turn = self.scenes(index), grammar(index.device, NUM_FINE, False)['turn']
+        u = [x[:, None] for x in uniform(WORLD_SEED, 'action', index, 6).unbind(1)]                     # each [B, 1]
+        action = pick(u[0], len(ACTIONS))
+        motion = lambda *motions: sum(action // 2 == m for m in motions)                # 1 if it is one of them
+        sign = 1 - 2 * (action % 2)
+        time = (2 * torch.arange(self.frames, device=index.device) + 1) * 512 // self.frames - 512
+        time = time * sign                                                              # [B, T], within -512 to 512
+        x, y, size = 362 + pick(u[1], 301), 362 + pick(u[2], 301), 150 + pick(u[3], 80)
+        way, rotation = time * 300 // 512, pick(u[5], 64) + motion(2) * time * 12 // 512
+        cos, sin = turn[(pick(u[4], 64) + motion(6) * time * 24 // 512) % 64].unbind(-1)
+        reach = motion(4) * (120 + (512 - time) * 250 // 1024) + motion(6) * 260        # of the mover, from (x, y)
+        across, down = reach * cos // 1024, reach * sin // 1024                         # [B, T]
+        hidden = motion(5) * (time < pick(u[5], 513) - 256)
+        mover = (x + across + motion(0, 7) * way, y + down + motion(1) * way,
+                 size * (1024 + motion(3) * time * 6 // 5) // 1024, 1 - hidden)
+        other = (x - motion(4) * across + motion(7) * (way - 260 * sign), y - motion(4) * down,
+                 size * 5 // 8, motion(4, 6, 7))
+        frames = {name: field.repeat_interleave(self.frames, 0) for name, field in scenes.items()}
+        x, y, size, there = (torch.stack([a.expand_as(time), b.expand_as(time)], -1).flatten(0, 1)
+                             for a, b in zip(other, mover))                             # each [B * T, 2]
+        matrix = pose(turn[rotation.expand_as(time).reshape(-1, 1) % 64], size, size * 15 // 16)
+        frames['valid'][:, 1:] = False
+        for name, field in dict(x=x, y=y, radius=size, valid=there > 0, matrix=matrix).items():
+            frames[name][:, -2:] = field
+        return frames, action[:, 0]
 
     def render(self, s, size, annotate=False):
         """Draws scenes: dict(images uint8 [B, 3, H, W]) and, if asked, semantic [B, H, W], boxes, num_visible.
@@ -665,6 +716,7 @@ SUFFIXES = tuple('.jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pg
 TURNS = dict(zip(range(2, 9), (Image.Transpose[name] for name in (      # EXIF orientation -> what makes it upright
     'FLIP_LEFT_RIGHT', 'ROTATE_180', 'FLIP_TOP_BOTTOM', 'TRANSPOSE', 'ROTATE_270', 'TRANSVERSE', 'ROTATE_90'))))
 NUM_CROP = 23                   # uniform numbers a crop takes: 10 tries of (area, aspect), top, left, flip
+NUM_AUGMENT = 10                # what follows them: RandAugment's or jitter's; then when a clip's frames are taken
 
 
 def to_rgb(image):
@@ -677,6 +729,9 @@ def to_rgb(image):
     if image.has_transparency_data:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    if image.mode == 'RGB':
+        image.load()
+        return image
     return image.convert('RGB')
 
 
@@ -713,23 +768,90 @@ def crop_box(u, width, height, scale=(.2, 1), ratio=(3 / 4, 4 / 3)):
     return left, top, left + w, top + h
 
 
-def central_box(width, height, share=224 / 256):
+def central_box(width, height, share=224 / 256, place=.5):
     """The evaluation view: shorter side to 256/224 of the size, centre crop = the central square of 7/8 of it. CLIP's
-    has a share of 1."""
+    has a share of 1. place: of the square along the longer side, from 0 to 1."""
     side = min(width, height) * share
-    left, top = (width - side) / 2, (height - side) / 2
+    left, top = (width - side) * (place if width > height else .5), (height - side) * (place if height > width else .5)
     return left, top, left + side, top + side
 
 
+def load_box(path, image_size, box_of):
+    """The part box_of(width, height) of one image -> uint8 [3, S, S], bicubic."""
+    image, box = read_part(path, box_of, image_size)
+    if isinstance(box[0], float):       # maybe parts of pixels: the evaluation view, and what was decoded smaller
+        image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    # torch takes a third of PIL's time, and rarely differs by 1 or 2
+    part = torch.from_numpy(np.array(image.crop(box))).permute(2, 0, 1)[None]
+    return F.interpolate(part, size=(image_size, image_size), mode='bicubic', antialias=True)[0]
+
+
 def load_crop(path, image_size, u=None, scale=(.2, 1), flip=True, share=224 / 256):
-    """One image -> uint8 [3, S, S], bicubic. u: NUM_CROP uniform numbers; None for the evaluation view, the central
-    square of that share of the shorter side."""
+    """One image -> uint8 [3, S, S]. u: NUM_CROP uniform numbers; None for the evaluation view, the central square of
+    that share of the shorter side."""
     def box_of(width, height):
         return central_box(width, height, share) if u is None else crop_box(u, width, height, scale)
-    image, box = read_part(path, box_of, image_size)
-    image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
-    image = torch.from_numpy(np.array(image)).permute(2, 0, 1)                                # [3, S, S]
+    image = load_box(path, image_size, box_of)
     return image.flip(-1) if u is not None and flip and u[22] < .5 else image
+
+
+FILL = 123, 117, 104            # what comes in from beyond the border: CLIP's mean colour
+
+
+def moved(image, *matrix):
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=FILL)
+
+
+def enhanced(kind):
+    return lambda image, m, sign: getattr(ImageEnhance, kind)(image).enhance(1 + sign * .9 * m)
+
+
+# m: magnitude, 0 to 1; sign: 1 or -1. timm's "increasing" set: a larger m always changes more
+RAND_AUGMENT = {
+    'autocontrast': lambda x, m, sign: ImageOps.autocontrast(x),
+    'equalize':     lambda x, m, sign: ImageOps.equalize(x),
+    'invert':       lambda x, m, sign: ImageOps.invert(x),
+    'rotate':       lambda x, m, sign: x.rotate(sign * 30 * m, Image.Resampling.BICUBIC, fillcolor=FILL),
+    'posterize':    lambda x, m, sign: ImageOps.posterize(x, max(1, 4 - int(4 * m))),
+    'solarize':     lambda x, m, sign: ImageOps.solarize(x, 256 - int(256 * m)),
+    'solarize_add': lambda x, m, sign: x.point(lambda v: min(255, v + int(110 * m)) if v < 128 else v),
+    'color': enhanced('Color'), 'contrast': enhanced('Contrast'), 'brightness': enhanced('Brightness'),
+    'sharpness': enhanced('Sharpness'),
+    'shear_x':      lambda x, m, sign: moved(x, 1, sign * .3 * m, 0, 0, 1, 0),
+    'shear_y':      lambda x, m, sign: moved(x, 1, 0, 0, sign * .3 * m, 1, 0),
+    'translate_x':  lambda x, m, sign: moved(x, 1, 0, sign * .45 * m * x.width, 0, 1, 0),
+    'translate_y':  lambda x, m, sign: moved(x, 1, 0, 0, 0, 1, sign * .45 * m * x.height),
+}
+
+
+def rand_augment(image, u):
+    """RandAugment (arXiv:1909.13719), timm's m9-mstd0.5-inc1: two of the fifteen, each done half of the time, with a
+    magnitude of 9 +- .5 of 10. image uint8 [3, S, S]; u: 10 uniform numbers."""
+    image = Image.fromarray(image.permute(1, 2, 0).numpy())
+    for which, does, sign, a, b in (u[0:5], u[5:10]):
+        normal = math.sqrt(-2 * math.log(1 - a)) * math.cos(2 * math.pi * b)
+        if does < .5:
+            change = list(RAND_AUGMENT.values())[int(which * len(RAND_AUGMENT))]
+            image = change(image, min(1, max(0, .9 + .05 * normal)), 1 if sign < .5 else -1)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def jitter(images, u):
+    """EVA's for videos: brightness, contrast and saturation change with a chance of .8 (by up to .4, which is ours),
+    and all turns grey with .2; every frame alike. images uint8 [..., 3, S, S]; u: 5 uniform numbers."""
+    grey = lambda x: (x * torch.tensor([.299, .587, .114]).view(3, 1, 1)).sum(-3, keepdim=True)
+    x = images.float()
+    if u[0] < .8:
+        x = x * (.6 + .8 * u[1])
+        x = torch.lerp(grey(x).mean().expand_as(x), x, .6 + .8 * u[2])
+        x = torch.lerp(grey(x).expand_as(x), x, .6 + .8 * u[3])
+    if u[4] < .2:
+        x = grey(x).expand_as(x)
+    return x.round().clamp(0, 255).to(torch.uint8)
+
+
+AUGMENTS = {'rand': rand_augment, 'jitter': jitter}
 
 
 def list_files(root):
@@ -759,16 +881,16 @@ class Folder:
     """Any folder of images, flat or nested. train/ and val/ (or images/train, images/val) are the splits if both exist,
     else split_by_hash. 'test' is val/ or, without it, every image: for sets that nothing was trained on. Class folders
     give labels and 'a photo of a ...'; a .txt beside an image is its caption."""
-    reads_files = True          # worker processes help
+    reads_files, frames = True, 0       # worker processes help
 
     def __init__(self, path, split='train'):
         bases = [base for base in (path, os.path.join(path, 'images'))
                  if os.path.isdir(os.path.join(base, 'train')) and os.path.isdir(os.path.join(base, 'val'))]
         split = 'val' if bases and split == 'test' else split
         self.root = os.path.join(bases[0], split) if bases else path
-        (files, texts), others = list_files(self.root), []
+        (files, texts), others = self.find(self.root), []
         if bases:               # the other split's classes count too, so that both give the same ids
-            others, _ = list_files(os.path.join(bases[0], 'val' if split == 'train' else 'train'))
+            others, _ = self.find(os.path.join(bases[0], 'val' if split == 'train' else 'train'))
         self.paths = files if bases or split == 'test' else split_by_hash(files)[split]
         if not self.paths:
             raise ValueError(f'{self.root}: no images in it or below; looked for {" ".join(SUFFIXES)} and .tar shards '
@@ -781,6 +903,10 @@ class Folder:
         self.has_captions = bool(names) or len(self.texts) == len(self.paths)
         self.broken = set()     # (what, name) of what could not be read, met so far
         self.sample(0, 8, None, 1., False, [])              # ValueError unless some image can be read
+
+    def find(self, root):
+        """(samples, those with a caption) below root; see list_files."""
+        return list_files(root)
 
     def __len__(self):
         return len(self.paths)
@@ -801,6 +927,11 @@ class Folder:
         """What PIL can open of image i: a path, or its bytes as a file."""
         return os.path.join(self.root, self.paths[i])
 
+    def load(self, i, image_size, u, scale, flip):
+        """Image i; scale as in batch."""
+        view = dict(u=u, scale=scale, flip=flip) if isinstance(scale, tuple) else dict(share=scale)
+        return load_crop(self.image(i), image_size, **view)
+
     def sample(self, first, image_size, u, scale, flip, broken):
         """-> (index, image [3, S, S], caption) of image first or the next that can be read; others' names to broken."""
         for offset in range(len(self)):
@@ -808,20 +939,22 @@ class Folder:
             try:
                 caption = self.caption(i, broken)           # 'left of the house' is untrue of the mirror image
                 turnable = flip and not re.search(r'\b(left|right)', caption, re.IGNORECASE)
-                view = dict(u=u, scale=scale, flip=turnable) if isinstance(scale, tuple) else dict(share=scale)
-                return i, load_crop(self.image(i), image_size, **view), caption
+                return i, self.load(i, image_size, u, scale, turnable), caption
             except OSError as error:
                 broken.append((f'of {len(self):,} images could not be read and were replaced', self.paths[i]))
                 last = error
         raise ValueError(f'{self.root}: none of its {len(self):,} images can be decoded; the last: {last}')
 
-    def batch(self, position, image_size, seed, device='cpu', scale=(.2, 1), flip=True):
+    def batch(self, position, image_size, seed, device='cpu', scale=(.2, 1), flip=True, augment=''):
         """position [B] int64 -> dict: images uint8 [B, 3, S, S], position and index [B], labels [B], captions, broken.
-        scale: from and to which share of the area a random crop takes; a number: central_box's, for evaluation."""
+        scale: from and to which share of the area a random crop takes; a number: central_box's, for evaluation.
+        augment: one of AUGMENTS."""
         index, broken = sample_index(position, len(self), seed).tolist(), []
-        u = uniform(seed, 'crop', position, NUM_CROP).tolist()
+        u = uniform(seed, 'crop', position, NUM_CROP + NUM_AUGMENT + self.frames).tolist()
         samples = [self.sample(i, image_size, row, scale, flip, broken) for i, row in zip(index, u)]
         index, images, captions = zip(*samples)
+        if augment:
+            images = [AUGMENTS[augment](image, row[NUM_CROP:]) for image, row in zip(images, u)]
         batch = dict(images=torch.stack(images).contiguous(), position=position, index=torch.tensor(index))
         if self.labels is not None:
             batch['labels'] = torch.tensor([self.labels[i] for i in index])
@@ -870,6 +1003,40 @@ def tar_members(path):
         whole = False
     end = os.path.getsize(path) if os.path.exists(path) else 0
     return [member for member in members if member[1] + member[2] <= end], whole
+
+
+class Clips(Folder):
+    """A folder of clips, each a folder of frames in the order of their names; splits and classes as Folder's. T frames
+    of each are seen, one from every T-th of it: [T, 3, S, S]. In evaluation VIEWS[0] choices of frames times VIEWS[1]
+    squares along the longer side: [12, T, 3, S, S]."""
+    VIEWS = 4, 3
+
+    def __init__(self, path, split='train', frames=8):
+        self.frames = frames
+        super().__init__(path, split)
+
+    def find(self, root):
+        num_frames = Counter(os.path.dirname(name) for name in list_files(root)[0])
+        short = min(num_frames, key=num_frames.get, default='')
+        if num_frames[short] < self.frames:
+            raise ValueError(f'{os.path.join(root, short)} has {num_frames[short]} frames, fewer than --frames '
+                             f'{self.frames}; each clip is a folder of its frames')
+        return sorted(num_frames), set()
+
+    def load(self, i, image_size, u, scale, flip):
+        folder = os.path.join(self.root, self.paths[i])
+        names = sorted(name for name in os.listdir(folder) if name.lower().endswith(SUFFIXES) and name[0] != '.')
+        at = lambda places: [os.path.join(folder, names[int((t + place) * len(names) / self.frames)])
+                             for t, place in enumerate(places)]
+        if isinstance(scale, tuple):        # one crop for the whole clip
+            return torch.stack([load_crop(path, image_size, u, scale, flip) for path in at(u[NUM_CROP + NUM_AUGMENT:])])
+        (num_times, num_boxes), views = self.VIEWS, []
+        for time in range(num_times):
+            for place in range(num_boxes):
+                box = lambda *size: central_box(*size, scale, place / (num_boxes - 1))
+                views.append(torch.stack([load_box(path, image_size, box)
+                                          for path in at([(time + .5) / num_times] * self.frames)]))
+        return torch.stack(views)
 
 
 class Shards(Folder):
@@ -990,38 +1157,42 @@ class Batches(torch.utils.data.Dataset):
 
 
 def batches(dataset, batch_size, image_size, start, steps, seed, device, workers=0, scale=(.2, 1), flip=True,
-            rank=0, world=1):
+            augment='', rank=0, world=1):
     """The batches of steps start to steps - 1, dicts as of dataset.batch: a function of (seed, step) alone.
     With several processes (world), each gets its rank's part of the global batch_size."""
     if batch_size % world:
         raise ValueError(f'batch_size {batch_size} does not divide over {world} processes; use a multiple of {world}')
     num, end = batch_size // world, steps * batch_size
-    options = dict(image_size=image_size, seed=seed, scale=scale, flip=flip)
+    options = dict(image_size=image_size, seed=seed, scale=scale, flip=flip, augment=augment)
     begins = range(start * batch_size + rank * num, end, batch_size)
     return Batches(dataset, begins, num, end, options).stream(device, workers)
 
 
-def eval_batches(dataset, batch_size, image_size, num, device, workers=0, share=224 / 256):
-    """The first num samples, once each, in a fixed shuffled order, evaluation view; the last batch may be short."""
+def eval_batches(dataset, batch_size, image_size, num, device, workers=0, share=224 / 256, rank=0, world=1):
+    """The first num samples, once each, in a fixed shuffled order, evaluation view; the last batch may be short. Of
+    several processes each has a part of the same length: positions from num on only fill the last."""
     num, options = min(num, len(dataset)), dict(image_size=image_size, seed=0, scale=share, flip=False)
-    return Batches(dataset, range(0, num, batch_size), batch_size, num, options).stream(device, workers)
+    part = math.ceil(num / world)
+    begins, end = range(rank * part, (rank + 1) * part, batch_size), (rank + 1) * part
+    return Batches(dataset, begins, batch_size, end, options).stream(device, workers)
 
 
-def open_data(spec, split='train'):
-    """--data -> a dataset: 'shapes' or 'shapes:unique=2000,objects=1' is the built-in World, else Shards or Folder."""
+def open_data(spec, split='train', frames=0):
+    """--data -> a dataset: 'shapes' or 'shapes:unique=2000,objects=1' is the built-in World, else Shards or Folder;
+    with frames clips."""
     name, _, knobs = spec.partition(':')
     if name == 'shapes':
         pairs = [knob.partition('=')[::2] for knob in knobs.split(',') if knob]
         if wrong := [f'{key}={value}' for key, value in pairs if key not in World.KNOBS or not value.isdecimal()]:
             raise ValueError(f'--data {spec}: {wrong[0]!r} is not a knob; expected shapes:unique=N,classes=N,objects=N')
-        return World('val' if split == 'test' else split, **{key: int(value) for key, value in pairs})
+        return World('val' if split == 'test' else split, **{key: int(value) for key, value in pairs}, frames=frames)
     shards = sorted(glob.glob(os.path.join(glob.escape(spec), '*.tar'))) if os.path.isdir(spec) else expand(spec)
     if absent := [path for path in shards if not os.path.exists(path)]:
         raise ValueError(f"--data {spec}: {absent[0]} does not exist; expected a folder of images, a folder of .tar "
                          "shards or a range of them like {00000..00099}.tar, or 'shapes', the built-in world")
-    if shards:
-        return Shards(shards, split)
-    return Folder(spec, split)
+    if frames:
+        return Clips(spec, split, frames)
+    return Shards(shards, split) if shards else Folder(spec, split)
 
 
 if __name__ == '__main__':

@@ -124,12 +124,13 @@ class ViT(nn.Module):
     at the end: MIM's prediction, a classifier, CLIP's projection. `pool` says what it sees: None every patch, 'class'
     the class token, 'mean' the average patch. OpenAI's towers have a norm before the blocks (`pre_norm`). EVA-02 has
     act='swiglu', mlp_norm, as a CLIP attn_norm, and rotary positions besides the learnt ones: `rope` is 'index' where
-    rows count 0, 1, 2, ..., or the number of rows that every grid is stretched to."""
+    rows count 0, 1, 2, ..., or the number of rows that every grid is stretched to. With `frames` it sees clips: the
+    patches of all frames are one sequence, with positions of their own."""
 
     def __init__(self, width, depth, heads, mlp_width, patch_size, image_size, head=0, head_bias=True, pool=None,
                  drop_path=0., eps=1e-6, act='gelu', pre_norm=False, patch_bias=True, mask_token=True,
                  layer_scale=None, attn_norm=False, mlp_norm=False, post_norm=False, rope=None, align_corners=False,
-                 mean=CLIP_MEAN, std=CLIP_STD):
+                 frames=1, mean=CLIP_MEAN, std=CLIP_STD):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ('self', '__class__')}
         self.pool, self.patch_size, self.image_size = pool, patch_size, image_size
@@ -143,7 +144,7 @@ class ViT(nn.Module):
         self.patch_embed = nn.Conv2d(3, width, patch_size, patch_size, bias=patch_bias)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if mask_token else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid ** 2, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + frames * self.grid ** 2, width))
         self.pre_norm = nn.LayerNorm(width, eps) if pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(width, heads, mlp_width, eps, act, layer_scale, attn_norm=attn_norm,
                                           mlp_norm=mlp_norm, post_norm=post_norm) for _ in range(depth))
@@ -164,10 +165,13 @@ class ViT(nn.Module):
         """Tokens before the final norm, class token first: [B, 1+N, D], or [B, 1+n, D] with keep.
         images [B, 3, H, W] normalised; mask [B, N] bool, True puts the mask token there; keep [B, n] patches to pass on
         (arXiv:2212.00794); drop [B, depth, 2] numbers in [0, 1), below its layer's rate a branch is dropped."""
+        if images.ndim == 5:        # clips [B, T, 3, H, W]: as an image with the frames one below another
+            images = images.transpose(1, 2).flatten(2, 3)
         check_grid(*images.shape[2:], self.patch_size)
         x = self.patch_embed(images)                                       # [B, D, h, w]
-        grid = x.shape[2:]
-        positions = resize_positions(self.pos_embed, grid, self.config['align_corners'])     # [1, 1+N, D]
+        grid, positions = x.shape[2:], self.pos_embed                      # [1, 1+N, D]
+        if self.config['frames'] == 1:
+            positions = resize_positions(positions, grid, self.config['align_corners'])
         x = x.flatten(2).transpose(1, 2)                                   # [B, N, D]
         if mask is not None:
             x = torch.where(mask[:, :, None], self.mask_token.to(x.dtype), x)
@@ -313,6 +317,12 @@ def rotate(x, rotary):
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
+def repeat_positions(pos_embed, before, frames):
+    """Position table of `before` frames [1, 1+before*N, D] for another number of them: each has that of its time."""
+    table = pos_embed[:, 1:].unflatten(1, (before, -1))[:, torch.arange(frames) * before // frames]
+    return torch.cat((pos_embed[:, :1], table.flatten(1, 2)), dim=1)
+
+
 def sincos_positions(width, grid):
     """[1, 1+grid*grid, width]: the first half of the channels from the column, the second from the row
     (arXiv:2111.06377); the class token's row is zero."""
@@ -345,7 +355,7 @@ def init_weights(model, seed=0):
             elif weight.ndim == 1:
                 weight.fill_(1 if name.endswith('weight') else 0)
             elif name == 'pos_embed' and isinstance(tower, ViT) and width <= SIZES['ti']['width']:
-                weight.copy_(sincos_positions(width, tower.grid))
+                weight.copy_(repeat_positions(sincos_positions(width, tower.grid), 1, tower.config['frames']))
             else:
                 std = next(std for pattern, std in table.items() if re.match(pattern, name))
                 if is_clip:
@@ -604,11 +614,17 @@ def override(before, changes, state, prefix, tower):
         fresh.append(prefix + 'norm.')
     if changed & {'image_size', 'patch_size'}:
         check_grid(after['image_size'], after['image_size'], after['patch_size'])
+        if before.get('frames', 1) > 1:
+            raise ValueError('positions of clips are not resized: keep the image_size and patch_size of the weights')
         table, grid = state[prefix + 'pos_embed'], after['image_size'] // after['patch_size']
         state[prefix + 'pos_embed'] = resize_positions(table.view(1, *table.shape[-2:]), (grid, grid),
                                                        after.get('align_corners', False))
     if 'patch_size' in changed:
         state[prefix + 'patch_embed.weight'] = resize_patches(state[prefix + 'patch_embed.weight'], after['patch_size'])
+    frames = before.get('frames', 1)
+    if after.get('frames', 1) != frames:
+        table = state[prefix + 'pos_embed']
+        state[prefix + 'pos_embed'] = repeat_positions(table.view(1, *table.shape[-2:]), frames, after['frames'])
     return after, fresh
 
 

@@ -740,7 +740,7 @@ def transformer_flops(width, depth, mlp_width, tokens):
 
 def flops_per_image(config):
     """Of a ViT's forward pass at its image_size, a multiply-add as two."""
-    N, D = (config['image_size'] // config['patch_size']) ** 2, config['width']
+    N, D = config.get('frames', 1) * (config['image_size'] // config['patch_size']) ** 2, config['width']
     head = 2 * (1 if config.get('pool') else N) * D * config.get('head', 0)
     patches = 2 * N * D * 3 * config['patch_size'] ** 2
     return patches + transformer_flops(D, config['depth'], config['mlp_width'], 1 + N) + head
@@ -783,7 +783,7 @@ def peak_memory(device):
 
 def activation_bytes(config, element=4, checkpointed=False):
     """What a ViT keeps of one image for the backward pass; a matrix product's input has `element` bytes (bf16: 2)."""
-    tokens = 1 + (config['image_size'] // config['patch_size']) ** 2
+    tokens = 1 + config.get('frames', 1) * (config['image_size'] // config['patch_size']) ** 2
     D, mlp_width = config['width'], config['mlp_width']
     # float32: the inputs of two norms; else: their outputs, q, k, v, attention's output, before and after GELU
     block = tokens * (2 * D * 4 + element * (6 * D + 2 * mlp_width))

@@ -5,6 +5,9 @@ The README's studies: a grid of real commands, those already done skipped, and a
     python assets/study.py longer                            # the same at 8 and 16 times the shortest length
     python assets/study.py photographs --data cifar10_tar    # features, pixels and scratch on photographs
     python assets/study.py clip                              # CLIP from scratch, from its teacher, pixels, EVA
+    python assets/study.py finetune                          # classes from EVA, pixels, the teacher, scratch
+    python assets/study.py finetune_photographs --data cifar10_tar      # the same, after the study of photographs
+    python assets/study.py video                             # actions from EVA and scratch; from single frames
 
 Runs go to out/study-NAME/, two at a time on half of the cores each (--jobs); every number of theirs to assets/NAME.csv.
 Intervals are 95% of Student's t over seeds. Seeds are paired: one seed means the same weights, order and masks.
@@ -48,6 +51,21 @@ CLIP_ARMS = {  # where the image tower comes from, the learning rates tried on s
     'teacher': ('assets/nano-teacher.pt', CLIP_RATES, 5), 'EVA': ('assets/nano-eva.pt', CLIP_RATES, 5),
     'scratch, all compute': ('', (8e-4, 2e-3, 5e-3), 3)}      # 20 times as long; rates tried at a sixth of it
 CLIP_MEASURES = ('heldout_pairs', 'heldout_among_24', 'seen_pairs', 'zero_shot_top1', 'retrieval')
+
+PIXELS, PHOTOGRAPHS = 'out/study-clip/pixels/model.pt', 'out/study-photographs/'
+FINETUNE = {  # flags, seeds, {arm: (where it starts, own flags)}; {} is the seed
+    'finetune': (['--steps', 200], 5, {
+        'EVA': ('assets/nano-eva.pt', []), 'pixels': (PIXELS, []), 'teacher': ('assets/nano-teacher.pt', []),
+        'scratch': ('scratch', [])}),
+    'finetune_photographs': (['--steps', 400], 3, {
+        'EVA': (PHOTOGRAPHS + 'clip-1200-{}/model.pt', []), 'pixels': (PHOTOGRAPHS + 'pixels-1200-{}/model.pt', []),
+        'teacher': (PHOTOGRAPHS + 'teacher/model.pt', []), 'scratch': ('scratch', [])}),
+    'video': (['--size', 'nano-video'], 3, {
+        'EVA': ('assets/nano-eva.pt', []), 'scratch': ('scratch', []),
+        'EVA, one frame': ('assets/nano-eva.pt', ['--frames', 1])}),
+}
+FINETUNE_MEASURES = ('top1', 'top5', 'hidden_top1', 'shuffled_top1')
+RATES = (1.5e-3, 4e-3)
 
 
 def command(script, flags, out_dir, cores):
@@ -189,6 +207,40 @@ def clip_report(sweep, final, best, before, step_cost):
     run.draw_curves(str(ROOT / 'assets/clip_compute.png'), compute, xlabel='TFLOP of all stages', ylabel=label)
 
 
+def finetune_study(name, spec, jobs, cores, began):
+    """Fine-tuning by where it starts: each arm at the better of RATES, chosen on a seed of its own, then more seeds."""
+    flags, seeds, arms = FINETUNE[name]
+    if name == 'finetune':
+        command('mim_pretrain.py', ['--target', 'pixels'], PIXELS.removesuffix('/model.pt'), cores * jobs)
+
+    def one(job):
+        arm, lr, seed = job
+        start, own = arms[arm][0].format(seed % seeds), list(arms[arm][1])
+        if start == 'scratch':
+            own += ['--layer_decay', 1]
+        folder = f'out/study-{name}/{arm.replace(", ", "-").replace(" ", "-")}-{lr:g}-{seed}'
+        result = command('finetune.py', [*flags, *own, '--data', spec, '--init', start, '--lr', lr, '--seed', seed,
+                                         '--save_every', 10 ** 6], folder, cores)
+        print(f'{(time.time() - began) / 60:6.1f} min  {arm} {lr:g} {seed}: {result["top1"]:.3f}', file=sys.stderr,
+              flush=True)
+        return dict(row=arm, lr=lr, seed=seed, **result)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        sweep = list(pool.map(one, [(arm, lr, seeds) for lr in RATES for arm in arms]))
+        best = {arm: max((r for r in sweep if r['row'] == arm), key=lambda r: r['top1'])['lr'] for arm in arms}
+        final = list(pool.map(one, [(arm, best[arm], seed) for seed in range(seeds) for arm in arms]))
+    measures = [measure for measure in FINETUNE_MEASURES if measure in final[0]]
+    save_csv(name, ['row', 'lr', 'seed', *measures, 'seconds'], sweep + final)
+    by = {arm: {r['seed']: r for r in final if r['row'] == arm} for arm in arms}
+    print('| starts from | learning rate | ' + ' | '.join(measures) + ' |\n' + '|---' * (2 + len(measures)) + '|')
+    for arm in arms:
+        cells = [interval([r[measure] for r in by[arm].values()]) for measure in measures]
+        print(f'| {arm} | {best[arm]:g} | ' + ' | '.join(cells) + ' |')
+    for other in [arm for arm in arms if arm != 'EVA']:
+        cells = [interval([by['EVA'][s][measure] - by[other][s][measure] for s in by[other]]) for measure in measures]
+        print(f'| EVA - {other} | | ' + ' | '.join(cells) + ' |')
+
+
 def save_csv(name, columns, records):
     with open(ROOT / f'assets/{name}.csv', 'w', newline='') as file:
         writer = csv.DictWriter(file, columns, extrasaction='ignore')
@@ -199,15 +251,17 @@ def save_csv(name, columns, records):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('name', choices=[*STUDIES, 'clip'])
+    parser.add_argument('name', choices=[*STUDIES, 'clip', *FINETUNE])
     parser.add_argument('--data', default='shapes', help='as of the stages')
     parser.add_argument('--jobs', type=int, default=2, help='runs at once')
     args = parser.parse_args()
     began, cores = time.time(), max(1, (os.cpu_count() or 1) // args.jobs)
     if args.name == 'clip':
         return clip_study(args.jobs, cores, began)
-    study = STUDIES[args.name]
     spec = args.data if args.data.startswith('shapes') else os.path.abspath(args.data)
+    if args.name in FINETUNE:
+        return finetune_study(args.name, spec, args.jobs, cores, began)
+    study = STUDIES[args.name]
     command('clip_train.py', ['--data', spec, *study['teacher_flags']], study['teacher'], cores * args.jobs)
     records = [dict(row=row, steps=0, seed=seed, **metrics)
                for row, seed, metrics in frozen(spec, study['teacher'], study['seeds'])]

@@ -1,0 +1,528 @@
+"""Fine-tuning: its losses and mixing against plain references, clips, the head, evaluation, and real commands."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
+
+import data
+import finetune
+import model as M
+import run
+from test_commands import refusal
+from test_distributed import finish, launch, small
+from test_golden import close, fixtures, read
+
+PICO = M.SIZES['pico']
+
+
+def config(*flags):
+    return run.parse_config(finetune.Config, finetune.RECIPES, ['--size', 'pico', '--device', 'cpu', *map(str, flags)])
+
+
+def losses(folder):
+    return [(line['step'], line['loss']) for line in run.read_log(str(folder))]
+
+
+def class_folders(root, classes=('ant', 'bee', 'cow'), num=4, splits=('train', 'val'), size=(40, 32)):
+    """Noise photos, brighter from class to class."""
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for k, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for n in range(num):
+                pixels = rng.integers(60 * k, 60 * k + 60, (size[1], size[0], 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f'{split}{n}.png')
+    return str(root)
+
+
+# losses and mixing
+
+def test_smoothed_cross_entropy_equals_a_plain_one():
+    """(1 - s) of the class's own, and s of the mean over classes."""
+    logits, labels = torch.randn(5, 7), torch.tensor([0, 3, 6, 3, 1])
+    logp = logits.log_softmax(1)
+    plain = -(.7 * logp[range(5), labels] + .3 * logp.mean(1)).mean()
+    torch.testing.assert_close(F.cross_entropy(logits, finetune.soft_labels(labels, 7, .3)), plain)
+
+
+def test_mixup_equals_a_plain_one():
+    """Pixels and targets of neighbours share one weight."""
+    images, targets, u = torch.randn(4, 3, 6, 6), torch.eye(4), torch.rand(67)
+    mixed, mixed_targets = finetune.mix(images, targets, .8, 0, u)
+    weight = finetune.beta(.8, u[3:])
+    for i, j in ((0, 1), (1, 0), (2, 3), (3, 2)):
+        torch.testing.assert_close(mixed[i], weight * images[i] + (1 - weight) * images[j])
+        torch.testing.assert_close(mixed_targets[i], weight * targets[i] + (1 - weight) * targets[j])
+
+
+def test_cutmix_targets_are_the_shares_of_pixels():
+    """Every pixel is the image's or its neighbour's; the neighbour's are a rectangle, their share the target's."""
+    images = torch.arange(4.)[:, None, None, None].expand(4, 3, 20, 20)
+    for n in range(20):
+        mixed, targets = finetune.mix(images, torch.eye(4), 0, 1, data.uniform(0, 'test', torch.tensor(n), 67))
+        for i, j in ((0, 1), (1, 0), (2, 3), (3, 2)):
+            pasted = mixed[i, 0] == j
+            assert (pasted | (mixed[i, 0] == i)).all() and (mixed[i] == mixed[i, :1]).all()
+            assert torch.equal(pasted, pasted.any(1)[:, None] & pasted.any(0))
+            torch.testing.assert_close(targets[i, j], pasted.float().mean())
+
+
+def test_a_batch_mixes_alike_however_it_is_divided():
+    images, targets, u = torch.randn(8, 3, 6, 6), torch.eye(8), torch.rand(67)
+    for mixup, cutmix in ((.8, 0), (0, 1), (.8, 1)):
+        whole, halves = finetune.mix(images, targets, mixup, cutmix, u), [
+            finetune.mix(images[part], targets[part], mixup, cutmix, u) for part in (slice(0, 4), slice(4, 8))]
+        for a, b in zip(whole, zip(*halves)):
+            assert torch.equal(a, torch.cat(b))
+
+
+@pytest.mark.parametrize('alpha', [.2, .8, 1])
+def test_beta_has_the_moments_of_beta(alpha):
+    """Mean 1/2, variance 1 / (4 (2 alpha + 1))."""
+    x = torch.tensor([finetune.beta(alpha, u) for u in data.uniform(0, 'test', torch.arange(2000), 64)])
+    assert abs(x.mean() - .5) < .03 and abs(x.var() * 4 * (2 * alpha + 1) - 1) < .1
+
+
+def test_erasing_fills_a_rectangle_with_noise():
+    """In the asked share of the images, 2% to a third of the area, and the same again for the same samples."""
+    images = torch.full((400, 3, 16, 16), 9.)
+    erased = finetune.erase(images, torch.arange(400), .25, seed=0)
+    changed = (erased != 9).all(1)                                              # [B, H, W]
+    assert torch.equal(changed, changed.any(2)[:, :, None] & changed.any(1)[:, None])
+    assert torch.equal(changed, (erased != 9).any(1))
+    area = changed.flatten(1).float().mean(1)
+    assert abs((area > 0).float().mean() - .25) < .07 and area.max() < .36
+    assert abs(erased[erased != 9].mean()) < .05 and abs(erased[erased != 9].std() - 1) < .05
+    assert torch.equal(erased[200:], finetune.erase(images[200:], torch.arange(200, 400), .25, seed=0))
+
+
+def test_averaged_weights_equal_a_plain_average():
+    model = M.init_weights(M.ViT(**PICO))
+    ema, plain = run.EMA(model, .9), model.norm.bias.detach().clone()
+    for step in range(4):
+        with torch.no_grad():
+            model.norm.bias.add_(step)
+        ema.update(model)
+        plain = .9 * plain + .1 * model.norm.bias.detach()
+    with ema.in_place_of(model):
+        torch.testing.assert_close(model.norm.bias.detach(), plain)
+    assert model.norm.bias[0] == 6
+
+
+def test_layer_decay_equals_beits():
+    """Layers count from the embedding, 0, to the head, depth + 1; their factors are decay^(depth + 1 - layer)."""
+    model = M.ViT(**PICO, head=3, pool='mean', mask_token=False)
+    number = dict(patch_embed=0, class_token=0, pos_embed=0, norm=5, head=5)
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    for group in run.make_optimizer(model, config(), .8).param_groups:
+        for weight in group['params']:
+            part, *rest = names[id(weight)].split('.')
+            layer = 1 + int(rest[0]) if part == 'blocks' else number[part]
+            assert group['lr_scale'] == pytest.approx(.8 ** (5 - layer)), names[id(weight)]
+
+
+# augmentation
+
+def picture():
+    rng = np.random.default_rng(1)
+    return Image.fromarray(rng.integers(0, 256, (8, 10, 3), dtype=np.uint8)).resize((40, 40), Image.BICUBIC)
+
+
+def test_rand_augment_has_the_published_magnitudes():
+    """At 9 of 10: 27 degrees, shear .27, shift .405 of the side, 1 bit, thresholds 26 and + 99, factors 1 +- .81."""
+    x, fill, affine = picture(), (123, 117, 104), Image.Transform.AFFINE
+    move = lambda *matrix: x.transform(x.size, affine, matrix, Image.BICUBIC, fillcolor=fill)
+    expected = {
+        'rotate': x.rotate(-27, Image.BICUBIC, fillcolor=fill), 'shear_x': move(1, -.27, 0, 0, 1, 0),
+        'shear_y': move(1, 0, 0, -.27, 1, 0), 'translate_x': move(1, 0, -16.2, 0, 1, 0),
+        'translate_y': move(1, 0, 0, 0, 1, -16.2), 'posterize': ImageOps.posterize(x, 1),
+        'solarize': ImageOps.solarize(x, 26), 'color': ImageEnhance.Color(x).enhance(.19),
+        'contrast': ImageEnhance.Contrast(x).enhance(.19), 'brightness': ImageEnhance.Brightness(x).enhance(.19),
+        'sharpness': ImageEnhance.Sharpness(x).enhance(.19), 'invert': ImageOps.invert(x),
+        'equalize': ImageOps.equalize(x), 'autocontrast': ImageOps.autocontrast(x)}
+    pixels = np.asarray(x).astype(int)
+    added = np.asarray(data.RAND_AUGMENT['solarize_add'](x, .9, -1))
+    assert (added == np.where(pixels < 128, pixels + 99, pixels)).all()
+    assert data.RAND_AUGMENT.keys() == expected.keys() | {'solarize_add'}
+    for name, image in expected.items():
+        difference = np.asarray(data.RAND_AUGMENT[name](x, .9, -1)).astype(int) - np.asarray(image)
+        assert abs(difference).max() <= 1, name
+
+
+def test_rand_augment_does_two_operations_half_of_the_time():
+    """A quarter of the images stays as it is (and a few that an operation leaves alone)."""
+    x = torch.from_numpy(np.array(picture())).permute(2, 0, 1)
+    draws = data.uniform(0, 'test', torch.arange(600), data.NUM_AUGMENT).tolist()
+    same = sum(torch.equal(data.rand_augment(x, u), x) for u in draws) / 600
+    assert .2 < same < .32
+
+
+def test_jitter_changes_all_frames_alike():
+    """Two equal frames stay equal; some clips turn grey, some stay as they are."""
+    frame = torch.from_numpy(np.array(picture())).permute(2, 0, 1)
+    draws = data.uniform(0, 'test', torch.arange(200), data.NUM_AUGMENT).tolist()
+    clips = [data.jitter(torch.stack([frame, frame]), u) for u in draws]
+    assert all(torch.equal(a, b) for a, b in clips)
+    grey = sum(bool((clip.float().std(1) < 1).all()) for clip in clips)
+    same = sum(torch.equal(clip[0], frame) for clip in clips)
+    assert 20 < grey < 60 and 15 < same < 50
+
+
+# clips
+
+def test_the_worlds_clips_show_their_actions():
+    """What the name of an action says happens between the first frame and the last, to the last object."""
+    world = data.World(frames=8)
+    frames, action = world.clips(torch.arange(600))
+    of = lambda name, field: frames[field].unflatten(0, (-1, 8))[action == data.ACTIONS.index(name)][..., -1]
+    change = lambda name, field: of(name, field)[:, -1] - of(name, field)[:, 0]
+    assert (change('move right', 'x') > 0).all() and (change('move left', 'x') < 0).all()
+    assert (change('move down', 'y') > 0).all() and (change('move up', 'y') < 0).all()
+    assert (change('grow', 'radius') > 0).all() and (change('shrink', 'radius') < 0).all()
+    assert of('appear', 'valid')[:, -1].all() and not of('appear', 'valid')[:, 0].any()
+    assert of('vanish', 'valid')[:, 0].all() and not of('vanish', 'valid')[:, -1].any()
+    assert not change('turn left', 'x').any() and not change('turn left', 'radius').any()
+
+
+@pytest.mark.parametrize('pair', range(data.NUM_HIDDEN // 2))
+def test_single_frames_do_not_tell_an_action_from_its_reversal(pair):
+    """Places, sizes and presence of the movers, over all frames, have the same means and spreads in both."""
+    frames, action = data.World(frames=4).clips(torch.arange(6000))
+    for field in ('x', 'y', 'radius', 'valid', 'matrix'):
+        a, b = (frames[field].unflatten(0, (-1, 4))[action == 2 * pair + k][:, :, -2:].double() for k in (0, 1))
+        for statistic in (lambda x: x, lambda x: x ** 2):
+            u, v = (statistic(x).flatten(1).mean(1) for x in (a, b))            # of each clip
+            error = (u.var() / len(u) + v.var() / len(v)).sqrt()
+            assert (u.mean() - v.mean()).abs() <= 4 * error + 1e-9
+
+
+def test_looks_do_not_tell_the_action():
+    """Kinds, colours and grounds are drawn apart from the action: chi-squared of each with it is what chance gives."""
+    frames, action = data.World(frames=1).clips(torch.arange(6000))
+    for field in ('kind', 'colour', 'grounds', 'texture'):
+        table = torch.zeros(16, 16).index_put_((action, frames[field][:, -1]), torch.ones(()), accumulate=True).double()
+        table = table[:, table.sum(0) > 0]
+        expected = table.sum(1, keepdim=True) * table.sum(0) / 6000
+        freedom = 15 * (table.shape[1] - 1)
+        assert ((table - expected) ** 2 / expected).sum() < freedom + 4 * math.sqrt(2 * freedom)
+
+
+def frame_folders(root, num_frames=16, names=('ant', 'bee')):
+    """Clips whose n-th frame has brightness 8 n everywhere."""
+    for split in ('train', 'val'):
+        for name in names:
+            for clip in range(2):
+                folder = root / split / name / f'clip{clip}'
+                folder.mkdir(parents=True)
+                for n in range(num_frames):
+                    Image.new('RGB', (24, 16), (8 * n,) * 3).save(folder / f'{n:05}.png')
+    return str(root)
+
+
+def test_frames_are_sampled_one_from_each_part(tmp_path):
+    """Of 16 frames 4: one each of 0..3, 4..7, ...; every one of them sometimes; flipped and cropped alike."""
+    clips = data.open_data(frame_folders(tmp_path), 'train', frames=4)
+    images = torch.cat([clips.batch(torch.arange(step * 4, step * 4 + 4), 8, 0)['images'] for step in range(20)])
+    numbers = images[:, :, 0, 0, 0].float().div(8).round().long()               # [80, 4]
+    assert torch.equal(numbers // 4, torch.arange(4).expand(80, 4))
+    assert all(len(numbers[:, t].unique()) == 4 for t in range(4))
+
+
+def test_evaluation_sees_four_times_and_three_crops(tmp_path):
+    """All 16 frames, in four choices of 4, each from the left, the middle and the right."""
+    root = frame_folders(tmp_path)
+    for n in range(16):     # one clip's frames get darker to the right
+        ramp = np.tile(np.linspace(8 * n + 8, 8 * n, 24)[None, :, None], (16, 1, 3))
+        Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / f'val/ant/clip0/{n:05}.png')
+    clips = data.open_data(root, 'val', frames=4)
+    images = clips.load(clips.paths.index('ant/clip0'), 8, None, 1., False).float()       # [12, 4, 3, 8, 8]
+    means = images.mean((2, 3, 4)).view(4, 3, 4)
+    assert images.shape == (12, 4, 3, 8, 8) and (means[:, 0] > means[:, 1]).all() and (means[:, 1] > means[:, 2]).all()
+    times = (means[:, 1] / 8).floor().long()                                    # [4 choices, 4 frames]
+    assert torch.equal(times, torch.arange(4)[None] * 4 + torch.arange(4)[:, None])
+
+
+def test_before_training_the_order_of_frames_does_not_matter():
+    """Positions are repeated for each frame, then learnt apart."""
+    image = M.init_weights(M.ViT(**PICO, head=8))
+    model = M.load_state(image.state_dict(), 'ViT', image.config, frames=3, pool='mean', head=5)
+    torch.testing.assert_close(model.pos_embed[:, 1:].unflatten(1, (3, -1))[:, 2], image.pos_embed[:, 1:])
+    clips = torch.randn(2, 3, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(clips), model(clips.flip(1)))
+        model.pos_embed[:, 1:65] += torch.randn(64, 32)
+        assert not torch.allclose(model(clips), model(clips.flip(1)), atol=1e-3)
+
+
+def test_more_frames_take_the_positions_of_their_time():
+    """8 frames' table for 16, as from K-722 to K-400: each frame's twice."""
+    model = M.ViT(**PICO, frames=2, pool='mean')
+    torch.nn.init.normal_(model.pos_embed)
+    more = M.load_state(model.state_dict(), 'ViT', model.config, frames=4)
+    before, after = (x.pos_embed[:, 1:].unflatten(1, (-1, 64)) for x in (model, more))
+    assert torch.equal(after, before[:, [0, 0, 1, 1]])
+
+
+# the head
+
+def saved(path, classes, **options):
+    model = M.init_weights(M.ViT(**PICO, head=len(classes), pool='mean', mask_token=False, **options), seed=3)
+    M.save(model, str(path), classes=classes)
+    return model
+
+
+def test_classes_of_the_same_name_keep_their_weights(tmp_path):
+    old = saved(tmp_path / 'a.pt', ['ant', 'bee', 'cow'])
+    model = finetune.classifier(config('--init', tmp_path / 'a.pt'), ['cow', 'dog', 'ant'])
+    assert torch.equal(model.head.weight[[0, 2]], old.head.weight[[2, 0]])
+    assert model.head.weight[1].abs().max() < .001 and torch.equal(model.norm.weight, old.norm.weight)
+
+
+def test_a_mapping_moves_weights_between_label_sets(tmp_path):
+    """Numbers, names, several whose mean it is, and none."""
+    old = saved(tmp_path / 'a.pt', ['ant', 'bee', 'cow'])
+    (tmp_path / 'map.txt').write_text('2\n-\nant, bee\n')
+    cfg = config('--init', tmp_path / 'a.pt', '--mapping', tmp_path / 'map.txt')
+    weight = finetune.classifier(cfg, ['x', 'y', 'z']).head.weight
+    torch.testing.assert_close(weight[0], old.head.weight[2])
+    torch.testing.assert_close(weight[2], old.head.weight[:2].mean(0))
+    assert weight[1].abs().max() < .001
+
+
+def test_from_pretraining_norm_and_head_start_afresh_and_positions_resize(tmp_path):
+    """EVA's: the average patch under a new norm; 48 px make a 12 x 12 grid; the patch embedding does not train."""
+    old = M.init_weights(M.ViT(**PICO, head=64), seed=3)
+    torch.nn.init.normal_(old.norm.weight)
+    M.save(old, str(tmp_path / 'eva.pt'))
+    model = finetune.classifier(config('--init', tmp_path / 'eva.pt', '--image_size', 48), ['a', 'b'])
+    assert (model.norm.weight == 1).all() and torch.equal(model.blocks[0].mlp.fc1.weight, old.blocks[0].mlp.fc1.weight)
+    assert torch.equal(model.pos_embed, M.resize_positions(old.pos_embed, (12, 12))) and model.mask_token is None
+    assert not model.patch_embed.weight.requires_grad and model.pos_embed.requires_grad
+    assert finetune.classifier(config('--init', 'scratch'), ['a', 'b']).patch_embed.weight.requires_grad
+
+
+def from_fixture(monkeypatch, path, num_classes, *flags):
+    """finetune.classifier of a reference file, whose head is not 64 wide, and what the file holds."""
+    held = read(path)
+    model = M.load_state(held[1], heads=held[0]['num_heads'])
+    model.extra = {}
+    monkeypatch.setattr(finetune, 'load_tower', lambda path: model)
+    cfg = config('--init', path, *flags)
+    return finetune.classifier(cfg, [str(k) for k in range(num_classes)]), *held
+
+
+@pytest.mark.parametrize('path', fixtures('eva01_pretrain_to_cls*.pt'))
+def test_fine_tuning_starts_as_evas(monkeypatch, path):
+    """Its logits, once the fresh norm and head have EVA's fresh values."""
+    config, state, inputs, outputs = read(path)
+    model, *_ = from_fixture(monkeypatch, path, config['num_classes'], '--image_size', config['finetune_img_size'])
+    fresh = {name: inputs['fresh.' + name] for name in ('head.weight', 'head.bias')}
+    fresh |= {'norm.' + name: inputs['fresh.fc_norm.' + name] for name in ('weight', 'bias')}
+    model.load_state_dict(fresh, strict=False)
+    with torch.no_grad():
+        close(model(inputs['image']), outputs['logits'])
+
+
+@pytest.mark.parametrize('path', fixtures('eva01_cls_*.pt'))
+def test_gradients_of_fine_tuning_are_evas(monkeypatch, path):
+    """From a classifier of the same classes, the patch embedding without any, the loss without smoothing."""
+    num_classes = read(path)[0]['num_classes']
+    pool = 'mean' if read(path)[0]['use_mean_pooling'] else 'class'
+    model, config, state, inputs, outputs = from_fixture(monkeypatch, path, num_classes, '--pool', pool)
+    model.head.load_state_dict({name: state['head.' + name] for name in ('weight', 'bias')})
+    targets = finetune.soft_labels(inputs['labels'], num_classes, 0)
+    F.cross_entropy(model(inputs['image']), targets).backward()
+    assert model.patch_embed.weight.grad is None and model.patch_embed.bias.grad is None
+    norms = outputs['grad_norms_stop_grad_conv1']
+    for name, theirs in (('blocks.0.attn.qkv.weight', 'blocks.0.attn.qkv.weight'), ('pos_embed', 'pos_embed'),
+                         ('head.weight', 'head.weight')):
+        norm = model.get_parameter(name).grad.norm().item()
+        assert norm == pytest.approx(norms[theirs], rel=1e-4), name
+
+
+# evaluation
+
+def test_every_sample_counts_once_on_any_number_of_processes(tmp_path):
+    """Parts are as long on each, and what fills the last is left out by its position."""
+    dataset = data.open_data(class_folders(tmp_path, num=5), 'val')             # 15 images
+    for world in (1, 2, 4, 7):
+        parts = [list(data.eval_batches(dataset, 3, 8, 15, 'cpu', rank=rank, world=world)) for rank in range(world)]
+        assert len({sum(len(batch['position']) for batch in part) for part in parts}) == 1
+        seen = torch.cat([batch['index'][batch['position'] < 15] for part in parts for batch in part])
+        assert sorted(seen.tolist()) == list(range(15))
+
+
+class Oracle(torch.nn.Module):
+    """Says the class whose number is the image's brightness / 60, its second choice the next class."""
+    pool, image_size, extra, config = 'mean', 8, {}, dict(head=4, head_bias=True)
+
+    def normalize(self, images):
+        return images.float()
+
+    def forward(self, images):
+        label = (images.flatten(1).mean(1) / 60).long().clamp(0, 3)
+        return F.one_hot(label, 4) * 2. + F.one_hot((label + 1) % 4, 4)
+
+
+def test_scores_over_a_subset_of_the_classes(tmp_path):
+    """Only the data's classes compete, found by their names."""
+    dataset = data.open_data(class_folders(tmp_path), 'val')
+    oracle, cpu = Oracle(), torch.device('cpu')
+    found = finetune.predict(oracle, dataset, config(), cpu)
+    assert finetune.scores(found, dataset, config()) == dict(top1=1., top5=1.)
+    oracle.extra = dict(classes=['cow', 'zebra', 'ant', 'bee'])                 # says cow for ants: only names count
+    columns = finetune.columns_of(oracle, dataset, config())
+    assert columns.tolist() == [[2], [3], [0]]
+    found = finetune.predict(oracle, dataset, config(), cpu, columns=columns)
+    says = {0: 2, 1: 0, 2: 0}       # cow, zebra (then ant), ant
+    assert all(says[label] == top for label, top in zip(found['labels'].tolist(), found['top'][:, 0].tolist()))
+
+
+def test_several_right_labels_by_file_name(tmp_path):
+    """ReaL's list is in the order of the file names, whatever the folders; an empty entry is not judged."""
+    for name, file in (('bee', 'a'), ('ant', 'b'), ('bee', 'c'), ('ant', 'd')):
+        (tmp_path / 'val' / name).mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / f'val/{name}/{file}.png')
+    (tmp_path / 'train').mkdir()
+    dataset = data.open_data(str(tmp_path), 'val')
+    (tmp_path / 'real.json').write_text('[[0, 3], [], [1], [2, 0]]')
+    index = torch.tensor([dataset.paths.index(path) for path in ('ant/d.png', 'bee/c.png', 'ant/b.png', 'bee/a.png')])
+    found = dict(top=torch.tensor([[2], [0], [5], [3]]), labels=torch.zeros(4).long(), index=index)
+    scores = finetune.scores(found, dataset, config('--real', tmp_path / 'real.json'))
+    assert scores['real_top1'] == pytest.approx(2 / 3)          # d and a are right, c wrong, b not judged
+
+
+# real runs
+
+def test_a_stopped_run_goes_on_with_the_same_losses(tmp_path, monkeypatch):
+    """With averaged weights, mixing, erasing and dropped paths; the patch embedding stays as it was."""
+    M.save(M.init_weights(M.ViT(**PICO, head=8)), str(tmp_path / 'eva.pt'))
+    flags = ['--init', tmp_path / 'eva.pt', '--steps', 4, '--batch_size', 4, '--log_every', 1, '--save_every', 2]
+    flags += ['--ema', .9, '--mixup', .8, '--cutmix', 1, '--erase', .5, '--drop_path', .2]
+    finetune.train(config(*flags, '--out_dir', tmp_path / 'whole'))
+    class Stop(Exception):
+        pass
+
+    def stop(self, step, **metrics):
+        raise Stop
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(run.Log, 'say', stop)
+        finetune.train(config(*flags, '--out_dir', tmp_path / 'parts'))
+    finetune.train(config(*flags, '--out_dir', tmp_path / 'parts', '--micro_batch', 2))
+    whole, parts = (dict(losses(tmp_path / name)) for name in ('whole', 'parts'))
+    assert parts == pytest.approx(whole, rel=1e-5) and len(whole) == 4
+    models = [M.load(str(tmp_path / name / 'model.pt')) for name in ('whole', 'parts')]
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), atol=1e-6, rtol=1e-4)
+    assert torch.equal(models[0].patch_embed.weight, M.load(str(tmp_path / 'eva.pt')).patch_embed.weight)
+
+
+def test_averaged_weights_are_what_a_run_leaves(tmp_path):
+    """After one step .9 of the first weights and .1 of those that the step made."""
+    start = finetune.classifier(config('--init', 'scratch'), ['x'] * 16).state_dict()
+    left = {}
+    for ema in (0, .9):
+        finetune.train(config('--init', 'scratch', '--steps', 1, '--batch_size', 4, '--ema', ema,
+                              '--out_dir', tmp_path / str(ema)))
+        left[ema] = M.load(str(tmp_path / str(ema) / 'model.pt')).state_dict()
+    for name, first in start.items():
+        torch.testing.assert_close(left[.9][name], .9 * first + .1 * left[0][name], atol=1e-6, rtol=1e-5)
+
+
+def test_photographs_train_and_are_told_apart(tmp_path, capsys):
+    """Brightness is easily learnt; pictures, scores and names are left, and a photo gets its class."""
+    root, out = class_folders(tmp_path / 'photos'), tmp_path / 'run'
+    flags = ['--data', root, '--out_dir', out]
+    finetune.train(config(*flags, '--init', 'scratch', '--steps', 40, '--batch_size', 12, '--augment', 'rand',
+                          '--lr', .003, '--warmup_steps', 2))
+    result = json.loads((out / 'result.json').read_text())
+    assert result['top1'] > .6 and {'confusion.png', 'model.pt', 'loss.png'} <= {path.name for path in out.iterdir()}
+    capsys.readouterr()
+    finetune.train(config(*flags, '--eval'))
+    assert f'top1                 {result["top1"]:.4g}' in capsys.readouterr().out
+    finetune.train(config(*flags, '--image', f'{root}/val/ant/val0.png'))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and {line.split()[1] for line in lines} == {'ant', 'bee', 'cow'}
+
+
+def on_photos(folder, world):
+    """A run with everything that draws numbers, validated on 15 photos: no number of processes divides them."""
+    flags = ['--data', folder / 'photos', '--init', 'scratch', '--steps', 3, '--batch_size', 8, '--log_every', 1]
+    flags += ['--ema', .9, '--mixup', .8, '--cutmix', 1, '--erase', .5, '--drop_path', .2, '--augment', 'rand']
+    finetune.train(config(*flags, '--warmup_steps', 1, '--out_dir', folder / str(world)))
+
+
+def test_two_processes_do_what_one_does(tmp_path, monkeypatch):
+    """The same losses and averaged weights, and a validation in which every photo counts once."""
+    class_folders(tmp_path / 'photos', num=5)
+    two = launch(2, tmp_path, on_photos)
+    small(monkeypatch)
+    on_photos(tmp_path, 1)
+    finish(two, tmp_path)
+    assert dict(losses(tmp_path / '1')) == pytest.approx(dict(losses(tmp_path / '2')), abs=1e-5)
+    one, two = (json.loads((tmp_path / world / 'result.json').read_text()) for world in '12')
+    assert one['top1'] == two['top1'] and one['top1'] * 15 == pytest.approx(round(one['top1'] * 15))
+    one, two = (M.load(str(tmp_path / world / 'model.pt')).state_dict() for world in '12')
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize('flags', [['--probe', 'linear'], ['--frames', 2, '--probe', 'linear']])
+def test_a_linear_probe_trains_the_head_only(tmp_path, flags):
+    M.save(M.init_weights(M.ViT(**PICO, head=8)), str(tmp_path / 'eva.pt'))
+    flags += ['--init', tmp_path / 'eva.pt', '--out_dir', tmp_path]
+    cfg = config('--steps', 2, '--batch_size', 4, '--lr', 1, *flags)
+    before = finetune.classifier(cfg, ['x'] * 16)
+    finetune.train(cfg)
+    after = M.load(str(tmp_path / 'model.pt')).state_dict()
+    moved = {name for name, tensor in before.state_dict().items() if not torch.equal(tensor, after[name])}
+    assert moved == {'head.weight', 'head.bias'}
+
+
+def test_clips_of_folders_train(tmp_path):
+    """A real run on frames, with jitter, evaluated over 4 x 3 views, and with its frames shuffled."""
+    cfg = config('--data', frame_folders(tmp_path / 'clips', 4), '--init', 'scratch', '--frames', 4, '--steps', 2,
+                 '--batch_size', 2, '--augment', 'jitter', '--out_dir', tmp_path / 'run')
+    finetune.train(cfg)
+    assert {'top1', 'top5', 'shuffled_top1'} <= json.loads((tmp_path / 'run' / 'result.json').read_text()).keys()
+
+
+def test_plan_counts_the_parameters_of_evas_classifier(capsys):
+    """EVA-g at 336 px with 1,000 classes and the average patch."""
+    finetune.train(config('--size', 'g', '--plan'))
+    assert '1,013,005,672' in capsys.readouterr().out
+
+
+# what is refused
+
+@pytest.mark.parametrize('flags, expected', [
+    (['--pool', 'max'], 'mean or class'), (['--probe', 'quadratic'], 'linear or knn'), (['--cutmix', '2'], '--cutmix'),
+    (['--augment', 'cut'], 'rand or jitter'), (['--drop_path', '1'], '--drop_path'),
+    (['--frames', '4', '--augment', 'rand'], 'jitter'), (['--size', 'ti'], 'mim_pretrain.py --size ti'),
+    (['--mixup', '.5', '--batch_size', '3'], 'pairs'), (['--init', 'missing.pt'], 'missing.pt')])
+def test_fine_tuning_refuses_in_one_line(monkeypatch, capsys, tmp_path, flags, expected):
+    monkeypatch.chdir(tmp_path)
+    assert expected in refusal(monkeypatch, capsys, finetune, *flags)
+
+
+def test_data_that_cannot_be_learnt_from_is_refused(monkeypatch, capsys, tmp_path):
+    """Classes without a readable image, or in validation only; too few frames; a mapping of another length."""
+    monkeypatch.chdir(tmp_path)
+    refuse = lambda *flags: refusal(monkeypatch, capsys, finetune, '--size', 'pico', *flags)
+    root = class_folders(tmp_path / 'a')
+    for n in range(4):
+        (tmp_path / f'a/train/bee/train{n}.png').write_bytes(b'no image')
+    assert "'bee' cannot be learnt, none of its 4 images" in refuse('--data', root)
+    (tmp_path / 'a/train/dog').mkdir()
+    assert "class folder 'dog' has no image" in refuse('--data', root)
+    root = class_folders(tmp_path / 'b', splits=['train'])
+    class_folders(tmp_path / 'b', ('ant', 'bee', 'cow', 'dog'), splits=['val'])
+    assert "'dog' cannot be learnt, it is in validation only" in refuse('--data', root)
+    assert '5 frames' in refuse('--data', frame_folders(tmp_path / 'c', 5), '--frames', '8')
+    saved(tmp_path / 'm.pt', ['x', 'y'])
+    (tmp_path / 'map.txt').write_text('0\n1\n')
+    root = class_folders(tmp_path / 'd')
+    assert '2 lines' in refuse('--data', root, '--init', str(tmp_path / 'm.pt'), '--mapping', str(tmp_path / 'map.txt'))
+    assert 'none of the model' in refuse('--data', root, '--init', str(tmp_path / 'm.pt'), '--eval')
