@@ -341,7 +341,8 @@ def look(cfg, device):
         metrics = evaluate(model, dataset, tokenizer, cfg, device, run.autocast(device))
         if not metrics:
             raise ValueError(f'{cfg.data} has neither classes with names nor captions; give --classes FILE')
-        return print0(run.table(metrics))
+        print0(run.table(metrics))
+        return run.report_broken(dataset)
     if cfg.text:
         names, texts = cfg.text, encode_texts(model, tokenizer, cfg.text, device)
     else:
@@ -404,14 +405,13 @@ def train(cfg):
     model = run.to_device(model, cfg, device, mesh)
     optimizer = make_optimizer(model, cfg)
     start, _ = run.resume(cfg.out_dir, model, optimizer, cfg)
-    image_size = model.visual.image_size
-    print0(f'CLIP {cfg.size}: {run.count_parameters(model) / 1e6:.2f}M parameters, {image_size} px, '
+    print0(f'CLIP {cfg.size}: {run.count_parameters(model) / 1e6:.2f}M parameters, {model.visual.image_size} px, '
            f'vocabulary of {tokenizer.vocab_size:,}, {cfg.steps:,} steps of {cfg.batch_size} pairs on {device}; '
            f'a blind model has loss ln({cfg.batch_size}) = {math.log(cfg.batch_size):.2f}')
     length = cut(tokenizer(train_set.some_captions(256))).shape[1]
     autocast, log = run.autocast(device), run.Log(cfg, start, device, 3 * flops_per_pair(model, length))
-    batches = data.batches(train_set, cfg.batch_size, image_size, start, cfg.steps, cfg.seed, device, cfg.workers,
-                           scale=(.9, 1), flip=False,      # nearly the whole image: captions speak of all of it
+    batches = data.batches(train_set, cfg.batch_size, model.visual.image_size, start, cfg.steps, cfg.seed, device,
+                           cfg.workers, scale=(.9, 1), flip=False,      # almost the whole image: captions speak of it
                            rank=rank, world=world)
     batches = run.ahead(prepare(batches, tokenizer, cfg, model.visual, start, rank, world), device)
     for step, batch in zip(range(start, cfg.steps), batches):

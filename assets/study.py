@@ -49,7 +49,7 @@ CLIP_RATES = (8e-4, 2e-3, 5e-3, 1.25e-2, 3e-2)
 CLIP_ARMS = {  # where the image tower comes from, the learning rates tried on seed 1, seeds at the best of them
     'scratch': ('', CLIP_RATES, 5), 'pixels': ('out/study-clip/pixels/model.pt', CLIP_RATES, 5),
     'teacher': ('assets/nano-teacher.pt', CLIP_RATES, 5), 'EVA': ('assets/nano-eva.pt', CLIP_RATES, 5),
-    'scratch, all compute': ('', (8e-4, 2e-3, 5e-3), 3)}      # 20 times as long; rates tried at a sixth of it
+    'scratch, all compute': ('', (8e-4, 2e-3, 5e-3), 2)}      # 20 times as long; rates tried at a sixth of it
 CLIP_MEASURES = ('heldout_pairs', 'heldout_among_24', 'seen_pairs', 'zero_shot_top1', 'retrieval')
 
 PIXELS, PHOTOGRAPHS = 'out/study-clip/pixels/model.pt', 'out/study-photographs/'
@@ -202,6 +202,11 @@ def clip_report(sweep, final, best, before, step_cost):
     for other in [arm for arm in CLIP_ARMS if arm != 'EVA']:
         cells = [interval([by['EVA'][s][name] - by[other][s][name] for s in by[other]]) for name in CLIP_MEASURES]
         print(f'| EVA - {other} | ' + ' | '.join(cells) + ' |')
+    print('\nSeen pairs by learning rate, one seed\n\n| | ' + ' | '.join(f'{lr:g}' for lr in CLIP_RATES) + ' |\n'
+          + '|---' * (1 + len(CLIP_RATES)) + '|')
+    for arm in CLIP_ARMS:
+        tried = {r['lr']: 100 * r['seen_pairs'] for r in sweep if r['row'] == arm}
+        print(f'| {arm} | ' + ' | '.join(f'{tried[lr]:.1f}' if lr in tried else '' for lr in CLIP_RATES) + ' |')
     label = 'zero-shot accuracy on held-out pairs, percent'
     run.draw_curves(str(ROOT / 'assets/clip_pairs.png'), curves, xlabel='pairs seen in this stage', ylabel=label)
     run.draw_curves(str(ROOT / 'assets/clip_compute.png'), compute, xlabel='TFLOP of all stages', ylabel=label)

@@ -342,8 +342,10 @@ def test_image_and_text_print_probabilities(clip, tmp_path, monkeypatch, capsys)
 
 
 def test_eval_of_class_folders(clip, tmp_path, monkeypatch, capsys):
-    """Names from the folders or from a file, sentences from a file; --whole takes every picture where there is no val/."""
+    """Names from the folders or from a file, sentences from a file; --whole takes every picture where there is no val/,
+    and says which could not be read."""
     photos, seen = folder_of_classes(tmp_path / 'photos'), []
+    (tmp_path / 'photos' / 'red' / 'broken.png').write_bytes(b'no picture')
     monkeypatch.setattr(data, 'eval_batches', lambda dataset, *args, original=data.eval_batches, **options: (
         seen.append((len(dataset), options['share'])), original(dataset, *args, **options))[1])
     (tmp_path / 'names.txt').write_text('red\tcrimson star\n')
@@ -352,7 +354,8 @@ def test_eval_of_class_folders(clip, tmp_path, monkeypatch, capsys):
     assert any(line.split() == ['chance', '0.5'] for line in plain) and 'zero_shot_top5' in '\n'.join(plain)
     subset = command(monkeypatch, capsys, '--eval', '--init', clip, '--data', photos, '--whole', '--classes',
                      str(tmp_path / 'names.txt'), '--templates', str(tmp_path / 'sentences.txt'))
-    assert any(line.split() == ['chance', '1'] for line in subset) and seen == [(1, 1.), (8, 1.)]
+    assert any(line.split() == ['chance', '1'] for line in subset) and seen == [(1, 1.), (9, 1.)]
+    assert '1 of 9 images could not be read' in subset[-1]
 
 
 def test_what_does_not_fit_is_refused(clip, tmp_path, monkeypatch, capsys):
