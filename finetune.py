@@ -63,7 +63,7 @@ RECIPES = {  # differences from the defaults. g and g-...: the paper's; ti to l:
     'nano':         dict(SMALL, lr=3e-3),
     'micro':        dict(SMALL, lr=2e-3),
     'mini':         dict(SMALL, lr=1.5e-3),
-    'nano-video':   dict(SMALL, frames=4, batch_size=32, steps=600, lr=3e-3, layer_decay=1.),
+    'nano-video':   dict(SMALL, frames=4, image_size=16, batch_size=32, steps=1500, lr=2e-3, layer_decay=1.),
     'ti':           dict(IN1K, batch_size=1024, lr=5e-4, layer_decay=.75, drop_path=.1, smoothing=.1),
     's':            dict(IN1K, batch_size=1024, lr=5e-4, layer_decay=.75, drop_path=.1, smoothing=.1),
     'b':            dict(IN1K, batch_size=1024, lr=2e-4, layer_decay=.75, drop_path=.1, smoothing=.1),
@@ -147,12 +147,13 @@ def vit_options(cfg, num_classes):
 def classifier(cfg, classes):
     """The ViT of --init, or a new one, with a head for these classes; of those it knew before, their weights."""
     options, rows = vit_options(cfg, len(classes)), []
-    if cfg.init == 'scratch':
+    before = None if cfg.init == 'scratch' else load_tower(cfg.init)
+    if before is None:
         model = M.init_weights(M.ViT(**{**M.SIZES[cfg.size.partition('-')[0]], **options}), cfg.seed)
     else:
-        before = load_tower(cfg.init)
         state = {name: tensor for name, tensor in before.state_dict().items() if not name.startswith('head.')}
         model = M.load_state(state, 'ViT', {**before.config, 'head': 0}, head_bias=True, **options)
+        model.patch_embed.requires_grad_(not cfg.freeze_patches)        # EVA lets no gradient pass its output
         if cfg.mapping or 'classes' in before.extra:
             rows = match_classes(cfg, classes, class_names(before))
     with torch.no_grad():
@@ -161,10 +162,23 @@ def classifier(cfg, classes):
             if olds:
                 model.head.weight[row] = before.head.weight[olds].mean(0)
                 model.head.bias[row] = before.head.bias[olds].mean()
-    model.requires_grad_(cfg.probe != 'linear').head.requires_grad_(True)
-    if cfg.init != 'scratch' and cfg.freeze_patches:
-        model.patch_embed.requires_grad_(False)         # EVA lets no gradient pass its output
+    if cfg.frames > 1 and (before is None or before.config['frames'] == 1):
+        tell_time(model)
+    if cfg.probe == 'linear':
+        model.requires_grad_(False).head.requires_grad_(True)
     return model
+
+
+@torch.no_grad()
+def tell_time(model):
+    """A small model's positions differ from frame to frame from the start, by a ramp along a random direction. Not in
+    the paper, whose are equal: then a clip and its reversal look alike, and small models find the difference late."""
+    frames, width = model.config['frames'], model.config['width']
+    if width > M.SIZES['ti']['width']:
+        return
+    direction = 2 * data.uniform(0, 'time', torch.arange(width), 1)[:, 0] - 1
+    ramp = torch.linspace(-.5, .5, frames)[:, None] * direction                         # [T, D]
+    model.pos_embed[:, 1:] += ramp.repeat_interleave(model.grid ** 2, 0)
 
 
 def load_tower(path):
