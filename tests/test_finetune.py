@@ -258,6 +258,18 @@ def test_before_training_the_order_of_frames_does_not_matter():
         assert not torch.allclose(model(clips), model(clips.flip(1)), atol=1e-3)
 
 
+def test_small_models_tell_time_from_the_start(tmp_path):
+    """Each frame's positions are the one's before and the same step; a model of clips keeps what it has learnt."""
+    model = finetune.classifier(config('--init', 'scratch', '--frames', 3), ['a', 'b'])
+    table = model.pos_embed[0, 1:].unflatten(0, (3, -1)).detach()               # [T, N, D]
+    step = table[1, 0] - table[0, 0]
+    torch.testing.assert_close(table[1:] - table[:-1], step.expand(2, 64, 32))
+    assert step.abs().max() > .1
+    M.save(model, str(tmp_path / 'clips.pt'))
+    again = finetune.classifier(config('--init', tmp_path / 'clips.pt', '--frames', 3), ['a', 'b'])
+    assert torch.equal(again.pos_embed, model.pos_embed)
+
+
 def test_more_frames_take_the_positions_of_their_time():
     """8 frames' table for 16, as from K-722 to K-400: each frame's twice."""
     model = M.ViT(**PICO, frames=2, pool='mean')
