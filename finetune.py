@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 
 import data
 import model as M
@@ -291,21 +290,13 @@ def evaluate(model, dataset, cfg, device, processes, columns=None, picture='', c
 
 
 def draw_confusion(path, found, classes, most=40):
-    """A row for each class, its share taken for each, in the same order: darker is more. Of many the most mistaken."""
+    """A row for each class: its share taken for each. Of many classes the most mistaken."""
     labels, said, K = found['labels'], found['top'][:, 0], len(classes)
     wrong = torch.bincount(torch.cat([labels[said != labels], said[said != labels]]), minlength=K)
     chosen = wrong.topk(min(K, most)).indices.sort().values
     counts = torch.stack([torch.bincount(said[labels == k], minlength=K) for k in chosen])          # [40, K]
-    shares = (counts / counts.sum(1, keepdim=True).clamp(min=1))[:, chosen].tolist()
-    cell, left, font = 24, 150, ImageFont.load_default(13)
-    sheet = Image.new('RGB', (left + cell * len(chosen), cell * len(chosen)), 'white')
-    draw = ImageDraw.Draw(sheet)
-    for i, k in enumerate(chosen.tolist()):
-        draw.text((left - 6, cell * i + cell // 2), classes[k][:18], fill='black', font=font, anchor='rm')
-        for j, share in enumerate(shares[i]):
-            x, y, shade = left + cell * j, cell * i, round(255 * (1 - share) ** 2)
-            draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=(shade, shade, 255 if i == j else shade))
-    run.on_first(sheet.save, path)
+    shares = counts[:, chosen] / counts.sum(1, keepdim=True).clamp(min=1)
+    run.draw_matrix(path, shares, [classes[k] for k in chosen])
 
 
 def draw_mistakes(path, found, dataset, classes, image_size, view, rows=4, columns=8):
