@@ -389,6 +389,7 @@ def look(cfg, device, processes):
         for chance, k in zip(*(x.tolist() for x in chances.topk(min(5, len(chances))))):
             print0(f'{chance:6.1%}  {classes[k]}')
         return
+    cfg.frames = model.config['frames'] if model.config['frames'] > 1 else cfg.frames
     test_set = data.open_data(cfg.data, 'test', cfg.frames)
     print0(run.table(evaluate(model, test_set, cfg, device, processes, columns_of(model, test_set, cfg))))
 

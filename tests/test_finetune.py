@@ -462,7 +462,8 @@ def test_photographs_train_and_are_told_apart(tmp_path, capsys):
 
 def on_photos(folder, world):
     """A run with everything that draws numbers, validated on 15 photos: no number of processes divides them."""
-    flags = ['--data', folder / 'photos', '--init', 'scratch', '--steps', 3, '--batch_size', 8, '--log_every', 1]
+    flags = ['--data', folder / 'photos', '--init', folder / 'eva.pt', '--steps', 3, '--batch_size', 8]
+    flags += ['--log_every', 1]
     flags += ['--ema', .9, '--mixup', .8, '--cutmix', 1, '--erase', .5, '--drop_path', .2, '--augment', 'rand']
     finetune.train(config(*flags, '--warmup_steps', 1, '--out_dir', folder / str(world)))
 
@@ -470,8 +471,9 @@ def on_photos(folder, world):
 def test_two_processes_do_what_one_does(tmp_path, monkeypatch):
     """The same losses and averaged weights, and a validation in which every photo counts once."""
     class_folders(tmp_path / 'photos', num=5)
-    two = launch(2, tmp_path, on_photos)
     small(monkeypatch)
+    M.save(M.init_weights(M.ViT(**M.SIZES['pico'], head=8)), str(tmp_path / 'eva.pt'))
+    two = launch(2, tmp_path, on_photos)
     on_photos(tmp_path, 1)
     finish(two, tmp_path)
     assert dict(losses(tmp_path / '1')) == pytest.approx(dict(losses(tmp_path / '2')), abs=1e-5)
