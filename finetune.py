@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 
 import data
 import model as M
@@ -63,7 +62,7 @@ RECIPES = {  # differences from the defaults. g and g-...: the paper's; ti to l:
     'nano':         dict(SMALL, lr=3e-3),
     'micro':        dict(SMALL, lr=2e-3),
     'mini':         dict(SMALL, lr=1.5e-3),
-    'nano-video':   dict(SMALL, frames=4, batch_size=32, steps=600, lr=3e-3, layer_decay=1.),
+    'nano-video':   dict(SMALL, frames=4, image_size=16, batch_size=32, steps=1500, lr=2e-3, layer_decay=1.),
     'ti':           dict(IN1K, batch_size=1024, lr=5e-4, layer_decay=.75, drop_path=.1, smoothing=.1),
     's':            dict(IN1K, batch_size=1024, lr=5e-4, layer_decay=.75, drop_path=.1, smoothing=.1),
     'b':            dict(IN1K, batch_size=1024, lr=2e-4, layer_decay=.75, drop_path=.1, smoothing=.1),
@@ -147,12 +146,13 @@ def vit_options(cfg, num_classes):
 def classifier(cfg, classes):
     """The ViT of --init, or a new one, with a head for these classes; of those it knew before, their weights."""
     options, rows = vit_options(cfg, len(classes)), []
-    if cfg.init == 'scratch':
+    before = None if cfg.init == 'scratch' else load_tower(cfg.init)
+    if before is None:
         model = M.init_weights(M.ViT(**{**M.SIZES[cfg.size.partition('-')[0]], **options}), cfg.seed)
     else:
-        before = load_tower(cfg.init)
         state = {name: tensor for name, tensor in before.state_dict().items() if not name.startswith('head.')}
         model = M.load_state(state, 'ViT', {**before.config, 'head': 0}, head_bias=True, **options)
+        model.patch_embed.requires_grad_(not cfg.freeze_patches)        # EVA lets no gradient pass its output
         if cfg.mapping or 'classes' in before.extra:
             rows = match_classes(cfg, classes, class_names(before))
     with torch.no_grad():
@@ -161,10 +161,23 @@ def classifier(cfg, classes):
             if olds:
                 model.head.weight[row] = before.head.weight[olds].mean(0)
                 model.head.bias[row] = before.head.bias[olds].mean()
-    model.requires_grad_(cfg.probe != 'linear').head.requires_grad_(True)
-    if cfg.init != 'scratch' and cfg.freeze_patches:
-        model.patch_embed.requires_grad_(False)         # EVA lets no gradient pass its output
+    if cfg.frames > 1 and (before is None or before.config['frames'] == 1):
+        tell_time(model)
+    if cfg.probe == 'linear':
+        model.requires_grad_(False).head.requires_grad_(True)
     return model
+
+
+@torch.no_grad()
+def tell_time(model):
+    """A small model's positions differ from frame to frame from the start, by a ramp along a random direction. Not in
+    the paper, whose are equal: then a clip and its reversal look alike, and small models find the difference late."""
+    frames, width = model.config['frames'], model.config['width']
+    if width > M.SIZES['ti']['width']:
+        return
+    direction = 2 * data.uniform(0, 'time', torch.arange(width), 1)[:, 0] - 1
+    ramp = torch.linspace(-.5, .5, frames)[:, None] * direction                         # [T, D]
+    model.pos_embed[:, 1:] += ramp.repeat_interleave(model.grid ** 2, 0)
 
 
 def load_tower(path):
@@ -277,21 +290,13 @@ def evaluate(model, dataset, cfg, device, processes, columns=None, picture='', c
 
 
 def draw_confusion(path, found, classes, most=40):
-    """A row for each class, its share taken for each, in the same order: darker is more. Of many the most mistaken."""
+    """A row for each class: its share taken for each. Of many classes the most mistaken."""
     labels, said, K = found['labels'], found['top'][:, 0], len(classes)
     wrong = torch.bincount(torch.cat([labels[said != labels], said[said != labels]]), minlength=K)
     chosen = wrong.topk(min(K, most)).indices.sort().values
     counts = torch.stack([torch.bincount(said[labels == k], minlength=K) for k in chosen])          # [40, K]
-    shares = (counts / counts.sum(1, keepdim=True).clamp(min=1))[:, chosen].tolist()
-    cell, left, font = 24, 150, ImageFont.load_default(13)
-    sheet = Image.new('RGB', (left + cell * len(chosen), cell * len(chosen)), 'white')
-    draw = ImageDraw.Draw(sheet)
-    for i, k in enumerate(chosen.tolist()):
-        draw.text((left - 6, cell * i + cell // 2), classes[k][:18], fill='black', font=font, anchor='rm')
-        for j, share in enumerate(shares[i]):
-            x, y, shade = left + cell * j, cell * i, round(255 * (1 - share) ** 2)
-            draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=(shade, shade, 255 if i == j else shade))
-    run.on_first(sheet.save, path)
+    shares = counts[:, chosen] / counts.sum(1, keepdim=True).clamp(min=1)
+    run.draw_matrix(path, shares, [classes[k] for k in chosen])
 
 
 def draw_mistakes(path, found, dataset, classes, image_size, view, rows=4, columns=8):
@@ -384,6 +389,7 @@ def look(cfg, device, processes):
         for chance, k in zip(*(x.tolist() for x in chances.topk(min(5, len(chances))))):
             print0(f'{chance:6.1%}  {classes[k]}')
         return
+    cfg.frames = model.config['frames'] if model.config['frames'] > 1 else cfg.frames
     test_set = data.open_data(cfg.data, 'test', cfg.frames)
     print0(run.table(evaluate(model, test_set, cfg, device, processes, columns_of(model, test_set, cfg))))
 

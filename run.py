@@ -709,6 +709,19 @@ def draw_curves(path, curves, lines={}, xlabel='step', ylabel=''):
     picture.save(path)
 
 
+def draw_matrix(path, shares, names, cell=24, left=150):
+    """A picture of a square matrix [n, n] of numbers from 0 to 1, with a name for each row; darker is more, blue the
+    diagonal."""
+    sheet = Image.new('RGB', (left + cell * len(names), cell * len(names)), 'white')
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for i, (name, row) in enumerate(zip(names, shares.tolist())):
+        draw.text((left - 6, cell * i + cell // 2), name[:18], fill='black', font=font, anchor='rm')
+        for j, share in enumerate(row):
+            x, y, shade = left + cell * j, cell * i, round(255 * (1 - share) ** 2)
+            draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=(shade, shade, 255 if i == j else shade))
+    on_first(sheet.save, path)
+
+
 def draw_sheet(path, columns, tile=128):
     """A picture of titled columns of images, {title: [n, 3, H, W] with values 0 to 255}, each drawn `tile` wide."""
     step, font = tile + 6, ImageFont.load_default(14)

@@ -64,7 +64,7 @@ FINETUNE = {  # flags, seeds, {arm: (where it starts, own flags)}; {} is the see
         'EVA': ('assets/nano-eva.pt', []), 'scratch': ('scratch', []),
         'EVA, one frame': ('assets/nano-eva.pt', ['--frames', 1])}),
 }
-FINETUNE_MEASURES = ('top1', 'top5', 'hidden_top1', 'shuffled_top1')
+FINETUNE_MEASURES = ('top1', 'top5', 'hidden_top1', 'shuffled_top1', 'linear_top1', 'knn_top1')
 RATES = (1.5e-3, 4e-3)
 
 
@@ -212,6 +212,15 @@ def clip_report(sweep, final, best, before, step_cost):
     run.draw_curves(str(ROOT / 'assets/clip_compute.png'), compute, xlabel='TFLOP of all stages', ylabel=label)
 
 
+def probes_of(start, seed, spec):
+    """k-NN and a linear map on the frozen features that an arm starts from."""
+    cfg, model = SimpleNamespace(workers=0), M.ViT(**M.SIZES['nano'])
+    model = M.init_weights(model, seed) if start == 'scratch' else M.load(str(ROOT / start))
+    encode = run.pooled_features(model.visual if isinstance(model, M.CLIP) else model)
+    return run.probe(encode, data.open_data(spec, 'train'), data.open_data(spec, 'val'), 32, run.NUM_PROBE, cfg,
+                     torch.device('cpu'))
+
+
 def finetune_study(name, spec, jobs, cores, began):
     """Fine-tuning by where it starts: each arm at the better of RATES, chosen on a seed of its own, then more seeds."""
     flags, seeds, arms = FINETUNE[name]
@@ -228,7 +237,7 @@ def finetune_study(name, spec, jobs, cores, began):
                                          '--save_every', 10 ** 6], folder, cores)
         print(f'{(time.time() - began) / 60:6.1f} min  {arm} {lr:g} {seed}: {result["top1"]:.3f}', file=sys.stderr,
               flush=True)
-        return dict(row=arm, lr=lr, seed=seed, **result)
+        return dict(row=arm, lr=lr, seed=seed, **result, **({} if name == 'video' else probes_of(start, seed, spec)))
 
     with ThreadPoolExecutor(jobs) as pool:
         sweep = list(pool.map(one, [(arm, lr, seeds) for lr in RATES for arm in arms]))

@@ -258,6 +258,18 @@ def test_before_training_the_order_of_frames_does_not_matter():
         assert not torch.allclose(model(clips), model(clips.flip(1)), atol=1e-3)
 
 
+def test_small_models_tell_time_from_the_start(tmp_path):
+    """Each frame's positions are the one's before and the same step; a model of clips keeps what it has learnt."""
+    model = finetune.classifier(config('--init', 'scratch', '--frames', 3), ['a', 'b'])
+    table = model.pos_embed[0, 1:].unflatten(0, (3, -1)).detach()               # [T, N, D]
+    step = table[1, 0] - table[0, 0]
+    torch.testing.assert_close(table[1:] - table[:-1], step.expand(2, 64, 32))
+    assert step.abs().max() > .1
+    M.save(model, str(tmp_path / 'clips.pt'))
+    again = finetune.classifier(config('--init', tmp_path / 'clips.pt', '--frames', 3), ['a', 'b'])
+    assert torch.equal(again.pos_embed, model.pos_embed)
+
+
 def test_more_frames_take_the_positions_of_their_time():
     """8 frames' table for 16, as from K-722 to K-400: each frame's twice."""
     model = M.ViT(**PICO, frames=2, pool='mean')
@@ -450,7 +462,8 @@ def test_photographs_train_and_are_told_apart(tmp_path, capsys):
 
 def on_photos(folder, world):
     """A run with everything that draws numbers, validated on 15 photos: no number of processes divides them."""
-    flags = ['--data', folder / 'photos', '--init', 'scratch', '--steps', 3, '--batch_size', 8, '--log_every', 1]
+    flags = ['--data', folder / 'photos', '--init', folder / 'eva.pt', '--steps', 3, '--batch_size', 8]
+    flags += ['--log_every', 1]
     flags += ['--ema', .9, '--mixup', .8, '--cutmix', 1, '--erase', .5, '--drop_path', .2, '--augment', 'rand']
     finetune.train(config(*flags, '--warmup_steps', 1, '--out_dir', folder / str(world)))
 
@@ -458,8 +471,9 @@ def on_photos(folder, world):
 def test_two_processes_do_what_one_does(tmp_path, monkeypatch):
     """The same losses and averaged weights, and a validation in which every photo counts once."""
     class_folders(tmp_path / 'photos', num=5)
-    two = launch(2, tmp_path, on_photos)
     small(monkeypatch)
+    M.save(M.init_weights(M.ViT(**M.SIZES['pico'], head=8)), str(tmp_path / 'eva.pt'))
+    two = launch(2, tmp_path, on_photos)
     on_photos(tmp_path, 1)
     finish(two, tmp_path)
     assert dict(losses(tmp_path / '1')) == pytest.approx(dict(losses(tmp_path / '2')), abs=1e-5)
