@@ -502,64 +502,73 @@ def precision_curve(found, counts, num):
     return np.stack([column[recall.searchsorted(COCO_RECALLS)] for column, recall in zip(precision.T, right.T / num)])
 
 
+def order_results(groups, score, K, most, asked=None):
+    """Which detections count, by image, then category, then score (all sorts are stable), and their place among those
+    of the same image and category. groups [n] = image * K + category. COCO keeps the best `most` of each group; LVIS
+    the best of an image, where it was asked for their category (asked: such groups)."""
+    order = np.lexsort((-score, groups // K))
+    if asked is not None:
+        order = order[place_in_run(groups[order] // K) < most]
+        order = order[np.isin(groups[order], asked)]
+    order = order[np.argsort(groups[order], kind='stable')]
+    place = place_in_run(groups[order])
+    return (order, place) if asked is not None else (order[place < most], place[place < most])
+
+
+def match_groups(groups, shapes, object_groups, object_shapes, ignored, crowd):
+    """match_detections for every image and category. groups [n] sorted; shapes: boxes [n, 4] or a list of masks."""
+    found, void = np.zeros((2, len(groups), len(ignored), len(COCO_IOUS)), dtype=bool)
+    members = {}
+    for n, group in enumerate(object_groups.tolist()):
+        members.setdefault(group, []).append(n)
+    starts = np.flatnonzero(np.diff(groups, prepend=-1)).tolist()
+    for start, stop in zip(starts, starts[1:] + [len(groups)]):
+        there = members.get(int(groups[start]))
+        if there and isinstance(shapes, list):
+            iou = overlap_masks(shapes[start:stop], [object_shapes[n] for n in there], crowd[there])
+        elif there:
+            iou = overlap_boxes(shapes[start:stop], object_shapes[there], crowd[there])
+        if there:
+            found[start:stop], void[start:stop] = match_detections(iou, ignored[:, there], crowd[there])
+    return found, void
+
+
 def precision_and_recall(truth, results, kind, most):
     """See average_precision. -> precision [categories, areas, IoUs, 101 recalls] and recall [categories, areas, most,
     IoUs], categories by id; -1 where there is no object."""
-    lvis = is_lvis(truth)
     images = {image['id']: (i, image) for i, image in enumerate(sorted(truth['images'], key=lambda image: image['id']))}
     category_of = {name: k for k, name in enumerate(sorted(category['id'] for category in truth['categories']))}
-    K = len(category_of)
+    objects, K, lvis = truth['annotations'], len(category_of), is_lvis(truth)
 
     def group(rows):            # one number for each pair of an image and a category, in the order of their ids
         return np.array([images[row['image_id']][0] * K + category_of[row['category_id']] for row in rows], dtype=int)
 
-    def shapes(rows):           # what overlaps: boxes [n, 4], or a list of n run lengths
+    def listed(name):           # LVIS: the groups that images name
+        return [i * K + category_of[category] for i, image in images.values() for category in image[name]]
+
+    def shapes(rows):
         if kind == 'bbox':
             return np.array([row['bbox'] for row in rows], dtype=np.float64).reshape(-1, 4)
         size = lambda row: (images[row['image_id']][1]['height'], images[row['image_id']][1]['width'])
         return [read_segmentation(row['segmentation'], size(row)) for row in rows]
 
-    # the detections that may count: by image, then category, then score; all sorts are stable
-    groups, score = group(results), np.array([row['score'] for row in results], dtype=np.float64)
-    order = np.lexsort((-score, groups // K))
-    if lvis:                    # a detection is only judged where the image was searched for its category
-        order = order[place_in_run(groups[order] // K) < most[-1]]
-        absent = [i * K + category_of[name] for i, image in images.values() for name in image['neg_category_ids']]
-        order = order[np.isin(groups[order], np.append(group(truth['annotations']), absent))]
-    order = order[np.argsort(groups[order], kind='stable')]
-    rank = place_in_run(groups[order])
-    if not lvis:
-        order, rank = order[rank < most[-1]], rank[rank < most[-1]]
-    groups, score, areas = groups[order], score[order], np.array(list(COCO_AREAS.values()))
-    found_shapes = shapes([results[n] for n in order])
+    groups, object_groups = group(results), group(objects)
+    score = np.array([row['score'] for row in results], dtype=np.float64)
+    asked = np.append(object_groups, listed('neg_category_ids')) if lvis else None
+    order, place = order_results(groups, score, K, most[-1], asked)
+    groups, score, found_shapes = groups[order], score[order], shapes([results[n] for n in order])
     area = found_shapes[:, 2] * found_shapes[:, 3] if kind == 'bbox' else np.array([mask_area(x) for x in found_shapes])
+    limits = np.array(list(COCO_AREAS.values()))
+    outside = lambda area: (area < limits[:, :1]) | (area > limits[:, 1:])                          # [A, n]
+    crowd = np.array([bool(row.get('iscrowd')) for row in objects], dtype=bool)
+    # objects of another size, and crowds, need not be found; nor are detections of another size wrong
+    ignored = outside(np.array([row['area'] for row in objects], dtype=np.float64)) | crowd
+    found, void = match_groups(groups, found_shapes, object_groups, shapes(objects), ignored, crowd)
+    free = outside(area) | (np.isin(groups, listed('not_exhaustive_category_ids')) if lvis else False)
+    void |= ~found & free.T[:, :, None]
 
-    # the objects; those of another size, and crowds, need not be found
-    object_groups = group(truth['annotations'])
-    crowd = np.array([bool(row.get('iscrowd')) for row in truth['annotations']], dtype=bool)
-    object_area = np.array([row['area'] for row in truth['annotations']], dtype=np.float64)
-    outside = lambda area: (area < areas[:, :1]) | (area > areas[:, 1:])                        # [A, n]
-    ignored, object_shapes = outside(object_area) | crowd, shapes(truth['annotations'])
-    members = {}
-    for n, name in enumerate(object_groups.tolist()):
-        members.setdefault(name, []).append(n)
-
-    found, void = np.zeros((2, len(order), len(areas), len(COCO_IOUS)), dtype=bool)
-    starts = np.flatnonzero(rank == 0).tolist()
-    for start, stop in zip(starts, starts[1:] + [len(order)]):
-        if there := members.get(int(groups[start])):
-            some = object_shapes[there] if kind == 'bbox' else [object_shapes[n] for n in there]
-            overlap = (overlap_boxes if kind == 'bbox' else overlap_masks)(found_shapes[start:stop], some, crowd[there])
-            found[start:stop], void[start:stop] = match_detections(overlap, ignored[:, there], crowd[there])
-    free = outside(area).T
-    if lvis:                    # nobody claims that all of these were marked
-        open_ended = [i * K + category_of[name] for i, image in images.values()
-                      for name in image['not_exhaustive_category_ids']]
-        free |= np.isin(groups, open_ended)[:, None]
-    void |= ~found & free[:, :, None]
-
-    precision = np.full((K, len(areas), len(COCO_IOUS), len(COCO_RECALLS)), -1.)
-    recall = np.full((K, len(areas), len(most), len(COCO_IOUS)), -1.)
+    precision = np.full((K, len(limits), len(COCO_IOUS), len(COCO_RECALLS)), -1.)
+    recall = np.full((K, len(limits), len(most), len(COCO_IOUS)), -1.)
     for k in range(K):
         rows = np.flatnonzero(groups % K == k)
         rows = rows[np.argsort(-score[rows], kind='stable')]
@@ -568,7 +577,7 @@ def precision_and_recall(truth, results, kind, most):
                 hits, counts = found[rows, a], ~void[rows, a]
                 precision[k, a] = precision_curve(hits, counts, num)
                 for m, limit in enumerate(most):
-                    recall[k, a, m] = (hits & counts)[lvis | (rank[rows] < limit)].sum(0) / num
+                    recall[k, a, m] = (hits & counts)[lvis | (place[rows] < limit)].sum(0) / num
     return precision, recall
 
 
