@@ -1,21 +1,22 @@
 """
-Boxes and instance masks: what detection is computed with, and how it is measured. The conventions are those of the
-detector that EVA trained (arXiv:2211.07636, section 3.3): ViTDet (arXiv:2203.16527) with a Cascade Mask R-CNN.
+Boxes and instance masks: the detector that EVA trained (arXiv:2211.07636, section 3.3), ViTDet (arXiv:2203.16527) with
+Cascade Mask R-CNN, on our ViT; COCO's and LVIS's average precision.
 
     python detect_seg.py --bench                           # seconds that its slow parts take on this machine
 
 Boxes are [x1, y1, x2, y2] in pixels; pixel i covers i to i + 1, so a width is x2 - x1 and no 1 is ever added.
 """
 import math
+import runpy
 import sys
-import time
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
-import data
-from model import print0
+import model as M
 
 LARGEST_GROWTH = math.log(1000 / 16)        # of a box's side in one step: a wild prediction must not overflow
 COCO_IOUS = np.linspace(.5, .95, 10)        # an average precision is the mean over these
@@ -69,12 +70,12 @@ def has_area(boxes):
     return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
 
 
-def make_anchors(grids, strides, ratios=(.5, 1., 2.)):
-    """The boxes that the region proposals start from, a tensor [h * w * 3, 4] for each level: 8 strides wide, of these
-    ratios of height to width, centred on the top left corner of every cell. grids: (h, w) of each level."""
+def make_anchors(grids, strides, ratios=(.5, 1., 2.), sizes=None):
+    """The boxes that the region proposals start from, a tensor [h * w * 3, 4] for each level: of these sizes, or 8
+    strides, and ratios of height to width, centred on the top left corner of every cell. grids: each level's (h, w)."""
     levels = []
-    for (h, w), stride in zip(grids, strides):
-        width = torch.tensor([math.sqrt((8 * stride) ** 2 / ratio) for ratio in ratios])
+    for (h, w), stride, size in zip(grids, strides, sizes or [8 * stride for stride in strides]):
+        width = torch.tensor([math.sqrt(size ** 2 / ratio) for ratio in ratios])
         half = torch.stack((width, width * torch.tensor(ratios)), 1) / 2                        # [3, 2]
         y, x = torch.meshgrid(torch.arange(h) * stride, torch.arange(w) * stride, indexing='ij')
         corner = torch.stack((x, y), 2).view(-1, 1, 2)                                          # [h * w, 1, 2]
@@ -192,14 +193,14 @@ def rpn_targets(anchors, targets, u, num=256, positive_share=.5):
     return label, targets[index] if len(targets) else torch.zeros_like(anchors)
 
 
-def rpn_losses(logits, deltas, anchors, labels, targets, num=256):
-    """Cross-entropy of what is an object, L1 of how the positive anchors should move; both are divided by the number of
-    anchors that may be asked. logits [B, n], deltas [B, n, 4], anchors [n, 4], labels [B, n], targets [B, n, 4]."""
+def rpn_losses(logits, deltas, anchors, labels, targets):
+    """Sums over the anchors asked: cross-entropy of what is an object, L1 of how the positive ones should move.
+    logits and labels [B, n], deltas and targets [B, n, 4], anchors [n, 4]."""
     asked, positive = labels >= 0, labels == 1
     objectness = F.binary_cross_entropy_with_logits(logits[asked], labels[asked].to(logits), reduction='sum')
     goal = encode_boxes(anchors.expand_as(targets)[positive], targets[positive], (1., 1., 1., 1.))
     move = F.l1_loss(deltas[positive], goal, reduction='sum')
-    return objectness / (num * len(labels)), move / (num * len(labels))
+    return objectness, move
 
 
 # ---- regions of feature maps ------------------------------------------------------------------------------------
@@ -436,6 +437,356 @@ def mask_targets(masks, boxes, size):
     return torch.stack(targets) if targets else torch.zeros(0, size, size, dtype=torch.bool)
 
 
+# ---- the detector -----------------------------------------------------------------------------------------------
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each place of a map [B, C, H, W]; what comes out lies in memory channels last."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class NormConv(nn.Conv2d):
+    """A convolution without bias, then ChannelNorm."""
+
+    def __init__(self, inputs, outputs, kernel):
+        super().__init__(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+        self.norm = ChannelNorm(outputs, 1e-6)
+
+    def forward(self, x):
+        return self.norm(super().forward(x))
+
+
+class Pyramid(nn.Module):
+    """ViTDet's simple feature pyramid: maps at 4, 2, 1, 1/2 and 1/4 of the last map's scale, which is all that it
+    sees; no activation at the end. [B, D, h, w] to a list of five [B, channels, ...], the finest first."""
+
+    def __init__(self, width, channels):
+        super().__init__()
+        last = lambda width: (NormConv(width, channels, 1), NormConv(channels, channels, 3))
+        up = lambda width: nn.ConvTranspose2d(width, width // 2, 2, 2)
+        self.levels = nn.ModuleList((
+            nn.Sequential(up(width), ChannelNorm(width // 2, 1e-6), nn.GELU(), up(width // 2), *last(width // 4)),
+            nn.Sequential(up(width), *last(width // 2)),
+            nn.Sequential(*last(width)),
+            nn.Sequential(nn.MaxPool2d(2), *last(width))))
+
+    def forward(self, x):
+        levels = [level(x) for level in self.levels]
+        return levels + [levels[-1][:, :, ::2, ::2]]
+
+
+class Proposer(nn.Module):
+    """The region proposal network (arXiv:1506.01497): is there an object at each anchor, and how should it move?"""
+
+    def __init__(self, channels, num_ratios=3):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.objectness = nn.Conv2d(channels, num_ratios, 1)
+        self.deltas = nn.Conv2d(channels, 4 * num_ratios, 1)
+
+    def forward(self, pyramid):
+        """-> logits [B, n] and deltas [B, n, 4] of each level, in the order of make_anchors."""
+        logits, deltas = [], []
+        for x in pyramid:
+            for conv in self.convs:
+                x = conv(x).relu()
+            logits.append(self.objectness(x).permute(0, 2, 3, 1).flatten(1).float())
+            deltas.append(self.deltas(x).permute(0, 2, 3, 1).reshape(len(x), -1, 4).float())
+        return logits, deltas
+
+
+class BoxHead(nn.Module):
+    """One stage of the cascade: pooled features [n, C, 7, 7] to logits [n, K + 1], the background last, and one set of
+    deltas for all classes [n, 4]."""
+
+    def __init__(self, channels, hidden, num_classes):
+        super().__init__()
+        self.convs = nn.ModuleList(NormConv(channels, channels, 3) for _ in range(4))
+        self.fc = nn.Linear(channels * 49, hidden)
+        self.classes = nn.Linear(hidden, num_classes + 1)
+        self.deltas = nn.Linear(hidden, 4)
+
+    def forward(self, x):
+        for conv in self.convs:
+            x = conv(x).relu()
+        x = self.fc(x.flatten(1)).relu()
+        return self.classes(x).float(), self.deltas(x).float()
+
+
+class MaskHead(nn.Module):
+    """Pooled features [n, C, 14, 14] to a mask's logits for each class, [n, K, 28, 28]."""
+
+    def __init__(self, channels, num_classes):
+        super().__init__()
+        self.convs = nn.ModuleList(NormConv(channels, channels, 3) for _ in range(4))
+        self.up = nn.ConvTranspose2d(channels, channels, 2, 2)
+        self.classes = nn.Conv2d(channels, num_classes, 1)
+
+    def forward(self, x):
+        for conv in self.convs:
+            x = conv(x).relu()
+        return self.classes(self.up(x).relu()).float()
+
+
+def label_boxes(boxes, target, iou, num_classes):
+    """The class [n] (num_classes: background), box [n, 4] and index [n] of the object that each of boxes [n, 4] shows,
+    by an IoU of at least `iou`. target: dict(boxes [m, 4], labels [m])."""
+    index, label = match(pairwise_iou(target['boxes'], boxes), (iou,), (0, 1))
+    if not len(target['boxes']):
+        return torch.full_like(index, num_classes), torch.zeros_like(boxes), index
+    return torch.where(label == 1, target['labels'][index], num_classes), target['boxes'][index], index
+
+
+def class_loss(logits, labels, sigmoid=False, asked=None):
+    """Sum over boxes of softmax's cross-entropy, or of one yes-or-no question for each class, of those `asked` only
+    (bool [K]; LVIS). logits [n, K + 1]; labels [n], K is background."""
+    if not sigmoid:
+        return F.cross_entropy(logits, labels, reduction='sum')
+    goal = F.one_hot(labels, logits.shape[1])[:, :-1].to(logits)
+    loss = F.binary_cross_entropy_with_logits(logits[:, :-1], goal, reduction='none')
+    return (loss if asked is None else loss * asked).sum()
+
+
+def federated_classes(labels, weights, num, u):
+    """Which classes a batch is asked for: those that are there and, up to `num` in all, others drawn without
+    replacement by their weights (frequency^.5 in EVA); the background counts as one. labels [n], weights [K], u [K]
+    uniform numbers -> bool [K]. The largest keys u^(1/w) are such a draw."""
+    there = torch.zeros(len(weights) + 1, dtype=torch.bool, device=weights.device)
+    there[labels] = True
+    key = torch.where(there[:-1] | (weights <= 0), -torch.inf, u.double().log() / weights)
+    drawn = key.topk(max(0, min(num - int(there.sum()), int((key > -torch.inf).sum())))).indices
+    there[drawn] = True
+    return there[:-1]
+
+
+def box_loss(boxes, deltas, labels, goals, weights):
+    """Sum over the boxes that are no background (label -1 here) of L1 on their encoded deltas. All [n, ...]."""
+    positive = labels >= 0
+    return F.l1_loss(deltas[positive], encode_boxes(boxes[positive], goals[positive], weights), reduction='sum')
+
+
+def class_mask_loss(logits, labels, goals):
+    """Sum over pixels of the cross-entropy of each box's mask, in the channel of its class. logits [n, K, m, m], labels
+    [n], goals bool [n, m, m]."""
+    logits = logits[torch.arange(len(labels), device=labels.device), labels]
+    return F.binary_cross_entropy_with_logits(logits, goals.to(logits), reduction='sum')
+
+
+class Detector(nn.Module):
+    """ViTDet with Cascade Mask R-CNN (arXiv:1712.00726); one stage is Mask R-CNN (arXiv:1703.06870). vit: the config of
+    the backbone, pool='map'. sigmoid: independent classes, as for LVIS. anchor_sizes: of the five levels, else 8 of
+    their strides. before and after NMS: numbers of proposals in training and in testing."""
+
+    def __init__(self, vit, num_classes, channels=256, hidden=1024, stages=3, sigmoid=False, anchor_sizes=None,
+                 num_anchors=256, before=(2000, 1000), after=(1000, 1000), num_boxes=512, positive_share=.25):
+        super().__init__()
+        self.config = {name: value for name, value in locals().items() if name not in ('self', '__class__')}
+        self.vit = M.ViT(**vit)
+        patch = self.vit.patch_size
+        if patch % 4:
+            raise ValueError(f'patch_size {patch} is not a multiple of 4, as the finest level of the pyramid needs')
+        self.strides = [patch // 4, patch // 2, patch, 2 * patch, 4 * patch]
+        self.pyramid = Pyramid(vit['width'], channels)
+        self.proposer = Proposer(channels)
+        self.box_heads = nn.ModuleList(BoxHead(channels, hidden, num_classes) for _ in range(stages))
+        self.mask_head = MaskHead(channels, num_classes)
+
+    def normalize(self, images):
+        return self.vit.normalize(images)
+
+    def forward(self, images, sizes, targets=None, draw=None, drop=None, asked=None, **test):
+        """images [B, 3, H, W], normalised and padded to multiples of the patch from their own (height, width) in sizes.
+        With targets, dicts of boxes [n, 4], labels [n] and masks (see mask_targets), -> {loss: (sum, what to divide it
+        by)}; draw(stream, num) gives random numbers [B, num], drop is ViT's. Without, what `detect` finds."""
+        pyramid = self.pyramid(self.vit(images, drop=drop))
+        anchors = [level.to(images.device) for level in make_anchors(
+            [level.shape[2:] for level in pyramid], self.strides, sizes=self.config['anchor_sizes'])]
+        logits, deltas = self.proposer(pyramid)
+        training = targets is not None
+        before, after = (self.config[name][0 if training else 1] for name in ('before', 'after'))
+        with torch.no_grad():
+            boxes = [choose_proposals([x[i] for x in logits], [x[i] for x in deltas], anchors, size, before, after)[0]
+                     for i, size in enumerate(sizes)]
+        if not training:
+            return self.detect(pyramid[:4], boxes, sizes, **test)
+        losses = self.proposal_losses(torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), targets, draw)
+        return losses | self.region_losses(pyramid[:4], boxes, sizes, targets, draw, asked)
+
+    def proposal_losses(self, logits, deltas, anchors, targets, draw):
+        num = self.config['num_anchors']
+        u = draw('anchors', len(anchors))
+        labels, goals = zip(*(rpn_targets(anchors, target['boxes'], u[i], num) for i, target in enumerate(targets)))
+        objectness, move = rpn_losses(logits, deltas, anchors, torch.stack(labels), torch.stack(goals))
+        return {'proposal_objectness': (objectness, num * len(targets)), 'proposal_boxes': (move, num * len(targets))}
+
+    def stage(self, number, pyramid, boxes):
+        """Logits [n, K + 1], deltas [n, 4] and what the deltas are times, of all images' boxes by one head."""
+        pooled = pool_boxes(pyramid, self.strides[:4], boxes, 7)
+        if pooled.requires_grad:        # every stage pulls at the same pyramid: their average does
+            pooled.register_hook(lambda gradient: gradient / len(self.box_heads))
+        return *self.box_heads[number](pooled), [weight * (1 + number) for weight in (10., 10., 5., 5.)]
+
+    def refine(self, boxes, deltas, weights, sizes):
+        """Each image's boxes, moved and clipped."""
+        moved = decode_boxes(torch.cat(boxes), deltas.detach(), weights).split([len(part) for part in boxes])
+        return [clip_boxes(part, size) for part, size in zip(moved, sizes)]
+
+    def region_losses(self, pyramid, boxes, sizes, targets, draw, asked):
+        """The heads' losses. Stage 0 sees a sample of proposals and the objects themselves, the next ones what it made
+        of them, and asks for IoUs of .5, .6, .7."""
+        K, losses = self.config['num_classes'], {}
+        boxes = [torch.cat((part, target['boxes'])) for part, target in zip(boxes, targets)]
+        u = draw('boxes', max(map(len, boxes)))
+        for number in range(len(self.box_heads)):
+            labelled = [label_boxes(part, target, .5 + .1 * number, K) for part, target in zip(boxes, targets)]
+            if number == 0:
+                chosen = [torch.cat(sample(torch.where(labels < K, 1, 0), self.config['num_boxes'],
+                                           self.config['positive_share'], u[i, :len(labels)]))
+                          for i, (labels, _, _) in enumerate(labelled)]
+                boxes = [part[rows] for part, rows in zip(boxes, chosen)]
+                labelled = [tuple(x[rows] for x in part) for part, rows in zip(labelled, chosen)]
+                losses['masks'] = self.mask_loss(pyramid, boxes, labelled, targets)
+            labels, goals = (torch.cat([part[i] for part in labelled]) for i in (0, 1))
+            logits, deltas, weights = self.stage(number, pyramid, boxes)
+            columns = asked(labels, draw) if asked else None
+            losses[f'classes_{number}'] = class_loss(logits, labels, self.config['sigmoid'], columns), len(labels)
+            foreground = torch.where(labels < K, labels, -1)
+            losses[f'boxes_{number}'] = box_loss(torch.cat(boxes), deltas, foreground, goals, weights), len(labels)
+            boxes = [part[has_area(part)] for part in self.refine(boxes, deltas, weights, sizes)]
+        return losses
+
+    def mask_loss(self, pyramid, boxes, labelled, targets):
+        """Cross-entropy of the masks of the boxes that show an object, each in the channel of its class."""
+        K, some, labels, goals = self.config['num_classes'], [], [], []
+        for part, (label, _, index), target in zip(boxes, labelled, targets):
+            rows = (label < K).nonzero()[:, 0]
+            some.append(part[rows])
+            labels.append(label[rows])
+            goals.append(mask_targets([target['masks'][i] for i in index[rows].tolist()], part[rows].cpu(), 28))
+        labels, goals = torch.cat(labels), torch.cat(goals).to(boxes[0].device)
+        if not len(labels):         # every weight needs a gradient in every process: one box, counted zero times
+            logits = self.mask_head(pool_boxes(pyramid, self.strides[:4], [boxes[0][:1]], 14))
+            return 0 * logits.sum(), 0
+        logits = self.mask_head(pool_boxes(pyramid, self.strides[:4], some, 14))
+        return class_mask_loss(logits, labels, goals), goals.numel()
+
+    def detect(self, pyramid, boxes, sizes, **options):
+        """What is found in each image: dict(boxes [n, 4], scores [n], classes [n], masks [n, 28, 28] probabilities),
+        best first. Scores are the stages' mean, boxes the last one's. options: choose_detections's."""
+        scores, counts = 0, [len(part) for part in boxes]
+        for number in range(len(self.box_heads)):
+            logits, deltas, weights = self.stage(number, pyramid, boxes)
+            scores = scores + (logits.sigmoid() if self.config['sigmoid'] else logits.softmax(1)) / len(self.box_heads)
+            boxes = self.refine(boxes, deltas, weights, sizes)
+        found = [choose_detections(part, score[:, :-1], size, **options)
+                 for part, score, size in zip(boxes, scores.split(counts), sizes)]
+        classes = torch.cat([part[2] for part in found])
+        masks = self.mask_head(pool_boxes(pyramid, self.strides[:4], [part[0] for part in found], 14))
+        masks = masks[torch.arange(len(classes), device=classes.device), classes].sigmoid()
+        masks = masks.split([len(part[0]) for part in found])
+        return [dict(boxes=part[0], scores=part[1], classes=part[2], masks=mask) for part, mask in zip(found, masks)]
+
+
+def pad_to(images, side):
+    """images [..., H, W] with zeros, the mean once normalised, at the right and the bottom: [..., side, side]."""
+    return F.pad(images, (0, side - images.shape[-1], 0, side - images.shape[-2]))
+
+
+def maskness(masks, threshold=.5):
+    """How sure masks [n, m, m] are of themselves: the mean probability of the pixels above the threshold [n], by which
+    EVA multiplies the scores when masks are judged."""
+    inside = masks > threshold
+    return (masks * inside).flatten(1).sum(1) / inside.flatten(1).sum(1).clamp(min=1)
+
+
+def to_original(found, size, original):
+    """Detections on an image's original (height, width): boxes scaled, clipped and, if nothing is left, dropped."""
+    scale = [n / m for n, m in zip(original, size)]
+    boxes = clip_boxes(found['boxes'] * found['boxes'].new_tensor((scale[1], scale[0]) * 2), original)
+    kept = has_area(boxes)
+    return {name: x[kept] for name, x in dict(found, boxes=boxes).items()}
+
+
+def spline(places, at):
+    """Weights [m, n] of values at n places, in order, in the cubic spline through them at m others; the first two
+    pieces are one polynomial, and the last two, which also go on outside ('not a knot'). float64."""
+    n, h, value = len(places), np.diff(places), np.eye(len(places))
+    slope, inner, system = np.diff(value, axis=0) / h[:, None], np.arange(1, n - 1), np.zeros((n, n))
+    system[inner, inner - 1], system[inner, inner], system[inner, inner + 1] = h[:-1], 2 * (h[:-1] + h[1:]), h[1:]
+    system[0, :3], system[-1, -3:] = (h[1], -h[0] - h[1], h[0]), (h[-1], -h[-2] - h[-1], h[-2])
+    bend = np.linalg.solve(system, np.pad(6 * np.diff(slope, axis=0), ((1, 1), (0, 0))))        # second derivatives
+    i = np.clip(np.searchsorted(places, at), 1, n - 1) - 1                                      # which piece
+    t, width = (at - places[i])[:, None], h[i][:, None]
+    first = slope[i] - width * (2 * bend[i] + bend[i + 1]) / 6
+    return value[i] + t * first + t ** 2 * bend[i] / 2 + t ** 3 * (bend[i + 1] - bend[i]) / (6 * width)
+
+
+@torch.no_grad()
+def stretch_distances(vit, grid):
+    """Makes the global blocks' tables of relative positions anew for a grid (h, w), EVA's way of testing at 1536 pixels
+    (BEiT's): a spline through places that lie further apart the further they are from 0."""
+    for block in vit.blocks:
+        for name, side in zip(('rel_pos_h', 'rel_pos_w'), grid):
+            table = getattr(block.attn, name)
+            if not block.attn.window and len(table) != 2 * side - 1:
+                far = np.cumsum(1.0903078 ** np.arange(len(table) // 2))            # 1, 1 + q, 1 + q + q^2, ...
+                weights = spline(np.concatenate((-far[::-1], [0], far)), np.arange(1. - side, side))
+                table = torch.from_numpy(weights).to(table.device) @ table.double()
+                setattr(block.attn, name, nn.Parameter(table.float()))
+
+
+# What the released detectors call our tensors: rules as in model.py, whose EVA blocks are used.
+DETECTOR = M.under('backbone.net.', 'vit.', M.EVA + M.EVA_QKV + M.GELU_MLP + M.same(
+    'blocks.*.attn.rel_pos_h', 'blocks.*.attn.rel_pos_w'))
+for _i in range(4):
+    DETECTOR += [(f'backbone.simfp_{_i + 2}.*.*', f'pyramid.levels.{_i}.*.*', 'same'),
+                 (f'backbone.simfp_{_i + 2}.*.norm.*', f'pyramid.levels.{_i}.*.norm.*', 'same'),
+                 (f'roi_heads.box_head.*.conv{_i + 1}.weight', f'box_heads.*.convs.{_i}.weight', 'same'),
+                 (f'roi_heads.box_head.*.conv{_i + 1}.norm.*', f'box_heads.*.convs.{_i}.norm.*', 'same'),
+                 (f'roi_heads.mask_head.mask_fcn{_i + 1}.weight', f'mask_head.convs.{_i}.weight', 'same'),
+                 (f'roi_heads.mask_head.mask_fcn{_i + 1}.norm.*', f'mask_head.convs.{_i}.norm.*', 'same'),
+                 (f'proposal_generator.rpn_head.conv.conv{_i}.*', f'proposer.convs.{_i}.*', 'same')]
+DETECTOR += [('proposal_generator.rpn_head.objectness_logits.*', 'proposer.objectness.*', 'same'),
+             ('proposal_generator.rpn_head.anchor_deltas.*', 'proposer.deltas.*', 'same'),
+             ('roi_heads.box_head.*.fc1.*', 'box_heads.*.fc.*', 'same'),
+             ('roi_heads.box_predictor.*.cls_score.*', 'box_heads.*.classes.*', 'same'),
+             ('roi_heads.box_predictor.*.bbox_pred.*', 'box_heads.*.deltas.*', 'same'),
+             ('roi_heads.box_predictor.*.fed_loss_cls_weights', '-', 'drop'),
+             ('roi_heads.mask_head.deconv.*', 'mask_head.up.*', 'same'),
+             ('roi_heads.mask_head.predictor.*', 'mask_head.classes.*', 'same')]
+IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)        # the released detectors'
+
+
+def detector_config(state, sigmoid):
+    """What the tensors of a released detector, under our names, show. Their heads are 16, as EVA-g's."""
+    shape = lambda name: state[name].shape
+    depth = M.count_layers(state, 'vit.')
+    tables = [(len(state[f'vit.blocks.{i}.attn.rel_pos_h']) + 1) // 2 for i in range(depth)]
+    width, patch = shape('vit.patch_embed.weight')[0], shape('vit.patch_embed.weight')[-1]
+    vit = dict(width=width, depth=depth, heads=width // shape('vit.blocks.0.attn.rel_pos_h')[1],
+               mlp_width=shape('vit.blocks.0.mlp.fc1.weight')[0], patch_size=patch, mask_token=False, pool='map',
+               image_size=patch * math.isqrt(shape('vit.pos_embed')[1] - 1), window=tables[0], rel_pos=max(tables),
+               global_every=1 + tables.index(max(tables)), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    hidden, num_classes = shape('box_heads.0.fc.weight')[0], len(state['mask_head.classes.bias'])
+    return dict(vit=vit, num_classes=num_classes, channels=len(state['proposer.convs.0.bias']), hidden=hidden,
+                stages=len([name for name in state if name.endswith('fc.bias')]), sigmoid=sigmoid)
+
+
+def load_detector(state, **changes):
+    """A Detector in eval mode of a released detector's tensors; changes to its config may be given."""
+    theirs = state.keys()
+    state, _, _ = M.translate(state, DETECTOR)
+    try:
+        config = detector_config(state, any('fed_loss' in name for name in theirs)) | changes
+    except (KeyError, IndexError) as error:
+        raise ValueError(f'weights of a detector miss {M.original_name(str(error.args[0]), DETECTOR)}') from None
+    with torch.device('meta'):
+        model = Detector(**config)
+    M.fill(model, state, (), DETECTOR, assign=True)
+    return model.eval()
+
+
 # ---- average precision ------------------------------------------------------------------------------------------
 
 def overlap_boxes(a, b, crowd):
@@ -608,72 +959,7 @@ def average_precision(truth, results, kind='bbox', most=(1, 10, 100)):
     return dict(result, per_category=each)
 
 
-# ---- what it costs ----------------------------------------------------------------------------------------------
-
-def random_boxes(num, side, low, high, stream):
-    """Boxes within a square image, their sides log-uniform from low to high: [num, 4]."""
-    u = data.uniform(0, stream, torch.arange(num), 4)
-    size = low * (high / low) ** u[:, :2]
-    corner = u[:, 2:] * (side - size)
-    return torch.cat((corner, corner + size), 1)
-
-
-def random_pyramid(channels=256, side=1024, strides=(4, 8, 16, 32)):
-    """Maps of noise, as of a square image, each [1, channels, h, w] and channels last."""
-    return [data.uniform(0, f'level {stride}', torch.arange((side // stride) ** 2), channels)
-            .view(1, side // stride, side // stride, channels).permute(0, 3, 1, 2) for stride in strides]
-
-
-def random_rows(boxes, categories, num, side):
-    """Octagons in boxes as rows of a COCO json, num of them for each image."""
-    corners, rows = np.array([.3, 0, .7, 0, 1, .3, 1, .7, .7, 1, .3, 1, 0, .7, 0, .3]).reshape(8, 2), []
-    for n, ((x1, y1, x2, y2), category) in enumerate(zip(boxes.double().tolist(), categories.tolist())):
-        outline = (x1, y1) + corners * (x2 - x1, y2 - y1)
-        rows.append(dict(id=n + 1, image_id=n // num, category_id=category, bbox=[x1, y1, x2 - x1, y2 - y1], iscrowd=0,
-                         area=.82 * (x2 - x1) * (y2 - y1), segmentation=[outline.ravel().tolist()]))
-    return rows
-
-
-def random_truth(num_images=500, num_objects=7, num_results=50, num_categories=80, side=640):
-    """A COCO json, and detections of which a third lie near an object of theirs."""
-    categories = torch.arange(num_images * num_objects) * 7 % num_categories
-    boxes = random_boxes(len(categories), side, 16, 400, 'objects')
-    truth = dict(images=[dict(id=i, height=side, width=side) for i in range(num_images)],
-                 categories=[dict(id=k) for k in range(num_categories)],
-                 annotations=random_rows(boxes, categories, num_objects, side))
-    u = data.uniform(0, 'results', torch.arange(num_images * num_results), 7)
-    target = torch.arange(len(u)) // num_results * num_objects + data.pick(u[:, 0], num_objects)
-    near = boxes[target] + .3 * (u[:, 3:] - .5) * (boxes[target, 2:] - boxes[target, :2]).repeat(1, 2)
-    near = torch.where(u[:, 1:2] < 1 / 3, near, random_boxes(len(u), side, 16, 400, 'free'))
-    results = random_rows(clip_boxes(near, (side, side)), categories[target], num_results, side)
-    for row, score in zip(results, u[:, 2].tolist()):
-        runs = fill_polygons(row['segmentation'], (side, side))
-        row |= dict(score=score, segmentation=dict(size=[side, side], counts=runs_to_string(runs)))
-    return truth, results
-
-
-def bench():
-    """Prints the seconds, best of three on one thread, of what is slow in detection besides the convolutions."""
-    torch.set_num_threads(1)        # what is repeated a thousand times is too small to share
-    pyramid, boxes = random_pyramid(), random_boxes(8000, 1024, 16, 800, 'boxes')
-    scores, (truth, results) = data.uniform(0, 'scores', torch.arange(8000), 1)[:, 0], random_truth()
-    pool = lambda out: pool_boxes(pyramid, (4, 8, 16, 32), [boxes[:512]], out)
-    for name, work in (('RoIAlign 7 x 7, 512 boxes, 256 channels, 4 levels of 1,024 pixels', lambda: pool(7)),
-                       ('RoIAlign 14 x 14', lambda: pool(14)),
-                       ('NMS of 8,000 boxes', lambda: nms(boxes, scores, .5)),
-                       ('soft-NMS of 1,000 boxes, 80 classes',
-                        lambda: soft_nms(boxes[:1000], data.uniform(0, 'soft', torch.arange(80), 1000))),
-                       ('COCO boxes, 500 images x 50 detections', lambda: average_precision(truth, results)),
-                       ('COCO masks, the same', lambda: average_precision(truth, results, 'segm'))):
-        seconds = []
-        for _ in range(3):
-            began = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - began)
-        print0(f'{min(seconds):8.3f} s  {name}')
-
-
 if __name__ == '__main__':
     if sys.argv[1:] != ['--bench']:
         sys.exit('error: what there is to run is python detect_seg.py --bench')
-    bench()
+    runpy.run_path(Path(__file__).resolve().parent / 'assets' / 'bench_detect.py')['bench']()
