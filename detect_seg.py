@@ -2,21 +2,70 @@
 Boxes and instance masks: the detector that EVA trained (arXiv:2211.07636, section 3.3), ViTDet (arXiv:2203.16527) with
 Cascade Mask R-CNN, on our ViT; COCO's and LVIS's average precision.
 
-    python detect_seg.py --bench                           # seconds that its slow parts take on this machine
+    python detect_seg.py --size micro --init eva.pt                    # laptop: the built-in world at 128 pixels
+    python detect_seg.py --data bccd --init eva.pt                     # a folder with train.json, val.json and images
+    python detect_seg.py --init out/detect_seg-micro/model.pt --image a.jpg
+    torchrun --nproc_per_node=8 detect_seg.py --size g --data coco --init eva.pt
 
 Boxes are [x1, y1, x2, y2] in pixels; pixel i covers i to i + 1, so a width is x2 - x1 and no 1 is ever added.
 """
+import glob
+import json
 import math
+import os
 import runpy
-import sys
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 
+import data
 import model as M
+import run
+from model import print0
+from run import option
+
+
+@dataclass
+class Config(run.Run):
+    images: str = option('', "folder of the json's images, if they do not lie beside it")
+    vocabulary: str = option('coarse', "of the built-in world: coarse (16 kinds) or fine (240, long-tailed, as LVIS)")
+    stages: int = option(1, 'of the cascade; 1 is Mask R-CNN')
+    channels: int = option(256, 'of the pyramid and the heads')
+    hidden: int = option(1024, 'width of the box heads')
+    proposals: int = option(1000, 'regions of an image that the box heads look at')
+    num_boxes: int = option(512, 'those of them that the box heads learn from')
+    jitter: tuple = option((.1, 2.), 'large-scale jitter: the image at so much of the size it fits at')
+    window: int = option(0, 'patches along the side of an attention window; 0: all blocks are global')
+    soft: bool = option(False, "test as EVA's published numbers: soft-NMS, and for masks scores times maskness")
+    drop_path: float = option(0., 'chance of skipping a residual branch in the last block, growing linearly with depth')
+    warmup_steps: int = option(50, 'steps of linear warm-up')
+    drop_at: float = option(8 / 9, 'share of the steps after which the learning rate is a tenth')
+    weight_decay: float = option(.1, 'of matrices; vectors and positions have none')
+    layer_decay: float = option(.9, "each layer of the ViT learns at so much of the next one's rate")
+    betas: tuple = option((.9, .999), "AdamW's")
+    eps: float = option(1e-8, "AdamW's")
+    grad_clip: float = option(1., 'largest global gradient norm')
+
+
+SMALL = dict(image_size=128, patch_size=8, batch_size=8, steps=1500, lr=1e-3, channels=48, hidden=192, proposals=200,
+             num_boxes=64, jitter=(.6, 1.4))
+RECIPES = {  # differences from the defaults. g: EVA on COCO; for LVIS add --lr 2e-4 --steps 75000 --drop_at .9333
+    'pico': SMALL, 'nano': SMALL, 'micro': SMALL, 'mini': SMALL, 'ti': SMALL,
+    's': dict(image_size=512, batch_size=16, steps=45_000, lr=1e-4, stages=3, drop_path=.1),        # s, b, l: ours
+    'b': dict(image_size=1024, batch_size=64, steps=45_000, lr=1e-4, stages=3, window=16, patch_size=16, drop_path=.1),
+    'l': dict(image_size=1024, batch_size=64, steps=45_000, lr=1e-4, stages=3, window=16, patch_size=16, drop_path=.4),
+    'g': dict(image_size=1280, batch_size=64, steps=45_000, lr=2.5e-5, stages=3, window=16, patch_size=16, drop_path=.6,
+              warmup_steps=500),
+}
+NUM_EVAL = 500              # validation images of the built-in world; of others all
+NUM_ASKED = 50              # classes that a batch of LVIS's kind is asked for
+REPEAT = .001               # LVIS: images of classes in fewer of them than this share are shown more often
 
 LARGEST_GROWTH = math.log(1000 / 16)        # of a box's side in one step: a wild prediction must not overflow
 COCO_IOUS = np.linspace(.5, .95, 10)        # an average precision is the mean over these
@@ -959,7 +1008,514 @@ def average_precision(truth, results, kind='bbox', most=(1, 10, 100)):
     return dict(result, per_category=each)
 
 
+# ---- images with objects ----------------------------------------------------------------------------------------
+
+def find_json(spec, split):
+    """--data -> (path of a COCO or LVIS json, whether it holds both splits)."""
+    if spec.endswith('.json'):
+        return spec, True
+    names = f'{split}.json', f'annotations/instances_{split}*.json', f'annotations/lvis*_{split}.json'
+    found = [path for name in names for path in sorted(glob.glob(os.path.join(glob.escape(spec), name)))]
+    if not found:
+        raise ValueError(f'--data {spec}: no boxes; looked for {", ".join(names)} in it. Give a .json, a folder with '
+                         "train.json and val.json, COCO's own folder, or 'shapes', the built-in world")
+    return found[0], False
+
+
+def read_json(path):
+    """A COCO or LVIS json, checked for what we use."""
+    try:
+        with open(path) as file:
+            held = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f'{path} cannot be read as json ({M.first_line(error)})') from None
+    for name, keys in (('images', ('id', 'width', 'height')), ('annotations', ('image_id', 'category_id', 'bbox')),
+                       ('categories', ('id', 'name'))):
+        rows = held.get(name) if isinstance(held, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= set(keys) for row in rows):
+            raise ValueError(f"{path} is not a COCO json: expected a list '{name}' of dicts with {', '.join(keys)}")
+    return held
+
+
+def find_images(path, split, names):
+    """The folder of a json's images: the first of the usual places that has one of the first twenty."""
+    root = os.path.dirname(path)
+    beside = f'../{split}2017', f'../images/{split}', f'images/{split}', '..', '.'
+    places = [os.path.splitext(path)[0], *(os.path.join(root, place) for place in beside)]
+    there = lambda place: any(os.path.exists(os.path.join(place, name)) for name in names[:20])
+    return next(filter(there, places), places[0])
+
+
+class Instances:
+    """Images with boxes and masks from a COCO or LVIS json. What cannot be used is left out and counted in `broken`:
+    images that are not there, annotations of unknown images or categories, boxes without area in their image, masks of
+    another size. Crowds are not learnt from, and judged as COCO does."""
+    reads_files, coarse = True, None
+
+    def __init__(self, spec, split='train', images='', jitter=(1., 1.)):
+        path, both = find_json(spec, split)
+        held, self.jitter, self.broken = read_json(path), jitter, set()
+        self.categories = sorted(held['categories'], key=lambda row: row['id'])         # their ids may have gaps
+        self.label_of = {row['id']: k for k, row in enumerate(self.categories)}
+        self.classes, self.lvis = [row['name'] for row in self.categories], is_lvis(held)
+        for row in held['images']:              # LVIS gives addresses, whose last two parts are COCO's path
+            row.setdefault('file_name', '/'.join(str(row.get('coco_url', '')).split('/')[-2:]))
+        names = sorted(row['file_name'] for row in held['images'])
+        names = data.split_by_hash(names)[split] if both and names else names
+        self.folder = images or find_images(path, split, names)
+        there = {name for name in names if os.path.exists(os.path.join(self.folder, name))}
+        self.broken |= {('images of the json are not there', name) for name in names if name not in there}
+        self.images = [row for row in held['images'] if row['file_name'] in there]
+        if not self.images:
+            raise ValueError(f'{path}: none of its {len(names):,} images is in {self.folder}; use --images DIR')
+        self.rows = self.usable_rows(held)
+        self.shares = np.cumsum(self.repeats() if split == 'train' else np.ones(len(self.images)))
+
+    def usable_rows(self, held):
+        """{image id: its annotations that can be used}, each with its box cut at the borders."""
+        images = {row['id']: (row['height'], row['width']) for row in held['images']}
+        rows = {row['id']: [] for row in self.images}
+        for n, row in enumerate(held['annotations']):
+            image, trouble = row['image_id'], None
+            if image not in images or row['category_id'] not in self.label_of:
+                trouble = 'annotations name an unknown image or category'
+            elif image in rows:
+                x, y, w, h = row['bbox'] if len(row['bbox']) == 4 else (0, 0, 0, 0)
+                box = clip_boxes(torch.tensor([[x, y, x + w, y + h]], dtype=torch.float32), images[image])
+                mask = row.get('segmentation') or [[x, y, x + w, y, x + w, y + h, x, y + h]]
+                if not has_area(box).all():
+                    trouble = 'boxes have no area within their image'
+                elif isinstance(mask, dict) and tuple(mask.get('size', ())) != images[image]:
+                    trouble = 'masks are of another size than their image'
+                else:
+                    rows[image].append(dict(row, segmentation=mask, area=row.get('area', w * h), box=box[0]))
+            if trouble:
+                self.broken.add((trouble + ' and were left out', f"annotation {row.get('id', n)}"))
+        return rows
+
+    def frequencies(self):
+        """In how many images each class is [K]."""
+        counts = Counter(name for rows in self.rows.values() for name in {row['category_id'] for row in rows})
+        return torch.tensor([float(counts[row['id']]) for row in self.categories])
+
+    def repeats(self):
+        """How often an epoch shows each image [images]: once, but LVIS sqrt(REPEAT / share of the images) times for the
+        rarest of its classes (arXiv:1908.03195)."""
+        share = self.frequencies().numpy() / len(self.images)
+        factor = np.sqrt(REPEAT / share.clip(1e-9)).clip(1) if self.lvis else np.ones(len(share))
+        return np.array([max([factor[self.label_of[row['category_id']]] for row in self.rows[image['id']]], default=1.)
+                         for image in self.images])
+
+    def __len__(self):
+        return round(self.shares[-1])
+
+    def index(self, position, seed):
+        """Which images stand at these positions [B]: each epoch in its own order, each image as often as it should be,
+        rounded up or down."""
+        u = data.uniform(seed, 'repeat', position // len(self), 1)[:, 0]
+        place = (data.sample_index(position, len(self), seed) + u.double()).numpy() * self.shares[-1] / len(self)
+        return self.shares.searchsorted(place, 'right').clip(max=len(self.images) - 1).tolist()
+
+    def batch(self, position, image_size, seed=0, device='cpu', scale=(1, 1), flip=True):
+        """dict of images uint8 [B, 3, S, S] (zeros at the right and the bottom), sizes (height, width of what is no
+        padding), targets (boxes [n, 4], labels [n], masks), index. scale None: whole images, as large as fits."""
+        batch = dict(images=[], sizes=[], targets=[], index=[], broken=[])
+        for first, u in zip(self.index(position, seed), data.uniform(seed, 'crop', position, 4).tolist()):
+            for i in (*range(first, len(self.images)), *range(first)):      # this one, or the next that can be read
+                try:
+                    path = os.path.join(self.folder, self.images[i]['file_name'])
+                    image, _ = data.read_part(path, lambda width, height: (0, 0, width, height))
+                    break
+                except OSError:
+                    batch['broken'].append(('images could not be read and were replaced', self.images[i]['file_name']))
+            else:
+                raise ValueError(f'{self.folder}: none of its {len(self.images):,} images can be decoded')
+            parts = self.cut(image, self.images[i], image_size, None if scale is None else u, flip)
+            for name, x in zip(('images', 'sizes', 'targets', 'index'), (*parts, i)):
+                batch[name].append(x)
+        return dict(batch, images=torch.stack(batch['images']))
+
+    def cut(self, image, about, S, u, flip):
+        """Large-scale jitter (arXiv:2012.07177): a PIL image -> uint8 [3, S, S], its (height, width) there, target. u:
+        uniform numbers for scale, left, top and mirror; None to test."""
+        scale, left, top = (self.jitter[0] + (self.jitter[1] - self.jitter[0]) * u[0], *u[1:3]) if u else (1., 0., 0.)
+        mirror = bool(u) and flip and u[3] < .5
+        original = np.array([about['width'], about['height']])
+        whole = (original * scale * S / original.max()).round().clip(1)             # (width, height)
+        size = np.minimum(whole, S)
+        corner = np.floor((whole - size) * (left, top))
+        fraction = np.array(image.size) / whole
+        part = image.resize(size.astype(int).tolist(), Image.Resampling.BILINEAR,
+                            box=(*(corner * fraction), *((corner + size) * fraction)))
+        pixels = torch.from_numpy(np.array(part)).permute(2, 0, 1)
+        width, height = size.astype(int).tolist()
+        rows = [row for row in self.rows[about['id']] if not row.get('iscrowd')]
+        boxes = torch.stack([row['box'] for row in rows]) if rows else torch.zeros(0, 4)
+        boxes = boxes * boxes.new_tensor(whole / original).repeat(2) - boxes.new_tensor(corner).repeat(2)
+        boxes = clip_boxes(boxes, (height, width))
+        kept = has_area(boxes)
+        labels = torch.tensor([self.label_of[row['category_id']] for row in rows], dtype=torch.long)[kept]
+        masks = [move_mask(row['segmentation'], original, whole, corner, size, mirror)
+                 for row, keep in zip(rows, kept.tolist()) if keep]
+        if mirror:
+            x1, y1, x2, y2 = boxes.unbind(1)
+            pixels, boxes = pixels.flip(-1), torch.stack((width - x2, y1, width - x1, y2), 1)
+        return pad_to(pixels, S), (height, width), dict(boxes=boxes[kept], labels=labels, masks=masks)
+
+    def truth(self, batch):
+        """A COCO json's images and annotations of a batch, crowds too."""
+        images = [self.images[i] for i in batch['index']]
+        return images, [row for image in images for row in self.rows[image['id']]]
+
+
+def move_mask(mask, original, whole, corner, size, mirror):
+    """An object's polygons, or its run lengths as bool [h, w], after large-scale jitter: from an image of (width,
+    height) original to whole, of which size is cut out at corner."""
+    if isinstance(mask, list):
+        parts = [np.reshape(part, (-1, 2)) * (whole / original) - corner for part in mask]
+        return [(part * (-1, 1) + (size[0], 0) if mirror else part).ravel().tolist() for part in parts]
+    width, height = original.tolist()
+    x, y = [((np.arange(n) + c + .5) * m / w).astype(int).clip(max=m - 1)
+            for n, c, m, w in zip(size, corner, original, whole)]
+    held = decode_mask(read_segmentation(mask, (height, width)), (height, width))
+    return torch.from_numpy(held[y][:, x[::-1] if mirror else x].copy())
+
+
+class Scenes:
+    """The built-in world as images with objects: coarse classes are its kinds, fine ones its 240 combinations of kind,
+    texture and part, by falling frequency, of which a third each are called frequent, common and rare."""
+    reads_files = False
+
+    def __init__(self, world, vocabulary='coarse'):
+        self.world, self.lvis, self.broken = world, vocabulary == 'fine', world.broken
+        kinds, textures = list(data.KINDS), list(data.TEXTURES)
+        fine = data.grammar('cpu', data.NUM_FINE, False)['fine'].tolist()
+        self.classes = [f'{textures[t]} {kinds[k]} {data.PARTS[p]}' for k, t, p in fine] if self.lvis else kinds
+        self.coarse = [k for k, _, _ in fine] if self.lvis else None
+        self.categories = [dict(id=k, name=name) for k, name in enumerate(self.classes)]
+        if self.lvis:
+            self.categories = [dict(row, frequency='fcr'[3 * row['id'] // len(fine)]) for row in self.categories]
+
+    def __len__(self):
+        return len(self.world)
+
+    def frequencies(self):
+        """How often each class occurs, up to a factor [K]."""
+        return 1000 / (torch.arange(len(self.classes)) + 5) if self.lvis else torch.ones(len(self.classes))
+
+    def batch(self, position, image_size, seed=0, device='cpu', scale=None, flip=False):
+        """As Instances.batch. Objects of fewer than 8 visible pixels do not count."""
+        drawn = self.world.batch(position, image_size, seed, device, want=('images', 'boxes', 'masks'))
+        labels, seen = drawn['fine' if self.lvis else 'kind'], drawn['num_visible'] >= 8
+        targets = [dict(boxes=boxes[rows].float(), labels=label[rows], masks=list(masks[rows]))
+                   for boxes, label, masks, rows in zip(drawn['boxes'], labels, drawn['masks'], seen)]
+        return dict(images=drawn['images'], sizes=[(image_size, image_size)] * len(targets), targets=targets,
+                    index=drawn['index'].tolist())
+
+    def truth(self, batch):
+        """As Instances.truth."""
+        names, rows = list(range(len(self.classes))), []
+        images = [dict(id=name, height=size[0], width=size[1], neg_category_ids=names, not_exhaustive_category_ids=[])
+                  for name, size in zip(batch['index'], batch['sizes'])]
+        for image, target in zip(images, batch['targets']):
+            boxes, labels = target['boxes'].tolist(), target['labels'].tolist()
+            for (x1, y1, x2, y2), label, mask in zip(boxes, labels, target['masks']):
+                runs = encode_mask(mask.cpu())
+                rows.append(dict(image_id=image['id'], category_id=label, area=mask_area(runs),
+                                 bbox=[x1, y1, x2 - x1, y2 - y1], segmentation=dict(counts=runs)))
+        return images, rows
+
+
+def open_instances(cfg, split):
+    """--data -> Scenes or Instances."""
+    if cfg.vocabulary not in ('coarse', 'fine'):
+        raise ValueError(f'--vocabulary {cfg.vocabulary} is not one of coarse, fine')
+    if len(cfg.jitter) != 2 or not 0 < cfg.jitter[0] <= cfg.jitter[1]:
+        raise ValueError(f'--jitter {cfg.jitter} are not two shares of the size, the smaller first')
+    if cfg.data.partition(':')[0] == 'shapes':
+        return Scenes(data.open_data(cfg.data, split), cfg.vocabulary)
+    return Instances(cfg.data, split, cfg.images, cfg.jitter)
+
+
+# ---- measuring and looking --------------------------------------------------------------------------------------
+
+def prepare(model, images, sizes):
+    """uint8 [B, 3, S, S] as the model sees them; the padding is 0, the mean."""
+    images = model.normalize(images)
+    for image, (height, width) in zip(images, sizes):
+        image[:, height:], image[:, :, width:] = 0, 0
+    return images
+
+
+def ways_of_testing(cfg, lvis):
+    """How detections are chosen: COCO's or LVIS's usual numbers; with --soft those of EVA's published results."""
+    if lvis:
+        return dict(threshold=.001, most=1000) if cfg.soft else dict(threshold=.02, most=300)
+    return dict(threshold=0., soft=dict(method='linear', threshold=.6)) if cfg.soft else dict(threshold=.05, most=100)
+
+
+@torch.no_grad()
+def find(model, batch, originals, options, device):
+    """What is found in a batch, on images of their original (height, width): dicts as of Detector.detect, and `pasted`,
+    the masks as a list of bool [height, width]."""
+    with run.autocast(device):
+        found = model(prepare(model, batch['images'], batch['sizes']), batch['sizes'], **options)
+    found = [to_original(part, size, original) for part, size, original in zip(found, batch['sizes'], originals)]
+    paste = lambda part, size: [paste_mask(mask, box, size) >= .5 for mask, box in zip(part['masks'], part['boxes'])]
+    return [dict(part, pasted=paste(part, original)) for part, original in zip(found, originals)]
+
+
+def result_rows(found, image, categories):
+    """Detections as rows of COCO's results."""
+    return [dict(image_id=image, category_id=categories[label]['id'], score=score, mask_score=score * sure,
+                 bbox=[x1, y1, x2 - x1, y2 - y1], segmentation=dict(counts=encode_mask(mask.cpu())))
+            for (x1, y1, x2, y2), score, label, mask, sure in zip(
+                found['boxes'].tolist(), found['scores'].tolist(), found['classes'].tolist(), found['pasted'],
+                maskness(found['masks']).tolist())]
+
+
+def evaluate(model, dataset, cfg, device, num):
+    """AP of boxes and masks of the first num validation images, in per cent."""
+    truth, results = dict(images=[], annotations=[], categories=dataset.categories), []
+    batch_size, options = math.ceil(cfg.batch_size / 2), ways_of_testing(cfg, dataset.lvis)
+    for batch in data.eval_batches(dataset, batch_size, cfg.image_size, num, device, cfg.workers):
+        images, rows = dataset.truth(batch)
+        truth['images'] += images
+        truth['annotations'] += rows
+        originals = [(image['height'], image['width']) for image in images]
+        for image, found in zip(images, find(model, batch, originals, options, device)):
+            results += result_rows(found, image['id'], dataset.categories)
+    most, metrics = (300,) if dataset.lvis else (1, 10, 100), {}
+    by_mask = [dict(row, score=row['mask_score']) for row in results] if cfg.soft else results
+    for kind, rows, name in (('bbox', results, 'box'), ('segm', by_mask, 'mask')):
+        numbers = percent(average_precision(truth, rows, kind, most))
+        metrics |= {f'{name}_{key}': value for key, value in numbers.items()}
+    return metrics | vocabulary_gap(truth, results, dataset.coarse, metrics['box_ap']) if dataset.coarse else metrics
+
+
+def percent(numbers):
+    """average_precision's numbers as they are printed; -1, of nothing, stays."""
+    return {name.lower(): max(-1., 100 * value) for name, value in numbers.items() if name != 'per_category'}
+
+
+def vocabulary_gap(truth, results, coarse, fine_ap):
+    """What many classes cost: the AP of the same boxes once their classes count as coarse ones, and without classes;
+    gap is 1 - fine / coarse. EVA, section 3.3, where LVIS is fine and COCO coarse. coarse: each class's coarse one."""
+    metrics = {}
+    for name, group in (('coarse', coarse), ('one_class', [0] * len(coarse))):
+        again = lambda rows: [dict(row, category_id=group[row['category_id']]) for row in rows]
+        categories = [dict(id=k) for k in sorted(set(group))]
+        mapped = dict(truth, annotations=again(truth['annotations']), categories=categories)
+        metrics[f'box_ap_{name}'] = percent(average_precision(mapped, again(results)))['ap']
+    return dict(metrics, gap=1 - fine_ap / max(metrics['box_ap_coarse'], 1e-9))
+
+
+COLOURS = ((230, 60, 50), (40, 120, 220), (50, 170, 80), (240, 160, 30), (150, 80, 190), (30, 180, 190), (220, 90, 160))
+
+
+def draw_objects(image, boxes, labels, masks, words, side):
+    """A PIL image of uint8 [3, H, W] with masks (bool [H, W] each), boxes and words, at least `side` large."""
+    pixels = image.permute(1, 2, 0).cpu().float()
+    for label, mask in zip(labels, masks):
+        colour = pixels.new_tensor(COLOURS[label % len(COLOURS)])
+        pixels = torch.where(mask.cpu()[..., None], .55 * pixels + .45 * colour, pixels)
+    picture = Image.fromarray(pixels.byte().numpy())
+    scale = max(1., side / max(picture.size))
+    picture = picture.resize([round(n * scale) for n in picture.size], Image.Resampling.BICUBIC)
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    for box, label, word in zip(boxes, labels, words):
+        x1, y1, x2, y2 = [n * scale for n in box]
+        draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=COLOURS[label % len(COLOURS)], width=2)
+        draw.text((x1 + 3, y1 + 1), word, fill='white', font=font, stroke_width=2, stroke_fill='black')
+    return picture
+
+
+def draw_found(image, found, classes, side, threshold=.5):
+    """draw_objects of what was found with at least this score."""
+    rows = (found['scores'] >= threshold).nonzero()[:, 0].tolist()
+    labels = found['classes'][rows].tolist()
+    words = [f'{classes[label]} {score:.2f}' for label, score in zip(labels, found['scores'][rows].tolist())]
+    return draw_objects(image, found['boxes'][rows].tolist(), labels, [found['pasted'][i] for i in rows], words, side)
+
+
+def draw_sheet(path, model, dataset, cfg, device, num=6, tile=320):
+    """A picture of validation images: the truth above what was found."""
+    batch = next(iter(data.eval_batches(dataset, num, cfg.image_size, num, device)))
+    found = find(model, batch, batch['sizes'], ways_of_testing(cfg, dataset.lvis), device)
+    sheet = Image.new('RGB', (len(found) * (tile + 6) + 6, 2 * (tile + 6) + 6), 'white')
+    for n, (image, size, target) in enumerate(zip(batch['images'], batch['sizes'], batch['targets'])):
+        image, labels = image[:, :size[0], :size[1]], target['labels'].tolist()
+        masks = [torch.from_numpy(decode_mask(fill_polygons(mask, size), size)) if isinstance(mask, list) else mask
+                 for mask in target['masks']]
+        truth = draw_objects(image, target['boxes'].tolist(), labels, masks, [dataset.classes[k] for k in labels], tile)
+        for y, picture in enumerate((truth, draw_found(image, found[n], dataset.classes, tile))):
+            picture.thumbnail((tile, tile))
+            sheet.paste(picture, (6 + n * (tile + 6), 6 + y * (tile + 6)))
+    run.on_first(sheet.save, path)
+
+
+# ---- the loop ---------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def init_heads(model, seed=0):
+    """First values of all but the ViT, a function of the seed; returns the model. detectron2's: He's where a ReLU
+    follows, small where something is predicted. Independent classes start improbable, at .01."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, layer in model.named_modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)) and not name.startswith('vit'):
+            fan_in = len(layer.weight) if isinstance(layer, nn.ConvTranspose2d) else layer.weight[0].numel()
+            std = (.01 if 'proposer' in name else .001 if name.endswith('deltas') or name == 'mask_head.classes' else
+                   .01 if name.endswith('classes') else (2 / fan_in) ** .5)
+            layer.weight.normal_(0, std, generator=generator)
+            if layer.bias is not None:
+                improbable = model.config['sigmoid'] and name.startswith('box') and name.endswith('classes')
+                layer.bias.fill_(math.log(.01 / .99) if improbable else 0)
+    return model
+
+
+def read_detector(path, **changes):
+    """A Detector in eval mode from our own file or a released one; `.extra` holds its classes, if it says them."""
+    held = M.read(path)
+    try:
+        if isinstance(held, dict) and held.get('format') == 'nanoEVA':
+            if held['name'] != 'Detector':
+                raise ValueError(f"this is a {held['name']}, expected a Detector; train one with --init {path}")
+            with torch.device('meta'):
+                model = Detector(**{**held['config'], **changes})
+            M.fill(model, held['state_dict'], assign=True)
+            model.extra = held['extra']
+            return model.eval()
+        model = load_detector(M.unwrap(held), **changes)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
+    model.extra = {}
+    return model
+
+
+def build(cfg, dataset):
+    """The detector that training starts from: its ViT is --init's, or new."""
+    options = dict(pool='map', mask_token=False, head=0, window=cfg.window, drop_path=cfg.drop_path)
+    patch_size = cfg.patch_size or M.SIZES[cfg.size]['patch_size']
+    M.check_grid(cfg.image_size, cfg.image_size, patch_size)
+    if cfg.window:
+        options['rel_pos'] = cfg.image_size // patch_size
+    if cfg.init:        # its position table stays, and is resized at every step
+        vit = M.load(cfg.init, M.ViT, patch_size=patch_size, **options)
+    else:
+        vit = M.init_weights(M.ViT(**run.size_config(cfg, **options)), cfg.seed)
+    model = Detector(vit.config, len(dataset.classes), cfg.channels, cfg.hidden, cfg.stages, dataset.lvis,
+                     num_boxes=cfg.num_boxes, before=(2 * cfg.proposals, cfg.proposals), after=(cfg.proposals,) * 2)
+    model.vit.load_state_dict(vit.state_dict())
+    if cfg.init:        # EVA keeps the patch embedding as it was pre-trained
+        model.vit.patch_embed.requires_grad_(False)
+    return init_heads(model, cfg.seed)
+
+
+def num_eval(dataset):
+    return NUM_EVAL if isinstance(dataset, Scenes) else len(dataset)
+
+
+def lr_at(step, cfg):
+    """Linear up in warmup_steps, then constant, then a tenth."""
+    return cfg.lr * min(1, (step + 1) / max(1, cfg.warmup_steps)) * (.1 if step >= cfg.drop_at * cfg.steps else 1)
+
+
+def look(cfg, device):
+    """--eval: AP of any detector; --image: what it finds in a picture."""
+    path = cfg.init or f'{cfg.out_dir}/model.pt'
+    model = read_detector(path).to(device)
+    grid, learnt = cfg.image_size // model.vit.patch_size, model.config['vit'].get('rel_pos', 0)
+    if learnt not in (0, grid):
+        stretch_distances(model.vit, (grid, grid))
+    if cfg.eval:
+        dataset, K = open_instances(cfg, 'val'), model.config['num_classes']
+        if len(dataset.classes) != K:
+            raise ValueError(f'{path} knows {K} classes, --data {cfg.data} has {len(dataset.classes)}')
+        return print0(run.table(evaluate(model, dataset, cfg, device, num_eval(dataset))))
+    image, _ = data.read_part(cfg.image, lambda width, height: (0, 0, width, height))
+    original, S = (image.height, image.width), cfg.image_size
+    size = tuple(max(1, round(n * S / max(original))) for n in original)
+    pixels = torch.from_numpy(np.array(image.resize(size[::-1], Image.Resampling.BILINEAR))).permute(2, 0, 1)
+    batch = dict(images=pad_to(pixels, S)[None].to(device), sizes=[size])
+    found = find(model, batch, [original], ways_of_testing(cfg, model.config['sigmoid']), device)[0]
+    classes = model.extra.get('classes') or [str(k) for k in range(model.config['num_classes'])]
+    os.makedirs(cfg.out_dir, exist_ok=True)
+    path = f'{cfg.out_dir}/{Path(cfg.image).stem}.objects.png'
+    draw_found(torch.from_numpy(np.array(image)).permute(2, 0, 1), found, classes, 640).save(path)
+    print0(path)
+
+
+def train(cfg):
+    """Trains a detector; leaves model.pt, objects.png, loss.png, log.jsonl and result.json. --eval and --image only
+    look."""
+    rank, world, device, mesh = run.setup(cfg)
+    cfg.out_dir = cfg.out_dir or f'out/detect_seg-{cfg.size}'
+    if cfg.plan:
+        print0('the ViT alone, with global blocks; pyramid and heads come on top')
+        return run.costs('plan', cfg, run.size_config(cfg, drop_path=cfg.drop_path), device)
+    if cfg.bench:
+        return runpy.run_path(Path(__file__).resolve().parent / 'assets' / 'bench_detect.py')['bench']()
+    if cfg.eval or cfg.image:
+        return look(cfg, device)
+    if cfg.micro_batch:
+        raise ValueError('--micro_batch: losses are divided by numbers that are known once the whole batch has been '
+                         'seen; use more processes or --checkpoint_activations')
+    train_set, val_set = open_instances(cfg, 'train'), open_instances(cfg, 'val')
+    if run.finished(cfg):
+        return
+    run.settle_steps(cfg, train_set)
+    model = run.to_device(build(cfg, train_set), cfg, device, mesh)
+    optimizer = run.make_optimizer(model, cfg, cfg.layer_decay)
+    start, constants = run.resume(cfg.out_dir, model, optimizer, cfg)
+    num = min(num_eval(val_set), max(8, cfg.steps * cfg.batch_size))
+    weights, K = train_set.frequencies().sqrt().to(device), len(train_set.classes)
+    print0(f'EVA {cfg.size}: {run.count_parameters(model) / 1e6:.2f}M parameters, {K} classes, {cfg.image_size} px; '
+           f'{cfg.steps:,} steps of {cfg.batch_size} images on {device}')
+    log = run.Log(cfg, start, device)
+    batches = data.batches(train_set, cfg.batch_size, cfg.image_size, start, cfg.steps, cfg.seed, device, cfg.workers,
+                           rank=rank, world=world)
+    share = cfg.batch_size // world
+    for step, batch in zip(range(start, cfg.steps), batches):
+        for group in optimizer.param_groups:
+            group['lr'] = lr_at(step, cfg) * group['lr_scale']
+        position = step * cfg.batch_size + rank * share + torch.arange(share)
+        draw = lambda stream, num: data.uniform(cfg.seed, stream, position.to(device), num)             # [B, num]
+        asked = None
+        if train_set.lvis:      # the same classes on every process
+            u = data.uniform(cfg.seed, 'classes', torch.tensor(step, device=device), K)
+            asked = lambda labels, draw: federated_classes(labels, weights, NUM_ASKED, u)
+        drop = draw('drop', 2 * len(model.vit.blocks)).unflatten(1, (-1, 2))
+        targets = [{name: x.to(device) if torch.is_tensor(x) else x for name, x in target.items()}
+                   for target in batch['targets']]
+        with run.autocast(device):
+            losses = model(prepare(model, batch['images'], batch['sizes']), batch['sizes'], targets, draw, drop, asked)
+        sums = torch.stack([part.float() for part, _ in losses.values()])
+        counts = torch.tensor([count for _, count in losses.values()], dtype=torch.float32, device=device)
+        loss = (sums / run.total(counts).clamp(min=1)).sum()        # each a mean over the whole batch, all processes
+        (loss * world).backward()
+        grad_norm = run.clip_gradients(model, cfg.grad_clip)
+        if log.is_finite(grad_norm):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if log.due(step):
+            log.write(step, loss=run.total(loss), lr=lr_at(step, cfg), grad_norm=grad_norm)
+        done, stopping = step + 1, log.stopping()
+        if done < cfg.steps and (stopping or done % cfg.save_every == 0):
+            run.save_checkpoint(cfg.out_dir, done, model, optimizer, cfg, constants)
+            if stopping:
+                log.leave(done)
+            draw_sheet(f'{cfg.out_dir}/objects.png', model, val_set, cfg, device)
+            metrics = evaluate(model, val_set, cfg, device, min(num, 100))
+            log.say(step, **{name: metrics[name] for name in ('box_ap', 'box_ap50', 'mask_ap', 'mask_ap50')})
+
+    metrics = evaluate(model, val_set, cfg, device, num)
+    run.save_model(model, f'{cfg.out_dir}/model.pt', classes=train_set.classes, image_size=cfg.image_size)
+    draw_sheet(f'{cfg.out_dir}/objects.png', model, val_set, cfg, device)
+    log.finish(model, 'training loss', {}, **metrics)
+    for dataset in (train_set, val_set):
+        if dataset.broken:
+            print0(data.report_broken(dataset))
+
+
 if __name__ == '__main__':
-    if sys.argv[1:] != ['--bench']:
-        sys.exit('error: what there is to run is python detect_seg.py --bench')
-    runpy.run_path(Path(__file__).resolve().parent / 'assets' / 'bench_detect.py')['bench']()
+    run.main(train, Config, RECIPES)

@@ -1,14 +1,22 @@
 """Detection: against plain references, on any machine."""
+import json
+import os
+import re
 import runpy
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
 import data
 import detect_seg as D
 import model as M
+import run
+from test_distributed import finish, gradients, launch, small
 
 bench = runpy.run_path(Path(D.__file__).parent / 'assets' / 'bench_detect.py')
 
@@ -106,7 +114,8 @@ def tiny_detector(num_classes=3, stages=2, **options):
 def targets_of(*boxes):
     """A target with these boxes, of classes 0, 1, ..., and rectangular masks."""
     masks = [[[x1, y1, x2, y1, x2, y2, x1, y2]] for x1, y1, x2, y2 in boxes]
-    return dict(boxes=torch.tensor(boxes, dtype=torch.float32).view(-1, 4), labels=torch.arange(len(boxes)), masks=masks)
+    boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
+    return dict(boxes=boxes, labels=torch.arange(len(boxes)), masks=masks)
 
 
 def losses_of(model, images, targets):
@@ -165,3 +174,254 @@ def test_maskness_is_the_mean_of_what_is_inside():
     """0 where nothing is above the threshold."""
     masks = torch.tensor([[[.9, .7], [.1, .5]], [[.2, .1], [.5, .3]]])
     torch.testing.assert_close(D.maskness(masks), torch.tensor([.8, 0.]))
+
+
+# ---- data
+
+def test_a_target_nobody_overlaps_takes_all_anchors():
+    """The original's quirk: every anchor has that target's best IoU, 0, so every one becomes positive."""
+    index, label = D.match(torch.zeros(1, 3), (.3, .7), (0, -1, 1), low_quality=True)
+    assert label.tolist() == [1, 1, 1]
+
+
+def test_of_equal_objects_the_last_is_found():
+    """COCO's way with ties: the first detection takes the second object, which is all that the other one overlaps."""
+    iou = np.array([[.8, .8], [.1, .9]])
+    found, _ = D.match_detections(iou, np.zeros((4, 2), dtype=bool), np.zeros(2, dtype=bool))
+    assert found[0, 0, 0] and not found[1, 0, 0]
+
+
+def write_json(folder, annotations, num_images=4, size=(24, 32), **fields):
+    """train.json, val.json and images 0.png, 1.png, ... of which image i is of one grey: 40 i."""
+    for split in ('train', 'val'):
+        os.makedirs(folder / split, exist_ok=True)
+        for i in range(num_images):
+            Image.new('RGB', size[::-1], (40 * i,) * 3).save(folder / split / f'{i}.png')
+        images = [dict(id=10 + i, file_name=f'{i}.png', height=size[0], width=size[1]) for i in range(num_images)]
+        categories = [dict(id=3, name='cat'), dict(id=7, name='dog')]
+        held = dict(images=images, annotations=annotations, categories=categories)
+        (folder / f'{split}.json').write_text(json.dumps(held | fields))
+    return str(folder)
+
+
+def row(image=0, box=(2, 3, 10, 8), category=3, **fields):
+    return dict(image_id=10 + image, category_id=category, bbox=list(box), iscrowd=0, **fields)
+
+
+def test_categories_with_gaps_are_numbered_in_order(tmp_path):
+    """Ids 3 and 7 are labels 0 and 1, and come back as 3 and 7."""
+    dataset = D.Instances(write_json(tmp_path, [row(), row(category=7)]), 'val')
+    batch = dataset.batch(torch.arange(4), 32, scale=None)
+    target = batch['targets'][batch['index'].index(0)]
+    assert dataset.classes == ['cat', 'dog'] and target['labels'].tolist() == [0, 1]
+    found = dict(boxes=torch.ones(1, 4), scores=torch.ones(1), classes=torch.tensor([1]), masks=torch.ones(1, 2, 2),
+                 pasted=[torch.ones(2, 2, dtype=torch.bool)])
+    assert D.result_rows(found, 10, dataset.categories)[0]['category_id'] == 7
+
+
+def test_what_cannot_be_used_is_left_out_and_counted(tmp_path):
+    """Boxes outside the image or without area, masks of another size, unknown images and categories, absent images."""
+    whole = dict(size=[24, 32], counts=[0, 768])
+    folder = write_json(tmp_path, [row(), row(box=(40, 3, 5, 5)), row(box=(2, 3, 0, 5)), row(image=50),
+                                   row(category=4), row(segmentation=dict(size=[9, 9], counts=[81])),
+                                   row(box=(30, 20, 50, 50)), row(1, segmentation=whole, category=7)])
+    os.remove(tmp_path / 'train' / '3.png')
+    dataset = D.Instances(folder, 'train')
+    assert Counter(what.split(' ')[0] for what, _ in dataset.broken) == dict(boxes=2, masks=1, annotations=2, images=1)
+    assert len(dataset) == 3 and [len(dataset.rows[10 + i]) for i in range(3)] == [2, 1, 0]
+    assert dataset.rows[10][1]['box'].tolist() == [30, 20, 32, 24]                          # cut at the border
+
+
+def test_crowds_are_judged_and_not_learnt(tmp_path):
+    """A crowd is no target, but among the rows that detections are judged by."""
+    crowd = row(segmentation=dict(size=[24, 32], counts=[0, 768])) | dict(iscrowd=1)
+    dataset = D.Instances(write_json(tmp_path, [row(), crowd]), 'val')
+    batch = dataset.batch(torch.arange(4), 32, scale=None)
+    assert len(batch['targets'][batch['index'].index(0)]['boxes']) == 1 and len(dataset.truth(batch)[1]) == 2
+
+
+@pytest.mark.parametrize('text, message', [
+    ('{', 'cannot be read as json'), ('[]', "not a COCO json: expected a list 'images'"),
+    ('{"images": [], "annotations": [{}], "categories": []}', "expected a list 'annotations'"),
+    ('{"images": [], "annotations": [], "categories": []}', 'none of its 0 images')])
+def test_other_json_is_refused(tmp_path, text, message):
+    """One line that says what was expected."""
+    (tmp_path / 'train.json').write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        D.Instances(str(tmp_path), 'train')
+
+
+def test_a_folder_without_boxes_says_what_was_looked_for(tmp_path):
+    """Not images alone."""
+    with pytest.raises(ValueError, match='train.json, annotations/instances_train'):
+        D.Instances(str(tmp_path), 'train')
+
+
+@pytest.mark.parametrize('form', ['polygon', 'runs'])
+def test_boxes_and_masks_go_where_the_image_goes(tmp_path, form):
+    """After jitter and mirroring, a white rectangle's pixels, its mask and its box are still the same place."""
+    folder = write_json(tmp_path, [row(i, box=(8, 6, 12, 10)) for i in range(4)])
+    mask = np.zeros((24, 32), dtype=bool)
+    mask[6:16, 8:20] = True
+    for i in range(4):
+        Image.fromarray((255 * mask).astype(np.uint8)).convert('RGB').save(tmp_path / 'train' / f'{i}.png')
+    if form == 'runs':
+        held = json.loads((tmp_path / 'train.json').read_text())
+        for part in held['annotations']:
+            part['segmentation'] = dict(size=[24, 32], counts=D.encode_mask(mask).tolist())
+        (tmp_path / 'train.json').write_text(json.dumps(held))
+    dataset = D.Instances(folder, 'train', jitter=(.6, 2.))
+    batch = dataset.batch(torch.arange(24), 64, seed=1)
+    sides = set()
+    for image, size, target in zip(batch['images'], batch['sizes'], batch['targets']):
+        if not len(target['boxes']):
+            continue
+        x1, y1, x2, y2 = target['boxes'][0].round().int().tolist()
+        seen = image[0] > 127
+        mask, = target['masks']
+        mask = torch.from_numpy(D.decode_mask(D.fill_polygons(mask, size), size)) if form == 'polygon' else mask
+        mask = F.pad(mask, (0, 64 - size[1], 0, 64 - size[0]))
+        box = torch.zeros(64, 64, dtype=torch.bool)
+        box[y1:y2, x1:x2] = True
+        for place in (mask, box):
+            assert (seen & place).sum() > .8 * (seen | place).sum()
+        sides.add(size)
+    assert len(sides) > 5
+
+
+def test_rare_classes_are_shown_more_often(tmp_path):
+    """LVIS's repeat factor: every image at least once an epoch, one with a rare class as often as its factor says."""
+    folder = write_json(tmp_path, [row(i) for i in range(39)] + [row(39, category=7)], 40)
+    held = json.loads((tmp_path / 'train.json').read_text())
+    for category in held['categories']:
+        category['frequency'] = 'f'
+    (tmp_path / 'train.json').write_text(json.dumps(held))
+    before, D.REPEAT = D.REPEAT, .1         # dogs are in 1 of 40 images: sqrt(.1 / .025) = twice
+    try:
+        dataset = D.Instances(folder, 'train')
+    finally:
+        D.REPEAT = before
+    assert len(dataset) == 41
+    for epoch in range(3):
+        counts = Counter(dataset.index(41 * epoch + torch.arange(41), seed=0))
+        assert counts[39] == 2 and all(counts[i] == 1 for i in range(39))
+
+
+def test_the_worlds_masks_are_in_their_boxes():
+    """Visible pixels, tightly; every object once; fine classes are of the coarse ones' kinds."""
+    coarse, fine = (D.Scenes(data.open_data('shapes'), name) for name in ('coarse', 'fine'))
+    batch, other = (dataset.batch(torch.arange(6), 64) for dataset in (coarse, fine))
+    for target, again in zip(batch['targets'], other['targets']):
+        assert torch.equal(target['labels'], torch.tensor(fine.coarse)[again['labels']])
+        for (x1, y1, x2, y2), mask in zip(target['boxes'].int().tolist(), target['masks']):
+            assert mask.sum() >= 8 and mask[y1:y2, x1:x2].sum() == mask.sum()
+            assert mask[y1].any() and mask[:, x1].any() and mask[y2 - 1].any() and mask[:, x2 - 1].any()
+
+
+def test_the_vocabulary_gap_of_perfect_boxes_is_zero():
+    """And it is one where every fine class is wrong but every coarse one right."""
+    dataset = D.Scenes(data.open_data('shapes', 'val'), 'fine')
+    images, rows = dataset.truth(dataset.batch(torch.arange(4), 64))
+    truth = dict(images=images, annotations=rows, categories=dataset.categories)
+    right = [dict(row, score=.9) for row in rows]
+    ap = lambda results: D.percent(D.average_precision(truth, results, most=(300,)))['ap']
+    gap = D.vocabulary_gap(truth, right, dataset.coarse, ap(right))
+    assert gap['gap'] == pytest.approx(0) and gap['box_ap_one_class'] == pytest.approx(100)
+    twin = [next(k for k, kind in enumerate(dataset.coarse) if kind == dataset.coarse[row['category_id']]
+                 and k not in {row['category_id'] for row in rows}) for row in rows]
+    wrong = [dict(row, category_id=k) for row, k in zip(right, twin)]
+    assert D.vocabulary_gap(truth, wrong, dataset.coarse, ap(wrong))['gap'] == pytest.approx(1)
+
+
+# ---- commands
+
+TINY = ['--size', 'pico', '--patch_size', '8', '--batch_size', '2', '--steps', '2', '--channels', '8', '--hidden', '16',
+        '--proposals', '20', '--num_boxes', '8', '--device', 'cpu', '--image_size', '32']
+
+
+def detect(*flags):
+    D.train(run.parse_config(D.Config, D.RECIPES, [*TINY, *map(str, flags)]))
+
+
+def test_training_evaluating_and_drawing(tmp_path, capsys):
+    """A run leaves its files; --eval repeats its AP; --image draws any picture."""
+    out = tmp_path / 'run'
+    detect('--out_dir', out)
+    result = json.loads((out / 'result.json').read_text())
+    assert {'model.pt', 'objects.png', 'loss.png', 'log.jsonl'} <= set(os.listdir(out)) and 'mask_ap' in result
+    Image.new('RGB', (50, 30)).save(tmp_path / 'a.png')
+    detect('--init', out / 'model.pt', '--image', tmp_path / 'a.png', '--out_dir', tmp_path)
+    assert Image.open(tmp_path / 'a.objects.png').size == (640, 384)
+    D.NUM_EVAL, before = 8, D.NUM_EVAL
+    try:
+        detect('--init', out / 'model.pt', '--eval', '--soft')
+    finally:
+        D.NUM_EVAL = before
+    assert 'box_ap50' in capsys.readouterr().out
+
+
+def test_real_data_from_an_eva(tmp_path):
+    """--init takes over a pre-trained ViT; the patch embedding stays as it was; a json's classes are learnt, LVIS's way
+    if it has frequencies."""
+    eva = M.init_weights(M.ViT(**M.SIZES['pico'] | dict(patch_size=8, image_size=16, head=5)), 3)
+    M.save(eva, str(tmp_path / 'eva.pt'))
+    categories = [dict(id=k, name=str(k), frequency='rcf'[k % 3]) for k in range(4)]
+    rows = [row(i, category=k) for i in range(4) for k in range(i)]
+    lists = [dict(id=10 + i, file_name=f'{i}.png', height=24, width=32, neg_category_ids=[3],
+                  not_exhaustive_category_ids=[]) for i in range(4)]
+    folder = write_json(tmp_path / 'data', rows, categories=categories, images=lists)
+    detect('--data', folder, '--init', tmp_path / 'eva.pt', '--stages', 2, '--window', 2, '--out_dir', tmp_path / 'run')
+    model = D.read_detector(str(tmp_path / 'run' / 'model.pt'))
+    assert model.config['sigmoid'] and model.extra['classes'] == list('0123') and len(model.box_heads) == 2
+    assert torch.equal(model.vit.patch_embed.weight, eva.patch_embed.weight)
+    assert not torch.equal(model.vit.blocks[0].mlp.fc1.weight, eva.blocks[0].mlp.fc1.weight)
+    result = json.loads((tmp_path / 'run' / 'result.json').read_text())
+    assert {'box_apr', 'box_apc', 'box_apf', 'mask_ap'} <= result.keys()
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path):
+    """Two steps, or one, a checkpoint and another: the same weights."""
+    detect('--out_dir', tmp_path / 'straight')
+    detect('--out_dir', tmp_path / 'parts', '--save_every', 1)
+    os.remove(tmp_path / 'parts' / 'result.json')
+    detect('--out_dir', tmp_path / 'parts', '--save_every', 1)
+    first, second = (D.read_detector(str(tmp_path / name / 'model.pt')).state_dict() for name in ('straight', 'parts'))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--patch_size', '6', '--image_size', '36'], 'patch_size 6 is not a multiple of 4'),
+    (['--image_size', '36'], 'image_size 36'), (['--micro_batch', '1'], '--micro_batch: losses'),
+    (['--data', 'nowhere'], 'no boxes'), (['--init', 'nowhere.pt'], 'nowhere.pt cannot be read'),
+    (['--vocabulary', 'medium'], 'vocabulary medium'), (['--jitter', '2'], 'jitter'),
+    (['--eval', '--init', 'nowhere.pt'], 'nowhere.pt cannot be read')])
+def test_wrong_options_are_one_line(flags, message, tmp_path):
+    """Before any training."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        detect(*flags, '--out_dir', tmp_path / 'run')
+
+
+def test_an_eva_is_no_detector(tmp_path):
+    """--eval of a file that holds something else says what to do."""
+    M.save(M.ViT(**M.SIZES['pico']), str(tmp_path / 'eva.pt'))
+    with pytest.raises(ValueError, match='this is a ViT, expected a Detector; train one with --init'):
+        D.read_detector(str(tmp_path / 'eva.pt'))
+
+
+def first_gradients(folder, world):
+    """Of the first step, on images of which every second has no boxes."""
+    return gradients(D, folder / f'run-{world}', *TINY, '--data', str(folder / 'data'), '--jitter', '1,1')
+
+
+def test_two_processes_of_which_one_sees_no_boxes(tmp_path):
+    """Each weight's gradient is that of one process with the whole batch."""
+    write_json(tmp_path / 'data', [row(), row(box=(10, 5, 15, 12), category=7)], 2)
+    with pytest.MonkeyPatch.context() as patch:
+        small(patch)
+        one = first_gradients(tmp_path, 1)
+    finish(launch(2, tmp_path, first_gradients), tmp_path)
+    for rank in (0, 1):
+        two = torch.load(tmp_path / f'found-2-{rank}.pt')
+        assert one.keys() == two.keys()
+        for name, gradient in one.items():
+            torch.testing.assert_close(two[name], gradient, atol=2e-5, rtol=1e-3, msg=name)
