@@ -319,7 +319,8 @@ def roi_align(features, boxes, image, out, scale=1., ratio=0, aligned=True):
         x2, y2 = torch.maximum(x2, x1 + 1), torch.maximum(y2, y1 + 1)
     y = bin_weights(y1, y2, out, features.shape[2], ratio)
     x = bin_weights(x1, x2, out, features.shape[3], ratio)
-    return PoolBoxes.apply(features.float(), image, y, x)
+    with torch.autocast(features.device.type, enabled=False):       # bfloat16 would misplace what is interpolated
+        return PoolBoxes.apply(features.float(), image, y, x)
 
 
 def box_levels(boxes, strides):
@@ -482,7 +483,8 @@ def mask_targets(masks, boxes, size):
             targets.append(torch.from_numpy(decode_mask(fill_polygons(parts, (size, size)), (size, size))))
         else:
             cells = torch.as_tensor(mask, dtype=torch.float32)[None, None]
-            targets.append(roi_align(cells, box[None], torch.zeros(1, dtype=torch.long), size)[0, 0] >= .5)
+            first = torch.zeros(1, dtype=torch.long)
+            targets.append(roi_align(cells, box[None].to(cells.device), first, size)[0, 0].cpu() >= .5)
     return torch.stack(targets) if targets else torch.zeros(0, size, size, dtype=torch.bool)
 
 
@@ -1424,6 +1426,8 @@ def look(cfg, device):
     """--eval: AP of any detector; --image: what it finds in a picture."""
     path = cfg.init or f'{cfg.out_dir}/model.pt'
     model = read_detector(path).to(device)
+    if cfg.image_size == RECIPES[cfg.size]['image_size']:       # no other was asked for
+        cfg.image_size = model.extra.get('image_size', cfg.image_size)
     grid, learnt = cfg.image_size // model.vit.patch_size, model.config['vit'].get('rel_pos', 0)
     if learnt not in (0, grid):
         stretch_distances(model.vit, (grid, grid))
@@ -1481,7 +1485,7 @@ def train(cfg):
         position = step * cfg.batch_size + rank * share + torch.arange(share)
         draw = lambda stream, num: data.uniform(cfg.seed, stream, position.to(device), num)             # [B, num]
         asked = None
-        if train_set.lvis:      # the same classes on every process
+        if train_set.lvis:      # each process asks for its own labels' classes and the first of the same draw
             u = data.uniform(cfg.seed, 'classes', torch.tensor(step, device=device), K)
             asked = lambda labels, draw: federated_classes(labels, weights, NUM_ASKED, u)
         drop = draw('drop', 2 * len(model.vit.blocks)).unflatten(1, (-1, 2))

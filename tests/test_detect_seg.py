@@ -135,6 +135,25 @@ def test_every_weight_gets_a_gradient_without_any_box(stages):
     assert not model.mask_head.classes.weight.grad.any()
 
 
+def test_bfloat16_products_give_nearly_the_same():
+    """Under autocast, as on a GPU, losses are within some per cent and detection works."""
+    model, images, targets = tiny_detector(), torch.randn(2, 3, 32, 32), [targets_of((2, 3, 20, 18)), targets_of()]
+    exact = losses_of(model, images, targets)
+    with torch.autocast('cpu', torch.bfloat16):
+        rough = losses_of(model, images, targets)
+        found = model(images, [(32, 32)] * 2, threshold=0.)
+    for name in ('proposal_objectness', 'classes_0', 'masks'):
+        torch.testing.assert_close(rough[name][0].float(), exact[name][0], atol=.1, rtol=.1)
+    assert all(part['boxes'].dtype == torch.float32 for part in found)
+
+
+def test_finding_nothing_is_an_empty_result():
+    """No score reaches 2: boxes, scores, classes and masks of none, in every image."""
+    found = tiny_detector()(torch.randn(2, 3, 32, 32), [(32, 32), (20, 30)], threshold=2.)
+    assert [part['masks'].shape for part in found] == [(0, 28, 28)] * 2 and not len(found[0]['boxes'])
+    assert D.to_original(found[0], (32, 32), (64, 60))['scores'].shape == (0,)
+
+
 def test_losses_are_sums_over_images():
     """Two images' losses and counts are those of each alone, added: what is divided by can be summed over processes."""
     model, images = tiny_detector(), torch.randn(2, 3, 32, 32)
