@@ -293,8 +293,8 @@ class World:
         """dict of the scenes at these positions: position, index, every field of scenes(), labels among them (kind of
         the largest object), unnamed (its part pattern); as wanted images uint8 [B, 3, H, W] on device, captions (list
         of B), semantic [B, H, W] (grounds, then 10 + kind), and of what is visible boxes [B, 6, 4] (xyxy, pixels),
-        masks [B, 6, H, W] and num_visible [B, 6]. Of clips: images [B, T, 3, H, W], labels (actions), position, index. A
-        world without end needs no augmentation: scale, flip and augment are for real images."""
+        masks [B, 6, H, W] and num_visible [B, 6]. Of clips: images [B, T, 3, H, W], labels (actions), position, index.
+        A world without end needs no augmentation: scale, flip and augment are for real images."""
         index = self.index(position.to(device), seed)
         if self.frames:
             frames, labels = self.clips(index)

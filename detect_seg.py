@@ -1118,9 +1118,10 @@ class Instances:
         place = (data.sample_index(position, len(self), seed) + u.double()).numpy() * self.shares[-1] / len(self)
         return self.shares.searchsorted(place, 'right').clip(max=len(self.images) - 1).tolist()
 
-    def batch(self, position, image_size, seed=0, device='cpu', scale=(1, 1), flip=True):
+    def batch(self, position, image_size, seed=0, device='cpu', scale=(1, 1), flip=True, augment=''):
         """dict of images uint8 [B, 3, S, S] (zeros at the right and the bottom), sizes (height, width of what is no
-        padding), targets (boxes [n, 4], labels [n], masks), index. scale None: whole images, as large as fits."""
+        padding), targets (boxes [n, 4], labels [n], masks), index. scale: a pair to train, else whole images, as large
+        as fits; augment is for classifiers."""
         batch = dict(images=[], sizes=[], targets=[], index=[], broken=[])
         for first, u in zip(self.index(position, seed), data.uniform(seed, 'crop', position, 4).tolist()):
             for i in (*range(first, len(self.images)), *range(first)):      # this one, or the next that can be read
@@ -1132,7 +1133,7 @@ class Instances:
                     batch['broken'].append(('images could not be read and were replaced', self.images[i]['file_name']))
             else:
                 raise ValueError(f'{self.folder}: none of its {len(self.images):,} images can be decoded')
-            parts = self.cut(image, self.images[i], image_size, None if scale is None else u, flip)
+            parts = self.cut(image, self.images[i], image_size, u if isinstance(scale, tuple) else None, flip)
             for name, x in zip(('images', 'sizes', 'targets', 'index'), (*parts, i)):
                 batch[name].append(x)
         return dict(batch, images=torch.stack(batch['images']))
@@ -1205,7 +1206,7 @@ class Scenes:
         """How often each class occurs, up to a factor [K]."""
         return 1000 / (torch.arange(len(self.classes)) + 5) if self.lvis else torch.ones(len(self.classes))
 
-    def batch(self, position, image_size, seed=0, device='cpu', scale=None, flip=False):
+    def batch(self, position, image_size, seed=0, device='cpu', scale=None, flip=False, augment=''):
         """As Instances.batch. Objects of fewer than 8 visible pixels do not count."""
         drawn = self.world.batch(position, image_size, seed, device, want=('images', 'boxes', 'masks'))
         labels, seen = drawn['fine' if self.lvis else 'kind'], drawn['num_visible'] >= 8

@@ -210,7 +210,7 @@ class ViT(nn.Module):
         return self.norm(self.tokens(images, mask, keep, drop))
 
     def forward(self, images, mask=None, keep=None, drop=None):
-        """The head's output: [B, N, head] without pooling, else [B, head]; without a head its input; a map [B, D, h, w]."""
+        """The head's output: [B, N, head] per patch, [B, head] pooled; without a head its input. A map: [B, D, h, w]."""
         x = self.tokens(images, mask, keep, drop)
         if self.pool == 'map':
             return x.unflatten(1, (images.shape[2] // self.patch_size, -1)).permute(0, 3, 1, 2)
