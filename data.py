@@ -292,9 +292,9 @@ class World:
               want=('images', 'captions')):
         """dict of the scenes at these positions: position, index, every field of scenes(), labels among them (kind of
         the largest object), unnamed (its part pattern); as wanted images uint8 [B, 3, H, W] on device, captions (list
-        of B), semantic [B, H, W] (grounds, then 10 + kind), boxes [B, 6, 4] (xyxy, pixels, of what is visible) and
-        num_visible [B, 6]. Of clips: images [B, T, 3, H, W], labels (actions), position, index. A world without end
-        needs no augmentation: scale, flip and augment are for real images."""
+        of B), semantic [B, H, W] (grounds, then 10 + kind), and of what is visible boxes [B, 6, 4] (xyxy, pixels),
+        masks [B, 6, H, W] and num_visible [B, 6]. Of clips: images [B, T, 3, H, W], labels (actions), position, index.
+        A world without end needs no augmentation: scale, flip and augment are for real images."""
         index = self.index(position.to(device), seed)
         if self.frames:
             frames, labels = self.clips(index)
@@ -304,7 +304,8 @@ class World:
         largest = (scenes['radius'] * scenes['valid']).argmax(1, keepdim=True)
         out = dict(scenes, position=position, index=index, unnamed=scenes['part'].gather(1, largest)[:, 0])
         if {'images', 'semantic', 'boxes'} & set(want):
-            out |= self.draw(scenes, image_size, annotate=bool({'semantic', 'boxes'} & set(want)))
+            drawn = self.draw(scenes, image_size, annotate=bool({'semantic', 'boxes'} & set(want)))
+            out |= {name: x for name, x in drawn.items() if name != 'masks' or name in want}
         if 'captions' in want:
             out['captions'] = captions(scenes, index)
         return out
@@ -487,7 +488,8 @@ class World:
         last = lambda seen: seen.shape[-1] - first(seen.flip(-1))
         boxes = torch.stack([first(columns), first(rows), last(columns), last(rows)], -1)
         num_visible = visible.flatten(2).sum(-1)
-        return dict(semantic=semantic, boxes=boxes * (num_visible > 0)[..., None], num_visible=num_visible)
+        boxes = boxes * (num_visible > 0)[..., None]
+        return dict(semantic=semantic, boxes=boxes, num_visible=num_visible, masks=visible)
 
 
 NUMBERS = ('no', 'one', 'two', 'three', 'four', 'five', 'six')

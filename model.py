@@ -51,26 +51,33 @@ ACTIVATIONS = {'gelu': F.gelu, 'quick_gelu': lambda x: x * torch.sigmoid(1.702 *
 
 class Attention(nn.Module):
     """Multi-head self-attention, [B, N, D] to [B, N, D]; rotary as rotary_positions gives it. A key bias would add one
-    number to all of a query's logits, which softmax cancels: there is none. `norm`, before proj, is EVA-02-CLIP's."""
+    number to all of a query's logits, which softmax cancels: there is none. `norm`, before proj, is EVA-02-CLIP's.
+    ViTDet's: a window of so many patches a side sees itself only; rel_pos is the side that distances are learnt for."""
 
-    def __init__(self, width, heads, causal=False, norm=None):
+    def __init__(self, width, heads, causal=False, norm=None, window=0, rel_pos=0):
         super().__init__()
-        self.heads, self.causal = heads, causal
+        self.heads, self.causal, self.window = heads, causal, window
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.norm = norm or nn.Identity()
         self.proj = nn.Linear(width, width)
+        table = lambda: nn.Parameter(torch.zeros(2 * rel_pos - 1, width // heads)) if rel_pos else None
+        self.rel_pos_h, self.rel_pos_w = table(), table()
 
-    def forward(self, x, rotary=None):
+    def forward(self, x, rotary=None, grid=None):
+        if self.window:
+            whole, grid, x = grid, (self.window, self.window), split_windows(x, grid, self.window)
         B, N, D = x.shape
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = F.linear(x, self.qkv.weight, bias).view(B, N, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # each [B, heads, N, head_dim]
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)   # [B, heads, N, head_dim]
-        return self.proj(self.norm(x.transpose(1, 2).reshape(B, N, D)))
+        bias = None if self.rel_pos_h is None else distance_logits(q, grid, self.rel_pos_h, self.rel_pos_w)
+        x = F.scaled_dot_product_attention(q, k, v, bias, is_causal=self.causal)    # [B, heads, N, head_dim]
+        x = self.proj(self.norm(x.transpose(1, 2).reshape(B, N, D)))
+        return join_windows(x, whole, self.window) if self.window else x
 
 
 class Mlp(nn.Module):
@@ -93,11 +100,11 @@ class Block(nn.Module):
     float32."""
 
     def __init__(self, width, heads, mlp_width, eps=1e-6, act='gelu', layer_scale=None, causal=False, attn_norm=False,
-                 mlp_norm=False, post_norm=False):
+                 mlp_norm=False, post_norm=False, window=0, rel_pos=0):
         super().__init__()
         self.post_norm = post_norm
         self.norm1 = nn.LayerNorm(width, eps)
-        self.attn = Attention(width, heads, causal, nn.LayerNorm(width, eps) if attn_norm else None)
+        self.attn = Attention(width, heads, causal, nn.LayerNorm(width, eps) if attn_norm else None, window, rel_pos)
         self.norm2 = nn.LayerNorm(width, eps)
         self.mlp = Mlp(width, mlp_width, act, nn.LayerNorm(mlp_width, eps) if mlp_norm else None)
         self.gamma_1 = self.gamma_2 = None
@@ -105,9 +112,9 @@ class Block(nn.Module):
             self.gamma_1 = nn.Parameter(torch.full((width,), float(layer_scale)))
             self.gamma_2 = nn.Parameter(torch.full((width,), float(layer_scale)))
 
-    def forward(self, x, drop=None, rotary=None):
+    def forward(self, x, drop=None, rotary=None, grid=None):
         """x [B, N, D]; drop [B, 2] multiplies each image's two branches: 0 drops one, 1 / (1 - rate) keeps it."""
-        attention = lambda x: self.attn(x, rotary)
+        attention = lambda x: self.attn(x, rotary, grid)
         for i, (branch, norm, gamma) in enumerate(((attention, self.norm1, self.gamma_1),
                                                    (self.mlp, self.norm2, self.gamma_2))):
             change = norm(branch(x)) if self.post_norm else branch(norm(x))
@@ -125,12 +132,13 @@ class ViT(nn.Module):
     the class token, 'mean' the average patch. OpenAI's towers have a norm before the blocks (`pre_norm`). EVA-02 has
     act='swiglu', mlp_norm, as a CLIP attn_norm, and rotary positions besides the learnt ones: `rope` is 'index' where
     rows count 0, 1, 2, ..., or the number of rows that every grid is stretched to. With `frames` it sees clips: the
-    patches of all frames are one sequence, with positions of their own."""
+    patches of all frames are one sequence, with positions of their own. pool='map' is ViTDet's backbone: the patches as
+    a map, without class token and final norm; all blocks but each global_every-th attend within windows."""
 
     def __init__(self, width, depth, heads, mlp_width, patch_size, image_size, head=0, head_bias=True, pool=None,
                  drop_path=0., eps=1e-6, act='gelu', pre_norm=False, patch_bias=True, mask_token=True,
                  layer_scale=None, attn_norm=False, mlp_norm=False, post_norm=False, rope=None, align_corners=False,
-                 frames=1, mean=CLIP_MEAN, std=CLIP_STD):
+                 frames=1, window=0, global_every=4, rel_pos=0, mean=CLIP_MEAN, std=CLIP_STD):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ('self', '__class__')}
         self.pool, self.patch_size, self.image_size = pool, patch_size, image_size
@@ -140,15 +148,18 @@ class ViT(nn.Module):
         if rope and width // heads % 4:
             raise ValueError(f'width {width} / heads {heads} is not a multiple of 4, as rotary positions need: half of '
                              'the pairs of channels turn with the row, half with the column')
+        if (window or rel_pos) and (pool != 'map' or rope) or pool == 'map' and (head or mask_token):
+            raise ValueError("window and rel_pos go with pool='map', and that with mask_token=False, head=0, rope=None")
         self.drop_rates = [drop_path * layer / max(1, depth - 1) for layer in range(depth)]   # 0 to drop_path
         self.patch_embed = nn.Conv2d(3, width, patch_size, patch_size, bias=patch_bias)
-        self.class_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if pool != 'map' else None
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if mask_token else None
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + frames * self.grid ** 2, width))
         self.pre_norm = nn.LayerNorm(width, eps) if pre_norm else nn.Identity()
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_width, eps, act, layer_scale, attn_norm=attn_norm,
-                                          mlp_norm=mlp_norm, post_norm=post_norm) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps)
+        windows = [window if layer % global_every else 0 for layer in range(1, depth + 1)]
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_width, eps, act, layer_scale, False, attn_norm, mlp_norm,
+                                          post_norm, side, rel_pos and (side or rel_pos)) for side in windows)
+        self.norm = nn.LayerNorm(width, eps) if pool != 'map' else nn.Identity()
         self.head = nn.Linear(width, head, bias=head_bias) if head else nn.Identity()
 
     @property
@@ -162,7 +173,7 @@ class ViT(nn.Module):
         return images.float().sub_(mean).div_(std)
 
     def tokens(self, images, mask=None, keep=None, drop=None):
-        """Tokens before the final norm, class token first: [B, 1+N, D], or [B, 1+n, D] with keep.
+        """Tokens before the final norm, class token (if any) first: [B, 1+N, D], or [B, 1+n, D] with keep.
         images [B, 3, H, W] normalised; mask [B, N] bool, True puts the mask token there; keep [B, n] patches to pass on
         (arXiv:2212.00794); drop [B, depth, 2] numbers in [0, 1), below its layer's rate a branch is dropped."""
         if images.ndim == 5:        # clips [B, T, 3, H, W]: as an image with the frames one below another
@@ -178,8 +189,9 @@ class ViT(nn.Module):
         x = x + positions[:, 1:]
         if keep is not None:
             x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))   # [B, n, D]
-        first = (self.class_token + positions[:, :1]).expand(len(x), -1, -1)
-        x = self.pre_norm(torch.cat((first, x), dim=1))                    # [B, 1+N, D]
+        if self.class_token is not None:
+            x = torch.cat(((self.class_token + positions[:, :1]).expand(len(x), -1, -1), x), dim=1)
+        x = self.pre_norm(x)                                               # [B, 1+N, D]
         rotary = None
         if self.config['rope']:
             head_dim = self.config['width'] // self.config['heads']
@@ -190,7 +202,7 @@ class ViT(nn.Module):
             rates = constant(tuple(self.drop_rates), drop.device)[:, None]
             drop = ((drop >= rates) / (1 - rates)).unbind(1)               # depth times [B, 2]
         for block, multipliers in zip(self.blocks, drop):
-            x = block(x, multipliers, rotary)
+            x = block(x, multipliers, rotary, grid)
         return x
 
     def features(self, images, mask=None, keep=None, drop=None):
@@ -198,8 +210,10 @@ class ViT(nn.Module):
         return self.norm(self.tokens(images, mask, keep, drop))
 
     def forward(self, images, mask=None, keep=None, drop=None):
-        """The head's output: [B, N, head] without pooling, else [B, head]; without a head its input."""
+        """The head's output: [B, N, head] per patch, [B, head] pooled; without a head its input. A map: [B, D, h, w]."""
         x = self.tokens(images, mask, keep, drop)
+        if self.pool == 'map':
+            return x.unflatten(1, (images.shape[2] // self.patch_size, -1)).permute(0, 3, 1, 2)
         if self.pool == 'class':
             x = x[:, 0]
         else:
@@ -290,6 +304,36 @@ def resize_positions(pos_embed, grid, align_corners=False):
     return torch.cat((pos_embed[:, :1], table.flatten(2).transpose(1, 2).to(pos_embed.dtype)), dim=1)
 
 
+def split_windows(x, grid, window):
+    """[B, h*w, D] to [B * windows, window^2, D]. Zeros fill up the bottom and the right; they come after the norm and
+    take part in attention, with the biases of q and v: the original's way."""
+    (h, w), D = grid, x.shape[2]
+    x = F.pad(x.unflatten(1, grid), (0, 0, 0, -w % window, 0, -h % window)).unflatten(2, (-1, window))
+    return x.unflatten(1, (-1, window)).transpose(2, 3).reshape(-1, window ** 2, D)
+
+
+def join_windows(x, grid, window):
+    """The inverse of split_windows: [B * windows, window^2, D] to [B, h*w, D]."""
+    rows, columns = (-(-n // window) for n in grid)
+    x = x.view(-1, rows, columns, window, window, x.shape[2]).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return x[:, :grid[0], :grid[1]].flatten(1, 2)
+
+
+def distance_logits(q, grid, *tables):
+    """What each query adds to its scaled logits by how far away a key is, in rows and in columns (arXiv:2112.01526); q
+    itself is not scaled. q [B, heads, h*w, head_dim], tables [2n-1, head_dim] -> [B, heads, h*w, h*w]. A table for
+    another side than the grid's is interpolated."""
+    def between(table, n):              # the entry of every pair of n rows or columns, [n, n, head_dim]
+        if len(table) != 2 * n - 1:
+            table = F.interpolate(table.T[None].float(), size=2 * n - 1, mode='linear')[0].T
+        place = torch.arange(n, device=table.device)
+        return table[place[:, None] - place + n - 1].to(q.dtype)
+    rows, columns = map(between, tables, grid)
+    q = q.unflatten(2, grid)                                                # [B, heads, h, w, head_dim]
+    rows, columns = torch.einsum('bnhwd,hkd->bnhwk', q, rows), torch.einsum('bnhwd,wkd->bnhwk', q, columns)
+    return (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
+
+
 def resize_patches(kernel, patch_size):
     """A patch embedding's kernel [D, 3, p, p] for another patch size, bicubic, values not rescaled: EVA's 14 to 16."""
     resized = F.interpolate(kernel.float(), size=(patch_size, patch_size), mode='bicubic', align_corners=False)
@@ -352,7 +396,7 @@ def init_weights(model, seed=0):
                 table = {r'.*(attn\.proj|mlp\.fc2)': std / (2 * layer) ** .5, r'.*': std}
             if 'gamma' in name:
                 weight.fill_(tower.config['layer_scale'])
-            elif weight.ndim == 1:
+            elif weight.ndim == 1 or 'rel_pos' in name:
                 weight.fill_(1 if name.endswith('weight') else 0)
             elif name == 'pos_embed' and isinstance(tower, ViT) and width <= SIZES['ti']['width']:
                 weight.copy_(repeat_positions(sincos_positions(width, tower.grid), 1, tower.config['frames']))
@@ -612,6 +656,11 @@ def override(before, changes, state, prefix, tower):
     fresh = [prefix + name for name in ('head', 'mask_token') if changed & {name, name + '_bias'}]
     if 'pool' in changed and after['pool'] == 'mean':
         fresh.append(prefix + 'norm.')
+    if 'pool' in changed and after['pool'] == 'map':
+        for name in [name for name in state if re.match(prefix + r'(class_token|mask_token|norm\.|head\.)', name)]:
+            del state[name]
+    if changed & {'rel_pos', 'window'}:
+        fresh += [f'{prefix}blocks.{layer}.attn.rel_pos' for layer in range(after['depth'])]
     if changed & {'image_size', 'patch_size'}:
         check_grid(after['image_size'], after['image_size'], after['patch_size'])
         if before.get('frames', 1) > 1:

@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from model import CLIP, SIZES, Block, ViT, first_line, get_rank, knn_accuracy, linear_probe, print0, save
+from model import SIZES, Block, ViT, first_line, get_rank, knn_accuracy, linear_probe, print0, save
 
 
 def option(default, help):
@@ -267,7 +267,7 @@ def save_model(model, path, **extra):
 
     def write():
         with torch.device('meta'):
-            whole = (CLIP if isinstance(model, CLIP) else ViT)(**model.config)
+            whole = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith('FSDP'))(**model.config)
         whole.load_state_dict(state, assign=True)
         save(whole, path, **extra)
     on_first(write)

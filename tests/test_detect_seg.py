@@ -1,0 +1,446 @@
+"""Detection: against plain references, on any machine."""
+import json
+import os
+import re
+import runpy
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import detect_seg as D
+import model as M
+import run
+from test_distributed import finish, gradients, launch, small
+
+bench = runpy.run_path(Path(D.__file__).parent / 'assets' / 'bench_detect.py')
+
+
+def random_masks(num, size=(7, 9), stream='masks'):
+    u = data.uniform(0, stream, torch.arange(num), size[0] * size[1]).view(num, *size).numpy()
+    return list(u < np.linspace(0, 1, num)[:, None, None])         # from empty to full
+
+
+def test_masks_survive_run_lengths_and_strings():
+    """bool to run lengths to COCO's string and back, from empty to full."""
+    for mask in random_masks(8):
+        runs = D.encode_mask(mask)
+        assert runs.sum() == mask.size and (runs[1:] > 0).all()
+        assert (D.string_to_runs(D.runs_to_string(runs)) == runs).all()
+        assert (D.decode_mask(runs, mask.shape) == mask).all()
+
+
+def test_mask_iou_is_that_of_pixels():
+    """What run lengths give is what counting pixels gives, for crowds too."""
+    a, b, crowd = random_masks(6), random_masks(5, stream='more'), np.array([False, True, False, True, False])
+    ours = D.overlap_masks([D.encode_mask(x) for x in a], [D.encode_mask(x) for x in b], crowd)
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            union = x.sum() if crowd[j] else (x | y).sum()
+            assert ours[i, j] == pytest.approx((x & y).sum() / union if (x & y).any() else 0, abs=1e-15)
+
+
+def test_merged_masks_are_those_of_pixels():
+    """At least one, two or three of three masks."""
+    masks = random_masks(5)[1:4]
+    for at_least in (1, 2, 3):
+        runs = D.merge_masks([D.encode_mask(mask) for mask in masks], at_least)
+        assert (D.decode_mask(runs, masks[0].shape) == (sum(mask.astype(int) for mask in masks) >= at_least)).all()
+
+
+def test_a_box_as_polygon_fills_its_pixels():
+    """Of whole numbers, the polygon's pixels, area and box are the rectangle's."""
+    runs = D.fill_polygon([2, 1, 6, 1, 6, 4, 2, 4], (5, 8))
+    expected = np.zeros((5, 8), dtype=bool)
+    expected[1:4, 2:6] = True
+    assert (D.decode_mask(runs, (5, 8)) == expected).all()
+    assert D.mask_area(runs) == 12 and D.mask_box(runs, 5).tolist() == [2, 1, 6, 4]
+
+
+def test_pasting_undoes_cutting_out():
+    """A mask's targets in its own box, pasted back into that box, are the mask."""
+    mask = np.zeros((20, 30), dtype=bool)
+    mask[4:16, 6:26] = True
+    box = torch.tensor([[6., 4., 26., 16.]])
+    target = D.mask_targets([mask], box, 28).float()
+    assert (D.paste_mask(target[0], box[0], mask.shape).numpy()[4:16, 6:26] >= .5).all()
+    assert D.paste_mask(target[0], box[0], mask.shape).sum() == pytest.approx(mask.sum(), rel=.1)
+
+
+def test_nms_is_greedy():
+    """Box by box, best first, as one would write it down."""
+    boxes = bench['random_boxes'](300, 100, 10, 60, 'nms')
+    scores = data.uniform(0, 'scores', torch.arange(300), 1)[:, 0]
+    iou, kept = D.pairwise_iou(boxes, boxes), []
+    for i in scores.argsort(descending=True).tolist():
+        if not any(iou[i, j] > .4 for j in kept):
+            kept.append(i)
+    assert D.nms(boxes, scores, .4, block=16).tolist() == kept
+
+
+def test_soft_nms_treats_classes_apart():
+    """All classes at once, or one after the other."""
+    boxes, scores = bench['random_boxes'](40, 50, 10, 40, 'soft'), data.uniform(0, 'soft scores', torch.arange(3), 40)
+    together = D.soft_nms(boxes, scores)
+    assert torch.equal(together, torch.cat([D.soft_nms(boxes, row[None]) for row in scores]))
+
+
+def test_finding_everything_is_an_ap_of_one():
+    """The objects themselves, as detections, are perfect; a wrong category is worth nothing."""
+    truth, _ = bench['random_truth'](4, 3, 1, 5)
+    mask = lambda row: dict(counts=D.runs_to_string(D.fill_polygons(row['segmentation'], (640, 640))))
+    exact = [dict(row, score=.9, segmentation=mask(row)) for row in truth['annotations']]
+    for kind in ('bbox', 'segm'):
+        assert D.average_precision(truth, exact, kind)['AP'] == pytest.approx(1)
+    wrong = [dict(row, category_id=(row['category_id'] + 1) % 5) for row in exact]
+    assert D.average_precision(truth, wrong)['AP'] < .2
+
+
+# ---- the detector
+
+def tiny_detector(num_classes=3, stages=2, **options):
+    """32 pixels, patches of 8, and few of everything."""
+    vit = dict(width=16, depth=2, heads=2, mlp_width=32, patch_size=8, image_size=32, pool='map', mask_token=False)
+    torch.manual_seed(0)
+    return D.Detector(vit, num_classes, channels=8, hidden=16, stages=stages, num_anchors=32, before=(50, 20),
+                      after=(20, 10), num_boxes=8, **options)
+
+
+def targets_of(*boxes):
+    """A target with these boxes, of classes 0, 1, ..., and rectangular masks."""
+    masks = [[[x1, y1, x2, y1, x2, y2, x1, y2]] for x1, y1, x2, y2 in boxes]
+    boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
+    return dict(boxes=boxes, labels=torch.arange(len(boxes)), masks=masks)
+
+
+def losses_of(model, images, targets):
+    draw = lambda stream, num: data.uniform(0, stream, torch.arange(len(images)), num)
+    return model(images, [(32, 32)] * len(images), targets, draw)
+
+
+@pytest.mark.parametrize('stages', [1, 3])
+def test_every_weight_gets_a_gradient_without_any_box(stages):
+    """Images in which there is nothing teach the proposals and the classes; the other weights' gradients are 0, not
+    missing, as sharding needs."""
+    model = tiny_detector(stages=stages)
+    losses = losses_of(model, torch.randn(2, 3, 32, 32), [targets_of(), targets_of()])
+    sum(loss / max(1, count) for loss, count in losses.values()).backward()
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in model.parameters())
+    assert model.proposer.objectness.weight.grad.any() and model.box_heads[0].classes.weight.grad.any()
+    assert not model.mask_head.classes.weight.grad.any()
+
+
+def test_bfloat16_products_give_nearly_the_same():
+    """Under autocast, as on a GPU, losses are within some per cent and detection works."""
+    model, images, targets = tiny_detector(), torch.randn(2, 3, 32, 32), [targets_of((2, 3, 20, 18)), targets_of()]
+    exact = losses_of(model, images, targets)
+    with torch.autocast('cpu', torch.bfloat16):
+        rough = losses_of(model, images, targets)
+        found = model(images, [(32, 32)] * 2, threshold=0.)
+    for name in ('proposal_objectness', 'classes_0', 'masks'):
+        torch.testing.assert_close(rough[name][0].float(), exact[name][0], atol=.1, rtol=.1)
+    assert all(part['boxes'].dtype == torch.float32 for part in found)
+
+
+def test_finding_nothing_is_an_empty_result():
+    """No score reaches 2: boxes, scores, classes and masks of none, in every image."""
+    found = tiny_detector()(torch.randn(2, 3, 32, 32), [(32, 32), (20, 30)], threshold=2.)
+    assert [part['masks'].shape for part in found] == [(0, 28, 28)] * 2 and not len(found[0]['boxes'])
+    assert D.to_original(found[0], (32, 32), (64, 60))['scores'].shape == (0,)
+
+
+def test_losses_are_sums_over_images():
+    """Two images' losses and counts are those of each alone, added: what is divided by can be summed over processes."""
+    model, images = tiny_detector(), torch.randn(2, 3, 32, 32)
+    targets = [targets_of((2, 3, 20, 18), (10, 10, 30, 28)), targets_of((4, 4, 28, 28))]
+    together = losses_of(model, images, targets)
+    draw = lambda first: lambda stream, num: data.uniform(0, stream, torch.arange(first, first + 1), num)
+    alone = [model(images[i:i + 1], [(32, 32)], targets[i:i + 1], draw(i)) for i in (0, 1)]
+    for name, (loss, count) in together.items():
+        assert count == alone[0][name][1] + alone[1][name][1]
+        torch.testing.assert_close(loss, alone[0][name][0] + alone[1][name][0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_window_sees_itself_only():
+    """Without global blocks, a pixel of one window changes no other window's features; with one it does."""
+    images = torch.randn(1, 3, 32, 32)
+    changed = images.clone()
+    changed[..., 0, 0] += 5
+    for global_every, others in ((9, False), (2, True)):
+        config = tiny_detector().config['vit'] | dict(window=2, global_every=global_every, rel_pos=4)
+        vit = M.init_weights(M.ViT(**config))
+        difference = (vit(changed) - vit(images)).abs().amax(1)[0]                          # [4, 4]
+        assert difference[:2, :2].any() and bool(difference[2:].any()) is others
+
+
+def test_federated_classes_are_those_there_and_some_more():
+    """The labels' classes always; the others as often as their weights say."""
+    weights, counts = torch.tensor([1., 1., 3., 0., 1.]), torch.zeros(5)
+    for u in data.uniform(0, 'federated', torch.arange(300), 5):
+        asked = D.federated_classes(torch.tensor([0, 5, 0]), weights, 3, u)         # 0 and the background are there
+        assert asked[0] and asked.sum() == 2
+        counts += asked
+    assert counts[3] == 0 and counts[2] / 300 == pytest.approx(3 / 5, abs=.1)
+    assert D.federated_classes(torch.tensor([0, 1, 2]), weights, 2, u).sum() == 3
+
+
+def test_maskness_is_the_mean_of_what_is_inside():
+    """0 where nothing is above the threshold."""
+    masks = torch.tensor([[[.9, .7], [.1, .5]], [[.2, .1], [.5, .3]]])
+    torch.testing.assert_close(D.maskness(masks), torch.tensor([.8, 0.]))
+
+
+# ---- data
+
+def test_a_target_nobody_overlaps_takes_all_anchors():
+    """The original's quirk: every anchor has that target's best IoU, 0, so every one becomes positive."""
+    index, label = D.match(torch.zeros(1, 3), (.3, .7), (0, -1, 1), low_quality=True)
+    assert label.tolist() == [1, 1, 1]
+
+
+def test_of_equal_objects_the_last_is_found():
+    """COCO's way with ties: the first detection takes the second object, which is all that the other one overlaps."""
+    iou = np.array([[.8, .8], [.1, .9]])
+    found, _ = D.match_detections(iou, np.zeros((4, 2), dtype=bool), np.zeros(2, dtype=bool))
+    assert found[0, 0, 0] and not found[1, 0, 0]
+
+
+def write_json(folder, annotations, num_images=4, size=(24, 32), **fields):
+    """train.json, val.json and images 0.png, 1.png, ... of which image i is of one grey: 40 i."""
+    for split in ('train', 'val'):
+        os.makedirs(folder / split, exist_ok=True)
+        for i in range(num_images):
+            Image.new('RGB', size[::-1], (40 * i,) * 3).save(folder / split / f'{i}.png')
+        images = [dict(id=10 + i, file_name=f'{i}.png', height=size[0], width=size[1]) for i in range(num_images)]
+        categories = [dict(id=3, name='cat'), dict(id=7, name='dog')]
+        held = dict(images=images, annotations=annotations, categories=categories)
+        (folder / f'{split}.json').write_text(json.dumps(held | fields))
+    return str(folder)
+
+
+def row(image=0, box=(2, 3, 10, 8), category=3, **fields):
+    return dict(image_id=10 + image, category_id=category, bbox=list(box), iscrowd=0, **fields)
+
+
+def test_categories_with_gaps_are_numbered_in_order(tmp_path):
+    """Ids 3 and 7 are labels 0 and 1, and come back as 3 and 7."""
+    dataset = D.Instances(write_json(tmp_path, [row(), row(category=7)]), 'val')
+    batch = dataset.batch(torch.arange(4), 32, scale=None)
+    target = batch['targets'][batch['index'].index(0)]
+    assert dataset.classes == ['cat', 'dog'] and target['labels'].tolist() == [0, 1]
+    found = dict(boxes=torch.ones(1, 4), scores=torch.ones(1), classes=torch.tensor([1]), masks=torch.ones(1, 2, 2),
+                 pasted=[torch.ones(2, 2, dtype=torch.bool)])
+    assert D.result_rows(found, 10, dataset.categories)[0]['category_id'] == 7
+
+
+def test_what_cannot_be_used_is_left_out_and_counted(tmp_path):
+    """Boxes outside the image or without area, masks of another size, unknown images and categories, absent images."""
+    whole = dict(size=[24, 32], counts=[0, 768])
+    folder = write_json(tmp_path, [row(), row(box=(40, 3, 5, 5)), row(box=(2, 3, 0, 5)), row(image=50),
+                                   row(category=4), row(segmentation=dict(size=[9, 9], counts=[81])),
+                                   row(box=(30, 20, 50, 50)), row(1, segmentation=whole, category=7)])
+    os.remove(tmp_path / 'train' / '3.png')
+    dataset = D.Instances(folder, 'train')
+    assert Counter(what.split(' ')[0] for what, _ in dataset.broken) == dict(boxes=2, masks=1, annotations=2, images=1)
+    assert len(dataset) == 3 and [len(dataset.rows[10 + i]) for i in range(3)] == [2, 1, 0]
+    assert dataset.rows[10][1]['box'].tolist() == [30, 20, 32, 24]                          # cut at the border
+
+
+def test_crowds_are_judged_and_not_learnt(tmp_path):
+    """A crowd is no target, but among the rows that detections are judged by."""
+    crowd = row(segmentation=dict(size=[24, 32], counts=[0, 768])) | dict(iscrowd=1)
+    dataset = D.Instances(write_json(tmp_path, [row(), crowd]), 'val')
+    batch = dataset.batch(torch.arange(4), 32, scale=None)
+    assert len(batch['targets'][batch['index'].index(0)]['boxes']) == 1 and len(dataset.truth(batch)[1]) == 2
+
+
+@pytest.mark.parametrize('text, message', [
+    ('{', 'cannot be read as json'), ('[]', "not a COCO json: expected a list 'images'"),
+    ('{"images": [], "annotations": [{}], "categories": []}', "expected a list 'annotations'"),
+    ('{"images": [], "annotations": [], "categories": []}', 'none of its 0 images')])
+def test_other_json_is_refused(tmp_path, text, message):
+    """One line that says what was expected."""
+    (tmp_path / 'train.json').write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        D.Instances(str(tmp_path), 'train')
+
+
+def test_a_folder_without_boxes_says_what_was_looked_for(tmp_path):
+    """Not images alone."""
+    with pytest.raises(ValueError, match='train.json, annotations/instances_train'):
+        D.Instances(str(tmp_path), 'train')
+
+
+@pytest.mark.parametrize('form', ['polygon', 'runs'])
+def test_boxes_and_masks_go_where_the_image_goes(tmp_path, form):
+    """After jitter and mirroring, a white rectangle's pixels, its mask and its box are still the same place."""
+    folder = write_json(tmp_path, [row(i, box=(8, 6, 12, 10)) for i in range(4)])
+    mask = np.zeros((24, 32), dtype=bool)
+    mask[6:16, 8:20] = True
+    for i in range(4):
+        Image.fromarray((255 * mask).astype(np.uint8)).convert('RGB').save(tmp_path / 'train' / f'{i}.png')
+    if form == 'runs':
+        held = json.loads((tmp_path / 'train.json').read_text())
+        for part in held['annotations']:
+            part['segmentation'] = dict(size=[24, 32], counts=D.encode_mask(mask).tolist())
+        (tmp_path / 'train.json').write_text(json.dumps(held))
+    dataset = D.Instances(folder, 'train', jitter=(.6, 2.))
+    batch = dataset.batch(torch.arange(24), 64, seed=1)
+    sides = set()
+    for image, size, target in zip(batch['images'], batch['sizes'], batch['targets']):
+        if not len(target['boxes']):
+            continue
+        x1, y1, x2, y2 = target['boxes'][0].round().int().tolist()
+        seen = image[0] > 127
+        mask, = target['masks']
+        mask = torch.from_numpy(D.decode_mask(D.fill_polygons(mask, size), size)) if form == 'polygon' else mask
+        mask = F.pad(mask, (0, 64 - size[1], 0, 64 - size[0]))
+        box = torch.zeros(64, 64, dtype=torch.bool)
+        box[y1:y2, x1:x2] = True
+        for place in (mask, box):
+            assert (seen & place).sum() > .8 * (seen | place).sum()
+        sides.add(size)
+    assert len(sides) > 5
+
+
+def test_rare_classes_are_shown_more_often(tmp_path):
+    """LVIS's repeat factor: every image at least once an epoch, one with a rare class as often as its factor says."""
+    folder = write_json(tmp_path, [row(i) for i in range(39)] + [row(39, category=7)], 40)
+    held = json.loads((tmp_path / 'train.json').read_text())
+    for category in held['categories']:
+        category['frequency'] = 'f'
+    (tmp_path / 'train.json').write_text(json.dumps(held))
+    before, D.REPEAT = D.REPEAT, .1         # dogs are in 1 of 40 images: sqrt(.1 / .025) = twice
+    try:
+        dataset = D.Instances(folder, 'train')
+    finally:
+        D.REPEAT = before
+    assert len(dataset) == 41
+    for epoch in range(3):
+        counts = Counter(dataset.index(41 * epoch + torch.arange(41), seed=0))
+        assert counts[39] == 2 and all(counts[i] == 1 for i in range(39))
+
+
+def test_the_worlds_masks_are_in_their_boxes():
+    """Visible pixels, tightly; every object once; fine classes are of the coarse ones' kinds."""
+    coarse, fine = (D.Scenes(data.open_data('shapes'), name) for name in ('coarse', 'fine'))
+    batch, other = (dataset.batch(torch.arange(6), 64) for dataset in (coarse, fine))
+    for target, again in zip(batch['targets'], other['targets']):
+        assert torch.equal(target['labels'], torch.tensor(fine.coarse)[again['labels']])
+        for (x1, y1, x2, y2), mask in zip(target['boxes'].int().tolist(), target['masks']):
+            assert mask.sum() >= 8 and mask[y1:y2, x1:x2].sum() == mask.sum()
+            assert mask[y1].any() and mask[:, x1].any() and mask[y2 - 1].any() and mask[:, x2 - 1].any()
+
+
+def test_the_vocabulary_gap_of_perfect_boxes_is_zero():
+    """And it is one where every fine class is wrong but every coarse one right."""
+    dataset = D.Scenes(data.open_data('shapes', 'val'), 'fine')
+    images, rows = dataset.truth(dataset.batch(torch.arange(4), 64))
+    truth = dict(images=images, annotations=rows, categories=dataset.categories)
+    right = [dict(row, score=.9) for row in rows]
+    ap = lambda results: D.percent(D.average_precision(truth, results, most=(300,)))['ap']
+    gap = D.vocabulary_gap(truth, right, dataset.coarse, ap(right))
+    assert gap['gap'] == pytest.approx(0) and gap['box_ap_one_class'] == pytest.approx(100)
+    twin = [next(k for k, kind in enumerate(dataset.coarse) if kind == dataset.coarse[row['category_id']]
+                 and k not in {row['category_id'] for row in rows}) for row in rows]
+    wrong = [dict(row, category_id=k) for row, k in zip(right, twin)]
+    assert D.vocabulary_gap(truth, wrong, dataset.coarse, ap(wrong))['gap'] == pytest.approx(1)
+
+
+# ---- commands
+
+TINY = ['--size', 'pico', '--patch_size', '8', '--batch_size', '2', '--steps', '2', '--channels', '8', '--hidden', '16',
+        '--proposals', '20', '--num_boxes', '8', '--device', 'cpu', '--image_size', '32']
+
+
+def detect(*flags):
+    D.train(run.parse_config(D.Config, D.RECIPES, [*TINY, *map(str, flags)]))
+
+
+def test_training_evaluating_and_drawing(tmp_path, capsys):
+    """A run leaves its files; --eval repeats its AP; --image draws any picture."""
+    out = tmp_path / 'run'
+    detect('--out_dir', out)
+    result = json.loads((out / 'result.json').read_text())
+    assert {'model.pt', 'objects.png', 'loss.png', 'log.jsonl'} <= set(os.listdir(out)) and 'mask_ap' in result
+    Image.new('RGB', (50, 30)).save(tmp_path / 'a.png')
+    detect('--init', out / 'model.pt', '--image', tmp_path / 'a.png', '--out_dir', tmp_path)
+    assert Image.open(tmp_path / 'a.objects.png').size == (640, 384)
+    D.NUM_EVAL, before = 8, D.NUM_EVAL
+    try:
+        detect('--init', out / 'model.pt', '--eval', '--soft')
+    finally:
+        D.NUM_EVAL = before
+    assert 'box_ap50' in capsys.readouterr().out
+
+
+def test_real_data_from_an_eva(tmp_path):
+    """--init takes over a pre-trained ViT; the patch embedding stays as it was; a json's classes are learnt, LVIS's way
+    if it has frequencies."""
+    eva = M.init_weights(M.ViT(**M.SIZES['pico'] | dict(patch_size=8, image_size=16, head=5)), 3)
+    M.save(eva, str(tmp_path / 'eva.pt'))
+    categories = [dict(id=k, name=str(k), frequency='rcf'[k % 3]) for k in range(4)]
+    rows = [row(i, category=k) for i in range(4) for k in range(i)]
+    lists = [dict(id=10 + i, file_name=f'{i}.png', height=24, width=32, neg_category_ids=[3],
+                  not_exhaustive_category_ids=[]) for i in range(4)]
+    folder = write_json(tmp_path / 'data', rows, categories=categories, images=lists)
+    detect('--data', folder, '--init', tmp_path / 'eva.pt', '--stages', 2, '--window', 2, '--out_dir', tmp_path / 'run')
+    model = D.read_detector(str(tmp_path / 'run' / 'model.pt'))
+    assert model.config['sigmoid'] and model.extra['classes'] == list('0123') and len(model.box_heads) == 2
+    assert torch.equal(model.vit.patch_embed.weight, eva.patch_embed.weight)
+    assert not torch.equal(model.vit.blocks[0].mlp.fc1.weight, eva.blocks[0].mlp.fc1.weight)
+    result = json.loads((tmp_path / 'run' / 'result.json').read_text())
+    assert {'box_apr', 'box_apc', 'box_apf', 'mask_ap'} <= result.keys()
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path):
+    """Two steps, or one, a checkpoint and another: the same weights."""
+    detect('--out_dir', tmp_path / 'straight')
+    detect('--out_dir', tmp_path / 'parts', '--save_every', 1)
+    os.remove(tmp_path / 'parts' / 'result.json')
+    detect('--out_dir', tmp_path / 'parts', '--save_every', 1)
+    first, second = (D.read_detector(str(tmp_path / name / 'model.pt')).state_dict() for name in ('straight', 'parts'))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--patch_size', '6', '--image_size', '36'], 'patch_size 6 is not a multiple of 4'),
+    (['--image_size', '36'], 'image_size 36'), (['--micro_batch', '1'], '--micro_batch: losses'),
+    (['--data', 'nowhere'], 'no boxes'), (['--init', 'nowhere.pt'], 'nowhere.pt cannot be read'),
+    (['--vocabulary', 'medium'], 'vocabulary medium'), (['--jitter', '2'], 'jitter'),
+    (['--eval', '--init', 'nowhere.pt'], 'nowhere.pt cannot be read')])
+def test_wrong_options_are_one_line(flags, message, tmp_path):
+    """Before any training."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        detect(*flags, '--out_dir', tmp_path / 'run')
+
+
+def test_an_eva_is_no_detector(tmp_path):
+    """--eval of a file that holds something else says what to do."""
+    M.save(M.ViT(**M.SIZES['pico']), str(tmp_path / 'eva.pt'))
+    with pytest.raises(ValueError, match='this is a ViT, expected a Detector; train one with --init'):
+        D.read_detector(str(tmp_path / 'eva.pt'))
+
+
+def first_gradients(folder, world):
+    """Of the first step, on images of which every second has no boxes."""
+    return gradients(D, folder / f'run-{world}', *TINY, '--data', str(folder / 'data'), '--jitter', '1,1')
+
+
+def test_two_processes_of_which_one_sees_no_boxes(tmp_path):
+    """Each weight's gradient is that of one process with the whole batch."""
+    write_json(tmp_path / 'data', [row(), row(box=(10, 5, 15, 12), category=7)], 2)
+    with pytest.MonkeyPatch.context() as patch:
+        small(patch)
+        one = first_gradients(tmp_path, 1)
+    finish(launch(2, tmp_path, first_gradients), tmp_path)
+    for rank in (0, 1):
+        two = torch.load(tmp_path / f'found-2-{rank}.pt')
+        assert one.keys() == two.keys()
+        for name, gradient in one.items():
+            torch.testing.assert_close(two[name], gradient, atol=2e-5, rtol=1e-3, msg=name)
