@@ -1310,7 +1310,7 @@ def vocabulary_gap(truth, results, coarse, fine_ap):
         categories = [dict(id=k) for k in sorted(set(group))]
         mapped = dict(truth, annotations=again(truth['annotations']), categories=categories)
         metrics[f'box_ap_{name}'] = percent(average_precision(mapped, again(results)))['ap']
-    return dict(metrics, gap=1 - fine_ap / max(metrics['box_ap_coarse'], 1e-9))
+    return dict(metrics, gap=1 - fine_ap / metrics['box_ap_coarse'] if metrics['box_ap_coarse'] > 0 else -1.)
 
 
 COLOURS = ((230, 60, 50), (40, 120, 220), (50, 170, 80), (240, 160, 30), (150, 80, 190), (30, 180, 190), (220, 90, 160))

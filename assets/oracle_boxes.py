@@ -62,4 +62,4 @@ if __name__ == '__main__':
     for path in sys.argv[1:]:
         vit = M.load(path, M.ViT, pool='map', mask_token=False, head=0)
         for name, model in ((path, vit), (f'{path}, untrained', M.init_weights(M.ViT(**vit.config)))):
-            study(name, model, 4 * vit.image_size if vit.image_size <= 32 else 2 * vit.image_size)
+            study(name, model, 2 * vit.image_size)          # twice as many patches along a side as it learnt with
