@@ -1517,9 +1517,7 @@ def train(cfg):
     run.save_model(model, f'{cfg.out_dir}/model.pt', classes=train_set.classes, image_size=cfg.image_size)
     draw_sheet(f'{cfg.out_dir}/objects.png', model, val_set, cfg, device)
     log.finish(model, 'training loss', {}, **metrics)
-    for dataset in (train_set, val_set):
-        if dataset.broken:
-            print0(data.report_broken(dataset))
+    run.report_broken(train_set, val_set)
 
 
 if __name__ == '__main__':

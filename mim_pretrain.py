@@ -317,11 +317,11 @@ def look(cfg, train_set, val_set, device):
     size, metrics = model.image_size, {}
     if cfg.eval:
         metrics = run.probe(run.pooled_features(model), train_set, val_set, size, run.NUM_PROBE, cfg, device)
-        if model.pool or not model.config['head']:      # it predicts no patches: no teacher is needed
-            return print0(run.table(metrics))
-    target = find_target(cfg, model.grid, device, held.extra.get('target', cfg.target), held.extra.get('codebook'))
-    width = width_of(target, model.patch_size)
-    predicts = model.config['head'] == width and not model.pool
+    predicts = model.config['head'] and not model.pool
+    if cfg.image or predicts:       # a model that predicts no patches needs no teacher
+        target = find_target(cfg, model.grid, device, held.extra.get('target', cfg.target), held.extra.get('codebook'))
+        width = width_of(target, model.patch_size)
+        predicts = predicts and model.config['head'] == width
     if cfg.image and not predicts:
         raise ValueError(f"{path} predicts {model.config['head']} numbers a patch, the target has {width}; "
                          'use the teacher it was trained with')
@@ -329,7 +329,8 @@ def look(cfg, train_set, val_set, device):
         val = make_validation(cfg, val_set, target, size, NUM_EVAL, device)
         metrics |= evaluate(model, target, val, run.autocast(device))
     if cfg.eval:
-        return print0(run.table(metrics))
+        print0(run.table(metrics))
+        return run.report_broken(train_set, val_set)
     images = data.load_crop(cfg.image, size)[None].to(device)
     mask = make_mask(cfg.mask, torch.tensor([cfg.seed]), model.grid, cfg.mask_ratio).to(device)
     os.makedirs(cfg.out_dir, exist_ok=True)
