@@ -76,7 +76,7 @@ RECIPES = {  # differences from the defaults. g and g-...: the paper's; ti to l:
     'g-linear':     dict(LINEAR),
     'g-linear-336': dict(LINEAR, image_size=336, lr=.6),
     'g-k722':       dict(VIDEO, frames=8, steps=98_440, warmup_steps=12_305, lr=8e-6, layer_decay=1., drop_path=.3,
-                         smoothing=0.),                                                 # 40 epochs, from EVA
+                         mixup=.8, cutmix=1.),                                          # 40 epochs, from EVA
     'g-k400':       dict(VIDEO, frames=16, steps=937, warmup_steps=0, lr=1e-6, min_lr=1e-6, layer_decay=.95,
                          drop_path=.2),                                                 # 1 epoch, from g-k722
 }
