@@ -171,7 +171,7 @@ def classifier(cfg, classes):
 @torch.no_grad()
 def tell_time(model):
     """A small model's positions differ from frame to frame from the start, by a ramp along a random direction. Not in
-    the paper, whose are equal: then a clip and its reversal look alike, and small models find the difference late."""
+    the paper, whose are equal: a model then starts out blind to the order of frames."""
     frames, width = model.config['frames'], model.config['width']
     if width > M.SIZES['ti']['width']:
         return
