@@ -25,7 +25,7 @@ from run import option
 @dataclass
 class Config(run.Run):
     teacher: str = option('', "a CLIP's file; without it the built-in teacher, trained at first use")
-    target: str = option('clip', "what is reconstructed: clip (EVA), tokens (k-means codes of CLIP's features), distill "
+    target: str = option('clip', "what is reconstructed: clip (EVA), tokens (k-means codes of its features), distill "
                                  '(no mask), pixels (normalised, as MAE), untrained (random features)')
     mask: str = option('block', "what is hidden: block (EVA's), random, or columns (half of all: EVA's validation)")
     mask_ratio: float = option(105 / 256, 'share of the patches hidden: 105 of 256')
@@ -266,8 +266,8 @@ def draw_features(path, model, target, images, mask, bank_images):
 # ---- the loop ---------------------------------------------------------------------------------------------------
 
 def find_teacher(cfg):
-    """The teacher's weights: --teacher; else EVA's for b, l and g on real images; else the built-in one, trained at first
-    use by clip_train.py's default command, the same for every size so that their skills compare."""
+    """The teacher's weights: --teacher; else EVA's for b, l and g on real images; else the built-in one, trained at
+    first use by clip_train.py's default command, the same for every size so that their skills compare."""
     if cfg.teacher:
         return cfg.teacher
     if cfg.data.partition(':')[0] == 'shapes':
@@ -358,7 +358,7 @@ def check(cfg):
 
 
 def add_masks(batches, cfg, grid, depth, start, rank, world):
-    """Adds its samples' masks [B, N] and what decides on dropped paths [B, depth, 2]; on the CPU, where nothing waits."""
+    """Adds its samples' masks [B, N] and what decides on dropped paths [B, depth, 2]; on the CPU, where none wait."""
     num = cfg.batch_size // world
     for step, batch in enumerate(batches, start):
         position = step * cfg.batch_size + rank * num + torch.arange(num)

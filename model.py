@@ -210,7 +210,7 @@ class ViT(nn.Module):
         return self.norm(self.tokens(images, mask, keep, drop))
 
     def forward(self, images, mask=None, keep=None, drop=None):
-        """The head's output: [B, N, head] per patch, [B, head] pooled; without a head its input. A map: [B, D, h, w]."""
+        """The head's output: [B, N, head] per patch, [B, head] pooled; without one its input; a map: [B, D, h, w]."""
         x = self.tokens(images, mask, keep, drop)
         if self.pool == 'map':
             return x.unflatten(1, (images.shape[2] // self.patch_size, -1)).permute(0, 3, 1, 2)
@@ -398,7 +398,7 @@ def init_weights(model, seed=0):
                 weight.fill_(tower.config['layer_scale'])
             elif weight.ndim == 1 or 'rel_pos' in name:
                 weight.fill_(1 if name.endswith('weight') else 0)
-            elif name == 'pos_embed' and isinstance(tower, ViT) and width <= SIZES['ti']['width']:
+            elif name == 'pos_embed' and isinstance(tower, ViT) and width <= SIZES['ti']['width'] and width % 4 == 0:
                 weight.copy_(repeat_positions(sincos_positions(width, tower.grid), 1, tower.config['frames']))
             else:
                 std = next(std for pattern, std in table.items() if re.match(pattern, name))

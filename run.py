@@ -245,7 +245,7 @@ def to_device(model, cfg, device, mesh=None):
         if mesh:
             fully_shard(block, mesh=mesh, mp_policy=policy)
     if mesh:
-        warnings.filterwarnings('ignore', message='FSDP2-wrapped module')      # of outputs that we never change in place
+        warnings.filterwarnings('ignore', message='FSDP2-wrapped module')      # of outputs that none changes in place
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
         for name in ('features', 'patch_features', 'encode_image', 'encode_text'):      # gather weights as forward does
             if hasattr(model, name):

@@ -289,7 +289,8 @@ def main():
               f'linear {result["linear_top1"]:.3f}', file=sys.stderr, flush=True)
         return dict(row=row, steps=steps, seed=seed, **result)
 
-    jobs = [(row, steps, seed) for seed in range(study['seeds']) for row in study['runs'] for steps in study['runs'][row]]
+    jobs = [(row, steps, seed) for seed in range(study['seeds']) for row in study['runs']
+            for steps in study['runs'][row]]
     with ThreadPoolExecutor(args.jobs) as pool:
         records += pool.map(one, jobs)
     order = list(study['runs'])

@@ -43,7 +43,8 @@ def small(patch):
     patch.setattr(data.World, 'some_captions', lambda world, num: some_captions(world, 200))
     for module, name, value in ((mim_pretrain, 'NUM_EVAL', 8), (run, 'NUM_PROBE', 8), (mim_pretrain, 'BANK', 512),
                                 (mim_pretrain, 'draw_features', nothing), (run, 'draw_curves', nothing),
-                                (clip_train, 'NUM_EVAL', 8), (clip_train, 'NUM_PAIRS', 8), (clip_train, 'patch_probes', nothing),
+                                (clip_train, 'NUM_EVAL', 8), (clip_train, 'NUM_PAIRS', 8),
+                                (clip_train, 'patch_probes', nothing),
                                 (clip_train, 'draw_retrieval', nothing), (mim_pretrain, 'make_mask', unequal_masks)):
         patch.setattr(module, name, value)
     patch.setitem(M.SIZES, 'pico', dict(M.SIZES['pico'], depth=2))

@@ -344,3 +344,9 @@ def test_knn_is_the_plain_loop():
             votes[train_y[i]] += math.exp(cosines[i] / 0.07)
         right += votes.index(max(votes)) == y
     assert m.knn_accuracy(train_x, train_y, test_x, test_y, k=5) == pytest.approx(right / 15)
+
+
+def test_a_width_without_sincos_positions_is_initialised():
+    """Sin-cos takes widths of a multiple of 4; another narrow ViT starts from random positions."""
+    narrow = dict(SIZES['pico'], width=66, heads=2)
+    assert init_weights(ViT(**narrow)).pos_embed.std() > 0
