@@ -370,7 +370,7 @@ def find_init(cfg):
                              'or pass --init FILE, or --init scratch')
         print0(f'first the pre-training, once ({path}):')
         flags = ['--size', size] + ['--device', cfg.device] * bool(cfg.device)
-        run.on_first(run.run_stage, 'mim_pretrain.py', *flags)
+        run.on_first(run.run_stage, 'mim_pretrain.py', os.path.dirname(path), *flags)
     return path
 
 
