@@ -368,7 +368,6 @@ def find_init(cfg):
         if not cfg.data.startswith('shapes') or size not in ('pico', 'nano', 'micro', 'mini'):
             raise ValueError(f'{path} is not there to start from; make it with `python mim_pretrain.py --size {size}`, '
                              'or pass --init FILE, or --init scratch')
-        print0(f'first the pre-training, once ({path}):')
         flags = ['--size', size] + ['--device', cfg.device] * bool(cfg.device)
         run.on_first(run.run_stage, 'mim_pretrain.py', os.path.dirname(path), *flags)
     return path

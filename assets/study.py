@@ -14,6 +14,7 @@ Intervals are 95% of Student's t over seeds. Seeds are paired: one seed means th
 """
 import argparse
 import csv
+import functools
 import json
 import math
 import os
@@ -49,18 +50,18 @@ CLIP_RATES = (8e-4, 2e-3, 5e-3, 1.25e-2, 3e-2)
 CLIP_ARMS = {  # where the image tower comes from, the learning rates tried on seed 1, seeds at the best of them
     'scratch': ('', CLIP_RATES, 5), 'pixels': ('out/study-clip/pixels/model.pt', CLIP_RATES, 5),
     'teacher': ('assets/nano-teacher.pt', CLIP_RATES, 5), 'EVA': ('assets/nano-eva.pt', CLIP_RATES, 5),
-    'scratch, all compute': ('', (8e-4, 2e-3, 5e-3), 3)}      # 20 times as long; rates tried at a sixth of it
+    'scratch, all compute': ('', (8e-4, 2e-3, 5e-3), 5)}      # 20 times as long; rates tried at a sixth of it
 CLIP_MEASURES = ('heldout_pairs', 'heldout_among_24', 'seen_pairs', 'zero_shot_top1', 'retrieval')
 
 PIXELS, PHOTOGRAPHS = 'out/study-clip/pixels/model.pt', 'out/study-photographs/'
-FINETUNE = {  # flags, seeds, {arm: (where it starts, own flags)}; {} is the seed
-    'finetune': (['--steps', 200], 5, {
+FINETUNE = {  # steps, flags, seeds, {arm: (where it starts, own flags)}; {} is the seed
+    'finetune': (200, [], 5, {
         'EVA': ('assets/nano-eva.pt', []), 'pixels': (PIXELS, []), 'teacher': ('assets/nano-teacher.pt', []),
         'scratch': ('scratch', [])}),
-    'finetune_photographs': (['--steps', 400], 3, {
+    'finetune_photographs': (400, [], 3, {
         'EVA': (PHOTOGRAPHS + 'clip-1200-{}/model.pt', []), 'pixels': (PHOTOGRAPHS + 'pixels-1200-{}/model.pt', []),
         'teacher': (PHOTOGRAPHS + 'teacher/model.pt', []), 'scratch': ('scratch', [])}),
-    'video': (['--size', 'nano-video'], 3, {
+    'video': (1500, ['--size', 'nano-video'], 3, {
         'EVA': ('assets/nano-eva.pt', []), 'scratch': ('scratch', []),
         'EVA, one frame': ('assets/nano-eva.pt', ['--frames', 1])}),
 }
@@ -212,6 +213,7 @@ def clip_report(sweep, final, best, before, step_cost):
     run.draw_curves(str(ROOT / 'assets/clip_compute.png'), compute, xlabel='TFLOP of all stages', ylabel=label)
 
 
+@functools.cache
 def probes_of(start, seed, spec):
     """k-NN and a linear map on the frozen features that an arm starts from."""
     cfg, model = SimpleNamespace(workers=0), M.ViT(**M.SIZES['nano'])
@@ -222,29 +224,36 @@ def probes_of(start, seed, spec):
 
 
 def finetune_study(name, spec, jobs, cores, began):
-    """Fine-tuning by where it starts: each arm at the better of RATES, chosen on a seed of its own, then more seeds."""
-    flags, seeds, arms = FINETUNE[name]
+    """Fine-tuning by where it starts: each arm at the better of RATES, chosen on a seed of its own, then more seeds; on
+    the world from scratch also with the compute of all stages together (its rates are tried at a sixth of it)."""
+    usual, flags, seeds, arms = FINETUNE[name]
+    long = usual
     if name == 'finetune':
         command('mim_pretrain.py', ['--target', 'pixels'], PIXELS.removesuffix('/model.pt'), cores * jobs)
+        step_cost = 64 * 3 * run.flops_per_image(M.SIZES['nano']) / 1e12
+        long += round(clip_costs()[0]['EVA'][2] / step_cost)
+        arms = arms | {'scratch, all compute': ('scratch', [])}
 
     def one(job):
         arm, lr, seed = job
         start, own = arms[arm][0].format(seed % seeds), list(arms[arm][1])
         if start == 'scratch':
             own += ['--layer_decay', 1]
+        steps = usual if arm != 'scratch, all compute' else long if seed < seeds else long // 6
         folder = f'out/study-{name}/{arm.replace(", ", "-").replace(" ", "-")}-{lr:g}-{seed}'
-        result = command('finetune.py', [*flags, *own, '--data', spec, '--init', start, '--lr', lr, '--seed', seed,
-                                         '--save_every', 10 ** 6], folder, cores)
+        words = [*flags, *own, '--data', spec, '--init', start, '--steps', steps, '--lr', lr, '--seed', seed]
+        result = command('finetune.py', [*words, '--save_every', 10 ** 6], folder, cores)
         print(f'{(time.time() - began) / 60:6.1f} min  {arm} {lr:g} {seed}: {result["top1"]:.3f}', file=sys.stderr,
               flush=True)
-        return dict(row=arm, lr=lr, seed=seed, **result, **({} if name == 'video' else probes_of(start, seed, spec)))
+        probes = {} if name == 'video' else probes_of(start, seed * (start == 'scratch'), spec)
+        return dict(row=arm, lr=lr, seed=seed, steps=steps, **result, **probes)
 
     with ThreadPoolExecutor(jobs) as pool:
         sweep = list(pool.map(one, [(arm, lr, seeds) for lr in RATES for arm in arms]))
         best = {arm: max((r for r in sweep if r['row'] == arm), key=lambda r: r['top1'])['lr'] for arm in arms}
         final = list(pool.map(one, [(arm, best[arm], seed) for seed in range(seeds) for arm in arms]))
     measures = [measure for measure in FINETUNE_MEASURES if measure in final[0]]
-    save_csv(name, ['row', 'lr', 'seed', *measures, 'seconds'], sweep + final)
+    save_csv(name, ['row', 'lr', 'seed', 'steps', *measures, 'seconds'], sweep + final)
     by = {arm: {r['seed']: r for r in final if r['row'] == arm} for arm in arms}
     print('| starts from | learning rate | ' + ' | '.join(measures) + ' |\n' + '|---' * (2 + len(measures)) + '|')
     for arm in arms:
