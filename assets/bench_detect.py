@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 import data
-from detect_seg import average_precision, clip_boxes, fill_polygons, nms, pool_boxes, runs_to_string, soft_nms
+from coco import average_precision, clip_boxes, fill_polygons, runs_to_string
+from detect_seg import nms, pool_boxes, soft_nms
 from model import print0
 
 

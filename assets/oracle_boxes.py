@@ -15,7 +15,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data                                             # noqa: E402
 import model as M                                       # noqa: E402
-from detect_seg import Scenes, prepare, roi_align       # noqa: E402
+from coco import Scenes                                 # noqa: E402
+from detect_seg import prepare, roi_align               # noqa: E402
 
 NUM_TRAIN, NUM_VAL = 3000, 1500         # images, of about 2.6 objects each
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import coco
 import data
 import detect_seg as D
 import model as M
@@ -29,16 +30,16 @@ def random_masks(num, size=(7, 9), stream='masks'):
 def test_masks_survive_run_lengths_and_strings():
     """bool to run lengths to COCO's string and back, from empty to full."""
     for mask in random_masks(8):
-        runs = D.encode_mask(mask)
+        runs = coco.encode_mask(mask)
         assert runs.sum() == mask.size and (runs[1:] > 0).all()
-        assert (D.string_to_runs(D.runs_to_string(runs)) == runs).all()
-        assert (D.decode_mask(runs, mask.shape) == mask).all()
+        assert (coco.string_to_runs(coco.runs_to_string(runs)) == runs).all()
+        assert (coco.decode_mask(runs, mask.shape) == mask).all()
 
 
 def test_mask_iou_is_that_of_pixels():
     """What run lengths give is what counting pixels gives, for crowds too."""
     a, b, crowd = random_masks(6), random_masks(5, stream='more'), np.array([False, True, False, True, False])
-    ours = D.overlap_masks([D.encode_mask(x) for x in a], [D.encode_mask(x) for x in b], crowd)
+    ours = coco.overlap_masks([coco.encode_mask(x) for x in a], [coco.encode_mask(x) for x in b], crowd)
     for i, x in enumerate(a):
         for j, y in enumerate(b):
             union = x.sum() if crowd[j] else (x | y).sum()
@@ -49,17 +50,17 @@ def test_merged_masks_are_those_of_pixels():
     """At least one, two or three of three masks."""
     masks = random_masks(5)[1:4]
     for at_least in (1, 2, 3):
-        runs = D.merge_masks([D.encode_mask(mask) for mask in masks], at_least)
-        assert (D.decode_mask(runs, masks[0].shape) == (sum(mask.astype(int) for mask in masks) >= at_least)).all()
+        runs = coco.merge_masks([coco.encode_mask(mask) for mask in masks], at_least)
+        assert (coco.decode_mask(runs, masks[0].shape) == (sum(mask.astype(int) for mask in masks) >= at_least)).all()
 
 
 def test_a_box_as_polygon_fills_its_pixels():
     """Of whole numbers, the polygon's pixels, area and box are the rectangle's."""
-    runs = D.fill_polygon([2, 1, 6, 1, 6, 4, 2, 4], (5, 8))
+    runs = coco.fill_polygon([2, 1, 6, 1, 6, 4, 2, 4], (5, 8))
     expected = np.zeros((5, 8), dtype=bool)
     expected[1:4, 2:6] = True
-    assert (D.decode_mask(runs, (5, 8)) == expected).all()
-    assert D.mask_area(runs) == 12 and D.mask_box(runs, 5).tolist() == [2, 1, 6, 4]
+    assert (coco.decode_mask(runs, (5, 8)) == expected).all()
+    assert coco.mask_area(runs) == 12 and coco.mask_box(runs, 5).tolist() == [2, 1, 6, 4]
 
 
 def test_pasting_undoes_cutting_out():
@@ -93,12 +94,12 @@ def test_soft_nms_treats_classes_apart():
 def test_finding_everything_is_an_ap_of_one():
     """The objects themselves, as detections, are perfect; a wrong category is worth nothing."""
     truth, _ = bench['random_truth'](4, 3, 1, 5)
-    mask = lambda row: dict(counts=D.runs_to_string(D.fill_polygons(row['segmentation'], (640, 640))))
+    mask = lambda row: dict(counts=coco.runs_to_string(coco.fill_polygons(row['segmentation'], (640, 640))))
     exact = [dict(row, score=.9, segmentation=mask(row)) for row in truth['annotations']]
     for kind in ('bbox', 'segm'):
-        assert D.average_precision(truth, exact, kind)['AP'] == pytest.approx(1)
+        assert coco.average_precision(truth, exact, kind)['AP'] == pytest.approx(1)
     wrong = [dict(row, category_id=(row['category_id'] + 1) % 5) for row in exact]
-    assert D.average_precision(truth, wrong)['AP'] < .2
+    assert coco.average_precision(truth, wrong)['AP'] < .2
 
 
 # ---- the detector
@@ -206,7 +207,7 @@ def test_a_target_nobody_overlaps_takes_all_anchors():
 def test_of_equal_objects_the_last_is_found():
     """COCO's way with ties: the first detection takes the second object, which is all that the other one overlaps."""
     iou = np.array([[.8, .8], [.1, .9]])
-    found, _ = D.match_detections(iou, np.zeros((4, 2), dtype=bool), np.zeros(2, dtype=bool))
+    found, _ = coco.match_detections(iou, np.zeros((4, 2), dtype=bool), np.zeros(2, dtype=bool))
     assert found[0, 0, 0] and not found[1, 0, 0]
 
 
@@ -229,7 +230,7 @@ def row(image=0, box=(2, 3, 10, 8), category=3, **fields):
 
 def test_categories_with_gaps_are_numbered_in_order(tmp_path):
     """Ids 3 and 7 are labels 0 and 1, and come back as 3 and 7."""
-    dataset = D.Instances(write_json(tmp_path, [row(), row(category=7)]), 'val')
+    dataset = coco.Instances(write_json(tmp_path, [row(), row(category=7)]), 'val')
     batch = dataset.batch(torch.arange(4), 32, scale=None)
     target = batch['targets'][batch['index'].index(0)]
     assert dataset.classes == ['cat', 'dog'] and target['labels'].tolist() == [0, 1]
@@ -245,7 +246,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path):
                                    row(category=4), row(segmentation=dict(size=[9, 9], counts=[81])),
                                    row(box=(30, 20, 50, 50)), row(1, segmentation=whole, category=7)])
     os.remove(tmp_path / 'train' / '3.png')
-    dataset = D.Instances(folder, 'train')
+    dataset = coco.Instances(folder, 'train')
     assert Counter(what.split(' ')[0] for what, _ in dataset.broken) == dict(boxes=2, masks=1, annotations=2, images=1)
     assert len(dataset) == 3 and [len(dataset.rows[10 + i]) for i in range(3)] == [2, 1, 0]
     assert dataset.rows[10][1]['box'].tolist() == [30, 20, 32, 24]                          # cut at the border
@@ -254,7 +255,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path):
 def test_crowds_are_judged_and_not_learnt(tmp_path):
     """A crowd is no target, but among the rows that detections are judged by."""
     crowd = row(segmentation=dict(size=[24, 32], counts=[0, 768])) | dict(iscrowd=1)
-    dataset = D.Instances(write_json(tmp_path, [row(), crowd]), 'val')
+    dataset = coco.Instances(write_json(tmp_path, [row(), crowd]), 'val')
     batch = dataset.batch(torch.arange(4), 32, scale=None)
     assert len(batch['targets'][batch['index'].index(0)]['boxes']) == 1 and len(dataset.truth(batch)[1]) == 2
 
@@ -267,13 +268,13 @@ def test_other_json_is_refused(tmp_path, text, message):
     """One line that says what was expected."""
     (tmp_path / 'train.json').write_text(text)
     with pytest.raises(ValueError, match=re.escape(message)):
-        D.Instances(str(tmp_path), 'train')
+        coco.Instances(str(tmp_path), 'train')
 
 
 def test_a_folder_without_boxes_says_what_was_looked_for(tmp_path):
     """Not images alone."""
     with pytest.raises(ValueError, match='train.json, annotations/instances_train'):
-        D.Instances(str(tmp_path), 'train')
+        coco.Instances(str(tmp_path), 'train')
 
 
 @pytest.mark.parametrize('form', ['polygon', 'runs'])
@@ -287,9 +288,9 @@ def test_boxes_and_masks_go_where_the_image_goes(tmp_path, form):
     if form == 'runs':
         held = json.loads((tmp_path / 'train.json').read_text())
         for part in held['annotations']:
-            part['segmentation'] = dict(size=[24, 32], counts=D.encode_mask(mask).tolist())
+            part['segmentation'] = dict(size=[24, 32], counts=coco.encode_mask(mask).tolist())
         (tmp_path / 'train.json').write_text(json.dumps(held))
-    dataset = D.Instances(folder, 'train', jitter=(.6, 2.))
+    dataset = coco.Instances(folder, 'train', jitter=(.6, 2.))
     batch = dataset.batch(torch.arange(24), 64, seed=1)
     sides = set()
     for image, size, target in zip(batch['images'], batch['sizes'], batch['targets']):
@@ -298,7 +299,7 @@ def test_boxes_and_masks_go_where_the_image_goes(tmp_path, form):
         x1, y1, x2, y2 = target['boxes'][0].round().int().tolist()
         seen = image[0] > 127
         mask, = target['masks']
-        mask = torch.from_numpy(D.decode_mask(D.fill_polygons(mask, size), size)) if form == 'polygon' else mask
+        mask = torch.from_numpy(coco.decode_mask(coco.fill_polygons(mask, size), size)) if form == 'polygon' else mask
         mask = F.pad(mask, (0, 64 - size[1], 0, 64 - size[0]))
         box = torch.zeros(64, 64, dtype=torch.bool)
         box[y1:y2, x1:x2] = True
@@ -315,11 +316,11 @@ def test_rare_classes_are_shown_more_often(tmp_path):
     for category in held['categories']:
         category['frequency'] = 'f'
     (tmp_path / 'train.json').write_text(json.dumps(held))
-    before, D.REPEAT = D.REPEAT, .1         # dogs are in 1 of 40 images: sqrt(.1 / .025) = twice
+    before, coco.REPEAT = coco.REPEAT, .1         # dogs are in 1 of 40 images: sqrt(.1 / .025) = twice
     try:
-        dataset = D.Instances(folder, 'train')
+        dataset = coco.Instances(folder, 'train')
     finally:
-        D.REPEAT = before
+        coco.REPEAT = before
     assert len(dataset) == 41
     for epoch in range(3):
         counts = Counter(dataset.index(41 * epoch + torch.arange(41), seed=0))
@@ -328,7 +329,7 @@ def test_rare_classes_are_shown_more_often(tmp_path):
 
 def test_the_worlds_masks_are_in_their_boxes():
     """Visible pixels, tightly; every object once; fine classes are of the coarse ones' kinds."""
-    coarse, fine = (D.Scenes(data.open_data('shapes'), name) for name in ('coarse', 'fine'))
+    coarse, fine = (coco.Scenes(data.open_data('shapes'), name) for name in ('coarse', 'fine'))
     batch, other = (dataset.batch(torch.arange(6), 64) for dataset in (coarse, fine))
     for target, again in zip(batch['targets'], other['targets']):
         assert torch.equal(target['labels'], torch.tensor(fine.coarse)[again['labels']])
@@ -339,11 +340,11 @@ def test_the_worlds_masks_are_in_their_boxes():
 
 def test_the_vocabulary_gap_of_perfect_boxes_is_zero():
     """And it is one where every fine class is wrong but every coarse one right."""
-    dataset = D.Scenes(data.open_data('shapes', 'val'), 'fine')
+    dataset = coco.Scenes(data.open_data('shapes', 'val'), 'fine')
     images, rows = dataset.truth(dataset.batch(torch.arange(4), 64))
     truth = dict(images=images, annotations=rows, categories=dataset.categories)
     right = [dict(row, score=.9) for row in rows]
-    ap = lambda results: D.percent(D.average_precision(truth, results, most=(300,)))['ap']
+    ap = lambda results: D.percent(coco.average_precision(truth, results, most=(300,)))['ap']
     gap = D.vocabulary_gap(truth, right, dataset.coarse, ap(right))
     assert gap['gap'] == pytest.approx(0) and gap['box_ap_one_class'] == pytest.approx(100)
     twin = [next(k for k, kind in enumerate(dataset.coarse) if kind == dataset.coarse[row['category_id']]

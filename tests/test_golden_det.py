@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import coco
 import detect_seg as D
 import model as M
 from test_golden import fixtures
@@ -213,11 +214,11 @@ def test_polygons(path):
     fixture = read(path)
     for name, case in fixture['polygons'].items():
         for part, expected in zip(case['polygons'], case['part_masks']):
-            ours = D.decode_mask(D.fill_polygon(part, fixture['hw']), fixture['hw'])
+            ours = coco.decode_mask(coco.fill_polygon(part, fixture['hw']), fixture['hw'])
             assert (ours == expected.numpy()).all(), name
-        runs = D.fill_polygons(case['polygons'], fixture['hw'])
-        assert D.runs_to_string(runs) == case['rle'], name
-        assert D.mask_area(runs) == case['area'] and xywh(D.mask_box(runs, fixture['hw'][0])) == case['bbox'], name
+        runs = coco.fill_polygons(case['polygons'], fixture['hw'])
+        assert coco.runs_to_string(runs) == case['rle'], name
+        assert coco.mask_area(runs) == case['area'] and xywh(coco.mask_box(runs, fixture['hw'][0])) == case['bbox'], name
 
 
 @pytest.mark.parametrize('path', fixtures('masks*.pt'))
@@ -225,8 +226,8 @@ def test_boxes_as_masks(path):
     """A box is the polygon of its corners."""
     fixture = read(path)
     for (x, y, w, h), expected in zip(fixture['boxes_to_masks']['boxes_xywh'], fixture['boxes_to_masks']['masks']):
-        runs = D.fill_polygon([x, y, x, y + h, x + w, y + h, x + w, y], fixture['hw'])
-        assert (D.decode_mask(runs, fixture['hw']) == expected.numpy()).all()
+        runs = coco.fill_polygon([x, y, x, y + h, x + w, y + h, x + w, y], fixture['hw'])
+        assert (coco.decode_mask(runs, fixture['hw']) == expected.numpy()).all()
 
 
 @pytest.mark.parametrize('path', fixtures('masks*.pt'))
@@ -234,33 +235,33 @@ def test_run_lengths(path):
     """Masks to run lengths, to strings, and back."""
     for name, case in read(path)['rle'].items():
         mask = case['mask'].numpy()
-        runs = D.encode_mask(mask)
+        runs = coco.encode_mask(mask)
         assert runs.tolist() == case['counts_uncompressed'], name
-        assert D.runs_to_string(runs) == case['counts_compressed'], name
-        assert D.string_to_runs(case['counts_compressed']).tolist() == case['counts_uncompressed'], name
-        assert (D.decode_mask(runs, case['size']) == mask).all(), name
-        assert D.mask_area(runs) == case['area'] and xywh(D.mask_box(runs, case['size'][0])) == case['bbox'], name
+        assert coco.runs_to_string(runs) == case['counts_compressed'], name
+        assert coco.string_to_runs(case['counts_compressed']).tolist() == case['counts_uncompressed'], name
+        assert (coco.decode_mask(runs, case['size']) == mask).all(), name
+        assert coco.mask_area(runs) == case['area'] and xywh(coco.mask_box(runs, case['size'][0])) == case['bbox'], name
 
 
 @pytest.mark.parametrize('path', fixtures('masks*.pt'))
 def test_merging_masks(path):
     """Union and intersection."""
     case = read(path)['merge']
-    masks = [D.string_to_runs(text) for text in case['inputs']]
-    assert D.runs_to_string(D.merge_masks(masks)) == case['union']
-    assert D.runs_to_string(D.merge_masks(masks, len(masks))) == case['intersect']
+    masks = [coco.string_to_runs(text) for text in case['inputs']]
+    assert coco.runs_to_string(coco.merge_masks(masks)) == case['union']
+    assert coco.runs_to_string(coco.merge_masks(masks, len(masks))) == case['intersect']
 
 
 @pytest.mark.parametrize('path', fixtures('masks*.pt'))
 def test_overlaps(path):
     """IoU of masks and of boxes, with crowds, exactly."""
     case = read(path)['iou']
-    masks = [[D.string_to_runs(text) for text in case[name]] for name in ('dt', 'gt')]
+    masks = [[coco.string_to_runs(text) for text in case[name]] for name in ('dt', 'gt')]
     for crowd, expected in zip(case['crowd'], case['iou']):
-        np.testing.assert_allclose(D.overlap_masks(*masks, np.array(crowd, dtype=bool)), expected, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(coco.overlap_masks(*masks, np.array(crowd, dtype=bool)), expected, rtol=0, atol=1e-12)
     boxes = case['box_dt_xywh'].numpy(), case['box_gt_xywh'].numpy()
     for crowd, expected in zip(case['box_crowd'], case['box_iou']):
-        np.testing.assert_allclose(D.overlap_boxes(*boxes, np.array(crowd, dtype=bool)), expected, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(coco.overlap_boxes(*boxes, np.array(crowd, dtype=bool)), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize('path', fixtures('masks*.pt'))
@@ -302,7 +303,7 @@ def coco_sets(fixture):
 def test_coco_ap(path, kind):
     """The 12 numbers and those of every category, to 1e-12: crowds, ties, nothing to find, nothing found."""
     for name, truth, dets, case in coco_sets(read(path)):
-        ours, expected = D.average_precision(truth, dets, kind), case[kind]
+        ours, expected = coco.average_precision(truth, dets, kind), case[kind]
         for number, value in expected['stats'].items():
             assert abs(ours[number] - value) < 1e-12, (name, number)
         for category, numbers in expected['per_category'].items():
@@ -315,7 +316,7 @@ def test_coco_ap(path, kind):
 def test_coco_curves(path, kind):
     """Precision at 101 recalls, IoU .5, for every category."""
     for name, truth, dets, case in coco_sets(read(path)):
-        precision, _ = D.precision_and_recall(truth, dets, kind, (1, 10, 100))
+        precision, _ = coco.precision_and_recall(truth, dets, kind, (1, 10, 100))
         np.testing.assert_allclose(precision[:, 0, 0], case[kind]['precision_iou50_area_all_maxdet100'],
                                    rtol=0, atol=1e-12, err_msg=name)
 
@@ -326,7 +327,7 @@ def test_lvis_ap(path):
     fixture = read(path)
     for name, expected in fixture['expected'].items():
         kind, limit = name.split('_max')
-        ours = D.average_precision(fixture['gt'], fixture['dets'], kind, (int(limit),))
+        ours = coco.average_precision(fixture['gt'], fixture['dets'], kind, (int(limit),))
         for number, value in expected['results'].items():
             number = {f'AR@{limit}': f'AR{limit}'}.get(number, number.split('@')[0])
             assert abs(ours[number] - value) < 1e-12, (name, number)
@@ -516,7 +517,7 @@ def detector(path):
         fixture['state_dict'], anchor_sizes=config['anchor_sizes'], num_anchors=rpn['batch_size_per_image'],
         before=(rpn['pre_nms_topk_train'], rpn['pre_nms_topk_test']), num_boxes=roi['batch_size_per_image'],
         after=(rpn['post_nms_topk_train'], rpn['post_nms_topk_test']), positive_share=roi['positive_fraction'])
-    images = [D.pad_to(model.normalize(image[None])[0], config['square_pad']) for image in fixture['images']]
+    images = [coco.pad_to(model.normalize(image[None])[0], config['square_pad']) for image in fixture['images']]
     return model, torch.stack(images), fixture
 
 
