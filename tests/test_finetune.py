@@ -317,6 +317,14 @@ def test_from_pretraining_norm_and_head_start_afresh_and_positions_resize(tmp_pa
     assert finetune.classifier(config('--init', 'scratch'), ['a', 'b']).patch_embed.weight.requires_grad
 
 
+def test_pretraining_that_is_missing_is_run_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    monkeypatch.setattr(run, 'run_stage', lambda *words: ran.append(words))
+    assert finetune.find_init(config('--size', 'nano-video')) == 'out/mim_pretrain-nano/model.pt'
+    assert ran == [('mim_pretrain.py', 'out/mim_pretrain-nano', '--size', 'nano', '--device', 'cpu')]
+
+
 def from_fixture(monkeypatch, path, num_classes, *flags):
     """finetune.classifier of a reference file, whose head is not 64 wide, and what the file holds."""
     held = read(path)
