@@ -935,8 +935,12 @@ def train(cfg):
     rank, world, device, mesh = run.setup(cfg)
     cfg.out_dir = cfg.out_dir or f'out/detect_seg-{cfg.size}'
     if cfg.plan:
-        print0('the ViT alone, with global blocks; pyramid and heads come on top')
-        return run.costs('plan', cfg, run.size_config(cfg, drop_path=cfg.drop_path), device)
+        vit = run.size_config(cfg, drop_path=cfg.drop_path, head=0, mask_token=False)
+        with torch.device('meta'):
+            heads = Detector(dict(vit, pool='map'), 80, cfg.channels, cfg.hidden, cfg.stages)
+        heads = run.count_parameters(heads) - run.count_parameters(heads.vit)
+        print0(f'the ViT alone, with global blocks; pyramid and heads of 80 classes add {heads:,} parameters')
+        return run.costs('plan', cfg, vit, device)
     if cfg.bench:
         return runpy.run_path(Path(__file__).resolve().parent / 'assets' / 'bench_detect.py')['bench']()
     if cfg.eval or cfg.image:
