@@ -727,3 +727,493 @@ def label_table(num_classes, ignore=255, zero_label=False):
     table[int(zero_label):num_classes + int(zero_label)] = np.arange(num_classes)
     table[[ignore] + [0] * zero_label] = IGNORED
     return table
+
+
+# ---- images with a class for every pixel ------------------------------------------------------------------------
+
+PLACES = (  # where images and label maps of a split lie; {} is the split's name
+    ('images/{}', 'annotations/{}'), ('{}', '{}annot'), ('{}/images', '{}/labels'), ('{}/images', '{}/annotations'),
+    ('images/{}', 'labels/{}'))
+SPLITS = {'train': ('train', 'training', 'train2017'), 'val': ('val', 'validation', 'val2017')}
+SUFFIXES = '', '_labelTrainIds', '_L'       # of a label map, after its image's name: COCO-Stuff's, CamVid's
+STUFF_GAPS = 11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90      # values of COCO-Stuff's maps that are no class
+
+
+def find_places(root, split):
+    """(folder of images, folder of label maps) of a split, by the names that data sets use."""
+    for images, labels in PLACES:
+        for name in SPLITS[split]:
+            found = os.path.join(root, images.format(name)), os.path.join(root, labels.format(name))
+            if all(map(os.path.isdir, found)):
+                return found
+    looked = ', '.join(f'{a.format("train")} + {b.format("train")}' for a, b in PLACES)
+    raise ValueError(f"--data {root}: no label maps for {split}; looked for folders {looked}, and the same with val "
+                     "(ADE20K's and COCO's names of splits too). Or use 'shapes', the built-in world")
+
+
+def find_classes(cfg, folder):
+    """(names, table) of the classes: what each value of a label map means. See --classes, --ignore, --zero_label."""
+    listed = cfg.classes if cfg.classes and not cfg.classes.isdecimal() else os.path.join(cfg.data, 'classes.txt')
+    known = {'training': [str(k) for k in range(1, 151)], 'train2017': [str(k) for k in range(171)]}       # ADE20K, COCO
+    zero_label = 'training' in folder if cfg.zero_label is None else cfg.zero_label
+    if cfg.classes.isdecimal():
+        names = [str(k) for k in range(int(cfg.classes))]
+    elif os.path.exists(listed) or cfg.classes:
+        with open(listed) as file:
+            names = file.read().splitlines()
+    else:
+        names = known.get(os.path.basename(folder))
+    if not names:
+        raise ValueError(f'--data {cfg.data}: how many classes are there? Give --classes N, or a file of names')
+    table = label_table(len(names), cfg.ignore, zero_label)
+    if '-' in names:            # values that are no class: the others close up
+        closed = np.cumsum([name != '-' for name in names]) - 1
+        values = np.arange(len(names)) + zero_label
+        table[values] = np.where([name == '-' for name in names], IGNORED, closed)
+        table[cfg.ignore] = IGNORED
+    return [name for name in names if name != '-'], table
+
+
+class Maps:
+    """Images with label maps: PNGs of the same name with 8 or 16 bits a pixel, grey or with a palette. What cannot be
+    used is left out and counted in `broken`: images without a label map, or with one of another size or that holds
+    values that are no class."""
+    reads_files = True
+
+    def __init__(self, cfg, split='train'):
+        folders = find_places(cfg.data, split)
+        self.images, self.labels, self.jitter, self.broken = *folders, cfg.jitter, set()
+        self.classes, self.table = find_classes(cfg, folders[0])
+        known = {}
+        for name in data.list_files(self.labels)[0]:
+            stem = os.path.splitext(name)[0]
+            known |= {stem.removesuffix(suffix): name for suffix in SUFFIXES if stem.endswith(suffix)}
+        names = data.list_files(self.images)[0]
+        self.pairs = [(name, known[os.path.splitext(name)[0]]) for name in names if os.path.splitext(name)[0] in known]
+        self.broken |= {('images have no label map and were left out', name)
+                        for name in names if os.path.splitext(name)[0] not in known}
+        if not self.pairs:
+            raise ValueError(f'{self.labels}: none of the {len(names):,} images in {self.images} has a label map there, '
+                             'a PNG of the same name')
+        if all(isinstance(self.look(i), str) for i in range(min(8, len(self)))):       # no accident
+            raise ValueError(self.look(0))
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def look(self, i):
+        """Image i, PIL, and its classes, int16 [H, W]; or what is wrong with them."""
+        name, label = self.pairs[i]
+        path = os.path.join(self.labels, label)
+        try:
+            image, _ = data.read_part(os.path.join(self.images, name), lambda width, height: (0, 0, width, height))
+            with Image.open(path) as file:
+                values = np.array(file)
+        except (OSError, SyntaxError, ValueError) as error:
+            return f'{M.first_line(error)}'
+        if values.ndim != 2:
+            return f'{path} has {values.shape[2]} channels; a label map has one, each pixel a class'
+        if values.shape != (image.height, image.width):
+            return (f'{path} is of {values.shape[1]} x {values.shape[0]} pixels, its image of {image.width} x '
+                    f'{image.height}')
+        classes = self.table[values.astype(np.int64).clip(0, len(self.table) - 1)]
+        if (classes < IGNORED).any():
+            return (f'{path} holds the value {values[classes < IGNORED].max()}, which is none of the '
+                    f'{len(self.classes)} classes; see --classes, --ignore and --zero_label')
+        return image, classes
+
+    def read(self, first, broken):
+        """Image `first` or the next that can be used, and its classes; others' troubles go to broken."""
+        for i in (*range(first, len(self)), *range(first)):
+            found = self.look(i)
+            if not isinstance(found, str):
+                return found
+            broken.append(('images or label maps could not be used and were replaced', found))
+        raise ValueError(f'{self.images}: none of its {len(self):,} images can be used; the last: {found}')
+
+    def batch(self, position, image_size, seed=0, device='cpu', scale=(1, 1), flip=True, augment=''):
+        """dict of images uint8 [B, 3, S, S] and labels int64 [B, S, S] to train on; the other options are for
+        classifiers."""
+        batch = dict(images=[], labels=[], broken=[])
+        u = data.uniform(seed, 'crop', position, 32).tolist()
+        for i, row in zip(data.sample_index(position, len(self), seed).tolist(), u):
+            image, labels = cut(*self.read(i, batch['broken']), image_size, self.jitter, row)
+            batch['images'].append(image)
+            batch['labels'].append(labels)
+        return dict(batch, images=torch.stack(batch['images']), labels=torch.stack(batch['labels']))
+
+    def truth(self, num, device):
+        """Yields each image, uint8 [1, 3, H, W], with its classes [1, H, W]."""
+        for i in range(num):
+            image, labels = self.read(i, broken := [])
+            self.broken.update(broken)
+            if not broken:
+                image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+                yield image[None].to(device), torch.from_numpy(labels).long()[None].to(device)
+
+
+def cut(image, labels, S, jitter, u):
+    """To train on: a PIL image at a random scale, of which a random square is cut out, one that is not mostly of one
+    class if ten tries find it, then its colours are changed and it may be mirrored. labels [H, W]; u: 32 uniform numbers
+    -> uint8 [3, S, S] and int64 [S, S], filled up with the mean and with IGNORED."""
+    scale = (jitter[0] + (jitter[1] - jitter[0]) * u[0]) * S / min(image.size)
+    height, width = (max(1, round(n * scale)) for n in labels.shape)
+    h, w = min(S, height), min(S, width)
+    for top, left in zip(u[1:21:2], u[2:22:2]):
+        y, x = int(top * (height - h + 1)), int(left * (width - w + 1))
+        rows, columns = (((np.arange(n) + at + .5) * whole / size).astype(int)
+                         for n, at, whole, size in ((h, y, labels.shape[0], height), (w, x, labels.shape[1], width)))
+        part = labels[rows][:, columns]
+        counts = np.bincount(part[part != IGNORED])
+        if (counts > 0).sum() > 1 and counts.max() < LARGEST_SHARE * counts.sum():
+            break
+    fraction = image.width / width, image.height / height
+    box = x * fraction[0], y * fraction[1], (x + w) * fraction[0], (y + h) * fraction[1]
+    image = distort(image.resize((w, h), Image.Resampling.BILINEAR, box=box), u[21:29])
+    part = torch.from_numpy(part.astype(np.int64))
+    if u[29] < .5:
+        image, part = image.flip(-1), part.flip(-1)
+    canvas = torch.tensor(data.FILL, dtype=torch.uint8)[:, None, None].repeat(1, S, S)
+    canvas[:, :h, :w] = image
+    return canvas, F.pad(part, (0, S - w, 0, S - h), value=IGNORED)
+
+
+def distort(image, u):
+    """Photometric distortion (arXiv:1512.02325), each with a chance of a half: brightness by up to 32, contrast and
+    saturation by .5 to 1.5, hue by up to 36 degrees. PIL image, 8 uniform numbers -> uint8 [3, H, W]."""
+    pixels = np.asarray(image).astype(np.float32)
+    contrast = .5 + u[3] if u[2] < .5 else 1.
+    if u[0] < .5:
+        pixels = pixels + (64 * u[1] - 32)
+    pixels = (pixels.clip(0, 255) * contrast if u[4] < .5 else pixels).clip(0, 255)
+    if u[5] < .75:          # 1 - 1/2 * 1/2: one of the two or both
+        hsv = np.array(Image.fromarray(pixels.astype(np.uint8)).convert('HSV')).astype(np.float32)
+        if u[5] < .5:
+            hsv[..., 1] = (hsv[..., 1] * (.5 + u[6])).clip(0, 255)
+        if u[5] >= .25:
+            hsv[..., 0] = (hsv[..., 0] + (2 * u[7] - 1) * 25.6) % 256
+        pixels = np.asarray(Image.fromarray(hsv.astype(np.uint8), 'HSV').convert('RGB')).astype(np.float32)
+    pixels = (pixels if u[4] < .5 else pixels * contrast).clip(0, 255)
+    return torch.from_numpy(pixels.round().astype(np.uint8)).permute(2, 0, 1)
+
+
+class Scenes:
+    """The built-in world's semantic maps: 10 grounds and 16 kinds of objects."""
+    reads_files = False
+
+    def __init__(self, cfg, split='train'):
+        self.world, self.image_size = data.open_data(cfg.data, split), cfg.image_size
+        self.classes, self.broken = [*data.STUFF, *data.KINDS], self.world.broken
+
+    def __len__(self):
+        return len(self.world)
+
+    def batch(self, position, image_size, seed=0, device='cpu', scale=None, flip=False, augment=''):
+        """As Maps.batch."""
+        drawn = self.world.batch(position, image_size, seed, device, want=('images', 'semantic'))
+        return dict(images=drawn['images'], labels=drawn['semantic'])
+
+    def truth(self, num, device):
+        """As Maps.truth, several at once."""
+        for positions in torch.arange(num).split(16):
+            yield tuple(self.batch(positions, self.image_size, 0, device).values())
+
+
+def open_maps(cfg, split):
+    """--data -> Scenes or Maps."""
+    if len(cfg.jitter) != 2 or not 0 < cfg.jitter[0] <= cfg.jitter[1]:
+        raise ValueError(f'--jitter {cfg.jitter} are not two shares of the size, the smaller first')
+    return (Scenes if cfg.data.partition(':')[0] == 'shapes' else Maps)(cfg, split)
+
+
+# ---- measuring and looking --------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def predict(model, images, cfg):
+    """The class of each pixel of images uint8 [B, 3, H, W], [B, H, W]: of windows over the image, or of it whole; over
+    all scales and both mirror images the mean of the scores' softmax, which is EVA's way."""
+    patch, size, total = 2 * model.vit.patch_size, images.shape[2:], 0
+    views = [(scale, mirror) for scale in cfg.scales for mirror in (False, True)[:1 + cfg.flip]]
+    for scale, mirror in views:
+        scaled = [max(1, round(n * scale * cfg.image_size / min(size))) for n in size]
+        x = images.float() if scaled == list(size) else F.interpolate(images.float(), size=scaled, mode='bilinear')
+        x = model.normalize(x.flip(-1) if mirror else x)
+        crop = tuple(-(-n // patch) * patch for n in scaled) if cfg.whole else (cfg.image_size,) * 2
+        with run.autocast(images.device):
+            scores = slide(model, x, crop, [max(1, round(STRIDE * n)) for n in crop])
+        scores = scores.flip(-1) if mirror else scores
+        if scaled != list(size):
+            scores = F.interpolate(scores, size=size, mode='bilinear')
+        if len(views) > 1:
+            scores.sub_(scores.amax(1, keepdim=True)).exp_().div_(scores.sum(1, keepdim=True))      # softmax in place
+        total = scores if scale == cfg.scales[0] and not mirror else total.add_(scores)
+    return total.argmax(1)
+
+
+def evaluate(model, dataset, cfg, device, num):
+    """Numbers in per cent of the first num validation images. All processes look at all: sharded weights are gathered
+    by all at once."""
+    model.eval()
+    K = len(dataset.classes)
+    counts = sum(confusion(predict(model, images, cfg), labels, K) for images, labels in dataset.truth(num, device))
+    model.train()
+    return {name: 100 * value for name, value in mean_iou(counts)[0].items()}
+
+
+def colour_of(k):
+    """A colour for each class, next to each other's unlike."""
+    rgb = colorsys.hsv_to_rgb(k * .618034 % 1, (.9, .55, .75)[k % 3], (.9, 1., .6)[k // 3 % 3])
+    return tuple(round(255 * x) for x in rgb)
+
+
+def draw_classes(image, classes, num):
+    """A PIL image of uint8 [3, H, W] under the colours of its classes [H, W]."""
+    colours = torch.tensor([colour_of(k) for k in range(num)] + [(0, 0, 0)]).float()        # the last: IGNORED
+    pixels = .4 * image.permute(1, 2, 0).cpu().float() + .6 * colours[classes.cpu()]
+    return Image.fromarray(pixels.byte().numpy())
+
+
+def draw_sheet(path, columns, names, tile=256):
+    """A picture of titled columns of PIL images, {title: images}, above a legend of the names' colours, {class: name}."""
+    font, rows = ImageFont.load_default(13), len(next(iter(columns.values())))
+    width, wide = len(columns) * (tile + 6) + 6, 120
+    per_row, bottom = max(1, (width - 6) // wide), rows * (tile + 6) + 26
+    sheet = Image.new('RGB', (width, bottom + 18 * -(-len(names) // per_row) + 6), 'white')
+    draw = ImageDraw.Draw(sheet)
+    for x, (title, images) in enumerate(columns.items()):
+        draw.text((6 + x * (tile + 6), 4), title, fill='black', font=font)
+        for y, image in enumerate(images):
+            scale = tile / max(image.size)
+            image = image.resize([max(1, round(n * scale)) for n in image.size], Image.Resampling.BICUBIC)
+            sheet.paste(image, (6 + x * (tile + 6), 24 + y * (tile + 6)))
+    for n, (k, name) in enumerate(names.items()):
+        x, y = 6 + n % per_row * wide, bottom + n // per_row * 18
+        draw.rectangle((x, y + 2, x + 12, y + 14), fill=colour_of(k))
+        draw.text((x + 17, y), name[:16], fill='black', font=font)
+    run.on_first(sheet.save, path)
+
+
+def draw_maps(path, model, dataset, cfg, device, num=4):
+    """The picture of a run: images, what is predicted, the truth."""
+    model.eval()
+    columns, there, K = {'image': [], 'prediction': [], 'truth': []}, set(), len(dataset.classes)
+    for images, labels in dataset.truth(num, device):
+        for image, predicted, label in zip(images, predict(model, images, cfg), labels):
+            there |= set(predicted.unique().tolist()) | set(label.unique().tolist())
+            columns['image'].append(Image.fromarray(image.permute(1, 2, 0).cpu().numpy()))
+            columns['prediction'].append(draw_classes(image, predicted, K))
+            columns['truth'].append(draw_classes(image, label, K))
+    model.train()
+    draw_sheet(path, columns, {k: dataset.classes[k] for k in sorted(there - {IGNORED})})
+
+
+# ---- the loop ---------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def init_heads(model, seed=0):
+    """First values of all but the ViT, a function of the seed; returns the model. Matrices are Xavier's, embeddings
+    normal; deformable attention first looks evenly at points 1, 2, 3, 4 cells away, each head in a direction."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if name.startswith('vit.'):
+            continue
+        if name.endswith(('level_embed', 'decoder.queries', 'decoder.positions')):
+            weight.normal_(generator=generator)
+        elif weight.ndim > 1:
+            receptive = weight[0, 0].numel()
+            bound = (6 / (receptive * (weight.shape[0] + weight.shape[1]))) ** .5
+            weight.uniform_(-bound, bound, generator=generator)
+        elif name.endswith('bias'):
+            weight.zero_()
+    for attention in [module for module in model.modules() if isinstance(module, DeformableAttention)]:
+        heads, levels, points = attention.shape
+        angle = 2 * math.pi * torch.arange(heads) / heads
+        direction = torch.stack((angle.cos(), angle.sin()), -1)
+        direction = direction / direction.abs().amax(1, keepdim=True)                   # on a square's border
+        offsets = direction[:, None, None] * torch.arange(1, points + 1)[:, None]       # [heads, 1, points, 2]
+        attention.offsets.bias.copy_(offsets.expand(-1, levels, -1, -1).flatten())
+        attention.offsets.weight.zero_()
+        attention.weights.weight.zero_()
+    return model
+
+
+def read_segmenter(path, held=None):
+    """A Segmenter in eval mode from our own file or a released one; `.extra` holds its classes, if it says them."""
+    held = held or M.read(path)
+    try:
+        if isinstance(held, dict) and held.get('format') == 'nanoEVA':
+            if held['name'] != 'Segmenter':
+                raise ValueError(f"this is a {held['name']}, expected a Segmenter; train one with --init {path}")
+            with torch.device('meta'):
+                model = Segmenter(**held['config'])
+            M.fill(model, held['state_dict'], assign=True)
+            model.extra = held['extra']
+            return model.eval()
+        model = load_segmenter(M.unwrap(held))
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
+    model.extra = {}
+    return model
+
+
+def is_segmenter(held):
+    """Whether a file holds one, ours or a released one."""
+    return isinstance(held, dict) and (held.get('name') == 'Segmenter' if held.get('format') == 'nanoEVA' else
+                                       any(name.startswith('decode_head.') for name in M.unwrap(held)))
+
+
+def make_vit(cfg):
+    """The ViT that training starts from: --init's, which may be a CLIP's image tower, or a new one."""
+    size, asked = cfg.size.partition('-')[0], dict(image_size=cfg.image_size, patch_size=cfg.patch_size)
+    options = {name: value for name, value in asked.items() if value}
+    options |= dict(head=0, pool=None, mask_token=False, drop_path=0. if cfg.freeze else cfg.drop_path)
+    if not cfg.init:
+        return M.init_weights(M.ViT(**{**M.SIZES[size], **options}), cfg.seed)
+    held = M.load(cfg.init)
+    tower = held.visual if isinstance(held, M.CLIP) else held
+    state = {name: x for name, x in tower.state_dict().items() if not name.startswith('head.')}
+    return M.load_state(state, 'ViT', {**tower.config, 'head': 0}, **options)
+
+
+def build(cfg, num_classes):
+    """The segmentor that training starts from. From another one everything is taken but what names its classes, unless
+    there are as many."""
+    held = M.read(cfg.init) if cfg.init else None
+    if is_segmenter(held):
+        before = read_segmenter(cfg.init, held)
+        vit = {**before.config['vit'], 'drop_path': cfg.drop_path}
+        model = Segmenter(**{**before.config, 'vit': vit, 'num_classes': num_classes, 'points': cfg.points})
+        state, fresh = before.state_dict(), init_heads(model, cfg.seed).state_dict()
+        model.load_state_dict({name: x if x.shape == fresh[name].shape else fresh[name] for name, x in state.items()})
+        if cfg.image_size != model.vit.image_size:
+            raise ValueError(f'{cfg.init} is of {model.vit.image_size} pixels; use --image_size {model.vit.image_size}')
+    else:
+        vit = make_vit(cfg)
+        width, adapter = vit.config['width'], None
+        if cfg.adapter:
+            adapter = dict(heads=vit.config['heads'], inner=min(64, width // 4))
+        model = Segmenter(vit.config, num_classes, cfg.head, adapter, None, cfg.channels, cfg.queries,
+                          max(1, cfg.channels // 32), 4 * cfg.channels, [int(n) for n in cfg.layers], cfg.points)
+        model.vit.load_state_dict({name: x for name, x in vit.state_dict().items() if not adapter or name[:5] != 'norm.'})
+        init_heads(model, cfg.seed)
+    if cfg.freeze:
+        model.vit.requires_grad_(False)
+    return model
+
+
+def check(cfg):
+    """One line about what does not fit; settles what was not given."""
+    if cfg.head not in ('linear', 'mask2former'):
+        raise ValueError(f'--head {cfg.head} is unknown; use linear or mask2former')
+    if cfg.adapter and cfg.head == 'linear' and 'adapter' not in RECIPES[cfg.size]:
+        raise ValueError('--adapter goes with --head mask2former')
+    cfg.adapter = cfg.adapter and cfg.head == 'mask2former'
+    if len(cfg.layers) != 2 or cfg.layers[1] < 1:
+        raise ValueError(f'--layers {cfg.layers} are not two numbers, of the encoder and of the decoder')
+    if cfg.channels % 32:
+        raise ValueError(f'--channels {cfg.channels} is not a multiple of 32')
+    if not cfg.scales or min(cfg.scales) <= 0:
+        raise ValueError(f'--scales {cfg.scales} are not sizes above 0')
+    if cfg.freeze is None:
+        cfg.freeze = bool(cfg.init) and cfg.head == 'linear'
+
+
+def num_eval(dataset):
+    return NUM_EVAL if isinstance(dataset, Scenes) else len(dataset)
+
+
+def lr_at(step, cfg):
+    """Linear up in warmup_steps, then linear down to 0 at the end."""
+    return cfg.lr * min((step + 1) / max(1, cfg.warmup_steps), 1) * (1 - step / cfg.steps)
+
+
+def look(cfg, device):
+    """--eval: the numbers of any segmentor; --image: what it says of a picture."""
+    path = cfg.init or f'{cfg.out_dir}/model.pt'
+    model = read_segmenter(path).to(device)
+    if cfg.image_size == RECIPES[cfg.size]['image_size']:       # no other was asked for
+        cfg.image_size = model.extra.get('image_size', model.vit.image_size)
+    K = model.config['num_classes']
+    if cfg.eval:
+        dataset = open_maps(cfg, 'val')
+        if len(dataset.classes) != K:
+            raise ValueError(f'{path} knows {K} classes, --data {cfg.data} has {len(dataset.classes)}')
+        metrics = evaluate(model, dataset, cfg, device, num_eval(dataset))
+        run.report_broken(dataset)
+        return print0(run.table(metrics))
+    image, _ = data.read_part(cfg.image, lambda width, height: (0, 0, width, height))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    classes, names = predict(model, pixels[None].to(device), cfg)[0], model.extra.get('classes') or list(map(str, range(K)))
+    os.makedirs(cfg.out_dir, exist_ok=True)
+    path = f'{cfg.out_dir}/{Path(cfg.image).stem}.classes.png'
+    there = {k: names[k] for k in classes.unique().tolist()}
+    draw_sheet(path, {'image': [image], 'prediction': [draw_classes(pixels, classes, K)]}, there, tile=512)
+    print0(path)
+
+
+def train(cfg):
+    """Trains a segmentor; leaves model.pt, classes.png, loss.png, log.jsonl and result.json. --eval and --image only
+    look."""
+    rank, world, device, mesh = run.setup(cfg)
+    cfg.out_dir = cfg.out_dir or f'out/segment-{cfg.size}'
+    check(cfg)
+    if cfg.plan:
+        print0('the ViT alone; its head comes on top')
+        config = {**M.SIZES[cfg.size.partition('-')[0]], 'image_size': cfg.image_size, 'drop_path': cfg.drop_path}
+        return run.costs('plan', cfg, config | ({'patch_size': cfg.patch_size} if cfg.patch_size else {}), device)
+    if cfg.bench:
+        return runpy.run_path(Path(__file__).resolve().parent / 'assets' / 'bench_segment.py')['bench']()
+    if cfg.eval or cfg.image:
+        return look(cfg, device)
+    train_set, val_set = open_maps(cfg, 'train'), open_maps(cfg, 'val')
+    if run.finished(cfg):
+        return
+    run.settle_steps(cfg, train_set)
+    model = run.to_device(build(cfg, len(train_set.classes)), cfg, device, mesh)
+    optimizer = run.make_optimizer(model, cfg, cfg.layer_decay)
+    start, _ = run.resume(cfg.out_dir, model, optimizer, cfg)
+    num = min(num_eval(val_set), max(8, cfg.steps * cfg.batch_size))
+    print0(f'EVA {cfg.size}: {run.count_parameters(model) / 1e6:.2f}M parameters from {cfg.init or "scratch"}, '
+           + 'the ViT as it is, ' * cfg.freeze + f'{len(train_set.classes)} classes, {cfg.image_size} px; '
+           f'{cfg.steps:,} steps of {cfg.batch_size} images on {device}')
+    log, share = run.Log(cfg, start, device), cfg.batch_size // world
+    weights = torch.tensor(model.head.loss_weights, device=device)
+    batches = data.batches(train_set, cfg.batch_size, cfg.image_size, start, cfg.steps, cfg.seed, device, cfg.workers,
+                           rank=rank, world=world)
+    for step, batch in zip(range(start, cfg.steps), batches):
+        for group in optimizer.param_groups:
+            group['lr'] = lr_at(step, cfg) * group['lr_scale']
+        position = (step * cfg.batch_size + rank * share + torch.arange(share)).to(device)
+        drop = data.uniform(cfg.seed, 'drop', position, 2 * len(model.vit.blocks)).unflatten(1, (-1, 2))
+        counts = run.total(model.head.counts(batch['labels'])).clamp(min=1)         # of the whole batch, all processes
+        parts = [x.split(cfg.micro_batch or share) for x in (batch['images'], batch['labels'], drop, position)]
+        loss = 0
+        for images, labels, drop, position in zip(*parts):
+            draw = lambda stream, i, num: data.uniform(cfg.seed, stream, position[i], num)          # [num]
+            with run.autocast(device):
+                losses = model(model.normalize(images), labels, draw, drop)         # sums
+            part = (weights * losses / counts).sum()
+            (part * world).backward()                                               # FSDP takes the mean over processes
+            loss += part.detach()
+        grad_norm = run.clip_gradients(model, cfg.grad_clip)
+        if log.is_finite(grad_norm):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if log.due(step):
+            log.write(step, loss=run.total(loss), lr=lr_at(step, cfg), grad_norm=grad_norm)
+        done, stopping = step + 1, log.stopping()
+        if done < cfg.steps and (stopping or done % cfg.save_every == 0):
+            run.save_checkpoint(cfg.out_dir, done, model, optimizer, cfg)
+            if stopping:
+                log.leave(done)
+            log.say(step, **evaluate(model, val_set, cfg, device, min(num, 100)))
+
+    metrics = evaluate(model, val_set, cfg, device, num)
+    run.save_model(model, f'{cfg.out_dir}/model.pt', classes=train_set.classes, image_size=cfg.image_size)
+    draw_maps(f'{cfg.out_dir}/classes.png', model, val_set, cfg, device)
+    log.finish(model, 'training loss', {}, **metrics)
+    run.report_broken(train_set, val_set)
+
+
+if __name__ == '__main__':
+    run.main(train, Config, RECIPES)
