@@ -77,6 +77,7 @@ IGNORED = -1            # a pixel's class where there is none to learn
 NUM_EVAL = 500          # validation images of the built-in world; of others all
 STRIDE = 512 / 896      # of the windows that an image is tested in, as a share of their side
 LARGEST_SHARE = .75     # of a crop that one class may have, if ten tries find another
+LINEAR_RATE = 10.       # times --lr, of a linear head: it starts from nothing, on features that are there
 NO_OBJECT = .1          # weight of a query that should find nothing, beside one that should find a mask
 LOSS_WEIGHTS = 2., 5., 5.       # of classes, of pixels, of overlap (dice)
 
@@ -518,6 +519,7 @@ class Adapter(nn.Module):
         self.norms = nn.ModuleList(BatchNorm(width) for _ in range(4))
 
     def forward(self, vit, images, drop=None):
+        """images [B, 3, H, W] -> four maps, finest first."""
         h, w = grid = [n // vit.patch_size for n in images.shape[2:]]
         if h % 2 or w % 2:
             raise ValueError(f'{h} x {w} patches: --adapter needs even numbers')
@@ -588,6 +590,8 @@ class Segmenter(nn.Module):
         self.pyramid = Pyramid(width, channels) if head == 'mask2former' and not adapter else None
         if adapter:
             self.vit.norm = nn.Identity()
+            if vit['depth'] < 4:
+                raise ValueError(f"a ViT of {vit['depth']} blocks is too short for --adapter; it needs 4 or more")
         if bias:
             for block in self.vit.blocks:
                 block.attn.rel_bias = PlaceBias(vit['heads'], bias)
@@ -751,26 +755,27 @@ def find_places(root, split):
                      "(ADE20K's and COCO's names of splits too). Or use 'shapes', the built-in world")
 
 
-def find_classes(cfg, folder):
-    """(names, table) of the classes: what each value of a label map means. See --classes, --ignore, --zero_label."""
-    listed = cfg.classes if cfg.classes and not cfg.classes.isdecimal() else os.path.join(cfg.data, 'classes.txt')
-    known = {'training': [str(k) for k in range(1, 151)], 'train2017': [str(k) for k in range(171)]}       # ADE20K, COCO
-    zero_label = 'training' in folder if cfg.zero_label is None else cfg.zero_label
+def find_classes(cfg, folder, label):
+    """(names, table) of the classes: what each value of a label map means; see --classes, --ignore, --zero_label. The
+    name of a folder tells of ADE20K and COCO-Stuff, that of a label map which of COCO-Stuff's two numberings it is."""
+    listed = os.path.join(cfg.data, 'classes.txt') if not cfg.classes else cfg.classes
+    is_ade, is_stuff = (os.path.basename(folder) in (names[i] for names in SPLITS.values()) for i in (1, 2))
+    zero_label = is_ade if cfg.zero_label is None else cfg.zero_label
     if cfg.classes.isdecimal():
         names = [str(k) for k in range(int(cfg.classes))]
-    elif os.path.exists(listed) or cfg.classes:
+    elif cfg.classes or os.path.exists(listed):
         with open(listed) as file:
             names = file.read().splitlines()
+    elif is_ade or '_labelTrainIds' in label:
+        names = [str(k) for k in range(150 if is_ade else 171)]
+    elif is_stuff:
+        names = ['-' if k in STUFF_GAPS else str(k) for k in range(182)]
     else:
-        names = known.get(os.path.basename(folder))
-    if not names:
-        raise ValueError(f'--data {cfg.data}: how many classes are there? Give --classes N, or a file of names')
+        raise ValueError(f'--data {cfg.data}: how many classes are there? Give --classes N, or a file of their names')
+    there = np.array([name != '-' for name in names])
     table = label_table(len(names), cfg.ignore, zero_label)
-    if '-' in names:            # values that are no class: the others close up
-        closed = np.cumsum([name != '-' for name in names]) - 1
-        values = np.arange(len(names)) + zero_label
-        table[values] = np.where([name == '-' for name in names], IGNORED, closed)
-        table[cfg.ignore] = IGNORED
+    known = table >= 0
+    table[known] = np.where(there, there.cumsum() - 1, IGNORED)[table[known]]       # the others close up
     return [name for name in names if name != '-'], table
 
 
@@ -783,7 +788,6 @@ class Maps:
     def __init__(self, cfg, split='train'):
         folders = find_places(cfg.data, split)
         self.images, self.labels, self.jitter, self.broken = *folders, cfg.jitter, set()
-        self.classes, self.table = find_classes(cfg, folders[0])
         known = {}
         for name in data.list_files(self.labels)[0]:
             stem = os.path.splitext(name)[0]
@@ -795,6 +799,7 @@ class Maps:
         if not self.pairs:
             raise ValueError(f'{self.labels}: none of the {len(names):,} images in {self.images} has a label map there, '
                              'a PNG of the same name')
+        self.classes, self.table = find_classes(cfg, self.images, self.pairs[0][1])
         if all(isinstance(self.look(i), str) for i in range(min(8, len(self)))):       # no accident
             raise ValueError(self.look(0))
 
@@ -1171,6 +1176,8 @@ def train(cfg):
     run.settle_steps(cfg, train_set)
     model = run.to_device(build(cfg, len(train_set.classes)), cfg, device, mesh)
     optimizer = run.make_optimizer(model, cfg, cfg.layer_decay)
+    for group in optimizer.param_groups:
+        group['lr_scale'] *= LINEAR_RATE if cfg.head == 'linear' and group['lr_scale'] == 1 else 1
     start, _ = run.resume(cfg.out_dir, model, optimizer, cfg)
     num = min(num_eval(val_set), max(8, cfg.steps * cfg.batch_size))
     print0(f'EVA {cfg.size}: {run.count_parameters(model) / 1e6:.2f}M parameters from {cfg.init or "scratch"}, '
