@@ -36,7 +36,7 @@ from run import option
 @dataclass
 class Config(run.Run):
     size: str = option('nano', 'row of RECIPES here: a row of SIZES in model.py, or g-stuff')
-    init: str = option('', 'file to start from: an EVA, a CLIP, or a segmentor, ours or released')
+    init: str = option('', 'file to start from: an EVA, a CLIP, or a segmentor, ours or released; scratch or empty: none')
     head: str = option('linear', 'linear or mask2former')
     adapter: bool = option(False, 'under mask2former: ViT-Adapter, instead of the pyramid of the last map')
     freeze: bool = option(None, 'the ViT stays as it is; if not given: the one of --init does under the linear head')
@@ -65,7 +65,7 @@ SMALL = dict(image_size=128, patch_size=8, batch_size=8, steps=1000, lr=2e-3, ch
              points=512)
 EVA = dict(image_size=896, patch_size=16, adapter=True, channels=1024, queries=200, layers=(6., 8.), layer_decay=.95,
            drop_path=.5)
-RECIPES = {  # differences from the defaults. g: EVA on ADE20K, from g-stuff: EVA on COCO-Stuff. s, b, l: ours, not tried
+RECIPES = {  # differences from the defaults. g: EVA on ADE20K, from g-stuff, EVA on COCO-Stuff; s, b, l: not tried
     'pico': SMALL, 'nano': SMALL, 'micro': SMALL, 'mini': SMALL, 'ti': SMALL,
     's': dict(image_size=512, patch_size=16, batch_size=16, steps=40_000, lr=1e-4, drop_path=.1),
     'b': dict(image_size=512, patch_size=16, batch_size=16, steps=80_000, lr=6e-5, drop_path=.1),
@@ -201,26 +201,24 @@ def mask_losses(logits, masks, targets, draw, num_points):
     """Sums of three losses of one prediction, [3]: of the queries' classes, of the masks' pixels, of their overlap
     (dice). logits [B, Q, K + 1], masks [B, Q, h, w]; targets: split_labels of each image; draw(stream, i, num) gives
     random numbers [num] of image i. An image without any label says nothing of its classes either."""
-    K, num_uncertain = logits.shape[2] - 1, int(.75 * num_points)
+    K, num_random = logits.shape[2] - 1, num_points - int(.75 * num_points)
     labels, known = torch.full(logits.shape[:2], K, device=logits.device), []
-    chosen, goals, candidates, others = [masks[:0, 0]], [], [], []
+    images, queries, goals, points = [], [], [], []
     with torch.no_grad():
         for i, (classes, wanted) in enumerate(targets):
-            points = draw('match', i, 2 * num_points).view(1, -1, 2)
-            cost = match_cost(logits[i], masks[i], classes, wanted, points).nan_to_num(1e9, 1e9, -1e9)
+            judged = draw('match', i, 2 * num_points).view(1, -1, 2)
+            cost = match_cost(logits[i], masks[i], classes, wanted, judged).nan_to_num(1e9, 1e9, -1e9)
             rows, columns = (torch.from_numpy(x).to(logits.device) for x in assign(cost.double().cpu().numpy()))
             labels[i, rows] = classes[columns]
-            known += [i] if len(classes) else []
-            chosen.append((i, rows))
-            goals.append(wanted[columns])
-            for name, list_, num in (('candidates', candidates, 3 * num_points),
-                                     ('others', others, num_points - num_uncertain)):
-                list_.append(draw(name, i, 2 * num * len(rows)).view(len(rows), num, 2))
-    chosen = torch.cat([chosen[0], *(masks[i, rows] for i, rows in chosen[1:])])                    # [N, h, w]
-    with torch.no_grad():
-        points = uncertain_points(chosen, torch.cat(candidates), torch.cat(others))                 # [N, P, 2]
-        goals = sample_points(torch.cat(goals), points)
-    chosen = sample_points(chosen, points)                                                          # [N, P]
+            candidates, others = (draw(name, i, 2 * num * len(rows)).view(len(rows), num, 2)
+                                  for name, num in (('candidates', 3 * num_points), ('others', num_random)))
+            points.append(uncertain_points(masks[i, rows], candidates, others))
+            goals.append(sample_points(wanted[columns], points[-1]))
+            known += [i] * min(1, len(rows))
+            images += [i] * len(rows)
+            queries.append(rows)
+    chosen = sample_points(masks[images, torch.cat(queries)], torch.cat(points))                    # [N, P]
+    goals = torch.cat(goals)
     weight = torch.ones(K + 1, device=logits.device)
     weight[K] = NO_OBJECT
     class_loss = F.cross_entropy(logits[known].flatten(0, 1).float(), labels[known].flatten(), weight, reduction='sum')
@@ -280,7 +278,7 @@ class DeformableAttention(nn.Module):
         self.proj = nn.Linear(int(width * ratio), width)
 
     def forward(self, queries, places, memory, sizes):
-        """queries [B, Q, D]; places [Q, 2], or [B, Q, levels, 2]; memory [B, N, D], maps of these sizes -> [B, Q, D]."""
+        """queries [B, Q, D]; places [Q, 2] or [B, Q, levels, 2]; memory [B, N, D], maps of these sizes -> [B, Q, D]."""
         B, Q, _ = queries.shape
         heads = self.shape[0]
         offsets = self.offsets(queries).view(B, Q, *self.shape, 2)
@@ -312,9 +310,9 @@ class PixelDecoder(nn.Module):
     """Lets the three coarser of four maps exchange what they know, and adds it to the finest. inputs: their channels,
     finest first. Maps [B, C_i, h, w], finest first -> [B, C, h, w] of the three, coarsest first, and of the finest."""
 
-    def __init__(self, inputs, channels, heads, mlp_width, layers):
+    def __init__(self, inputs, channels, heads, mlp_width, layers, groups=32):
         super().__init__()
-        norm = lambda: nn.GroupNorm(min(32, channels), channels)
+        norm = lambda: nn.GroupNorm(groups, channels)
         self.inputs = nn.ModuleList(nn.Sequential(nn.Conv2d(width, channels, 1), norm()) for width in inputs[:0:-1])
         self.level_embed = nn.Parameter(torch.zeros(3, channels))
         self.layers = nn.ModuleList(EncoderLayer(channels, heads, mlp_width) for _ in range(layers))
@@ -393,10 +391,10 @@ class MaskHead(nn.Module):
     """Mask2Former: pixel decoder, mask decoder, and what they learn from."""
     loss_weights = LOSS_WEIGHTS
 
-    def __init__(self, inputs, num_classes, channels, queries, heads, mlp_width, layers, points):
+    def __init__(self, inputs, num_classes, channels, queries, heads, mlp_width, layers, points, groups=32):
         super().__init__()
         self.num_classes, self.num_queries, self.num_points = num_classes, queries, points
-        self.pixels = PixelDecoder(inputs, channels, heads, mlp_width, layers[0])
+        self.pixels = PixelDecoder(inputs, channels, heads, mlp_width, layers[0], groups)
         self.decoder = MaskDecoder(channels, num_classes, queries, heads, mlp_width, layers[1])
 
     def scores(self, maps, size):
@@ -454,7 +452,7 @@ class SpatialPrior(nn.Module):
             nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), BatchNorm(outputs), nn.ReLU())
         self.stem = nn.Sequential(conv(3, inner, 2), conv(inner, inner, 1), conv(inner, inner, 1),
                                   nn.MaxPool2d(3, 2, padding=1))
-        self.convs = nn.ModuleList(conv(inputs * inner, outputs * inner, 2) for inputs, outputs in ((1, 2), (2, 4), (4, 4)))
+        self.convs = nn.ModuleList(conv(a * inner, b * inner, 2) for a, b in ((1, 2), (2, 4), (4, 4)))
         self.projections = nn.ModuleList(nn.Conv2d(times * inner, width, 1) for times in (1, 2, 4, 4))
 
     def forward(self, images):
@@ -514,7 +512,7 @@ class Adapter(nn.Module):
         self.prior = SpatialPrior(width, inner)
         self.level_embed = nn.Parameter(torch.zeros(3, width))
         self.injectors = nn.ModuleList(Injector(width, heads) for _ in range(4))
-        self.extractors = nn.ModuleList(Extractor(width, heads) for _ in range(6))      # two more after the last quarter
+        self.extractors = nn.ModuleList(Extractor(width, heads) for _ in range(6))      # two more at the end
         self.up = nn.ConvTranspose2d(width, width, 2, 2)
         self.norms = nn.ModuleList(BatchNorm(width) for _ in range(4))
 
@@ -578,11 +576,11 @@ class PlaceBias(nn.Module):
 # ---- the segmentor ----------------------------------------------------------------------------------------------
 
 class Segmenter(nn.Module):
-    """A ViT with a head. vit: its config. adapter: dict(heads, inner), or nothing for the pyramid of the last map. bias:
-    the grid (h, w) for which the ViT has a PlaceBias in every block, if it has. The other options are Mask2Former's."""
+    """A ViT with a head. vit: its config. adapter: dict(heads, inner), or nothing for the pyramid of the last map.
+    bias: the grid (h, w) for which the ViT has a PlaceBias in every block, if it has. The others are Mask2Former's."""
 
     def __init__(self, vit, num_classes, head='linear', adapter=None, bias=None, channels=256, queries=100, heads=8,
-                 mlp_width=1024, layers=(6, 9), points=12544):
+                 mlp_width=1024, layers=(6, 9), points=12544, groups=32):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ('self', '__class__')}
         self.vit, width = M.ViT(**vit), vit['width']
@@ -599,7 +597,7 @@ class Segmenter(nn.Module):
             self.head = LinearHead(width, num_classes)
         else:
             inputs = [width if adapter else channels] * 4
-            self.head = MaskHead(inputs, num_classes, channels, queries, heads, mlp_width, layers, points)
+            self.head = MaskHead(inputs, num_classes, channels, queries, heads, mlp_width, layers, points, groups)
 
     def normalize(self, images):
         return self.vit.normalize(images)
@@ -613,7 +611,7 @@ class Segmenter(nn.Module):
         return self.pyramid(x)[:4] if self.pyramid else [x]
 
     def forward(self, images, labels=None, draw=None, drop=None):
-        """images [B, 3, H, W] normalised -> scores [B, K, H, W]; with labels [B, H, W] the sums of the head's losses."""
+        """images [B, 3, H, W] normalised -> scores [B, K, H, W]; with labels [B, H, W] sums of the head's losses."""
         maps = self.maps(images, drop)
         return self.head.scores(maps, images.shape[2:]) if labels is None else self.head.losses(maps, labels, draw)
 
@@ -643,7 +641,8 @@ SEGMENTER += M.under('backbone.', 'adapter.', M.same('level_embed', 'up.*') + [
     *[(f'spm.fc{i + 1}.*', f'prior.projections.{i}.*', 'same') for i in range(4)],
     *M.under('interactions.*.injector.', 'injectors.*.', INJECTOR),
     *M.under('interactions.*.extractor.', 'extractors.*.', INJECTOR),
-    *[rule for i in range(2) for rule in M.under(f'interactions.3.extra_extractors.{i}.', f'extractors.{4 + i}.', INJECTOR)],
+    *M.under('interactions.3.extra_extractors.0.', 'extractors.4.', INJECTOR),
+    *M.under('interactions.3.extra_extractors.1.', 'extractors.5.', INJECTOR),
     *[rule for i in range(4) for rule in batch_norm(f'norm{i + 1}', f'norms.{i}')]])
 SEGMENTER += M.under('decode_head.pixel_decoder.', 'head.pixels.', [
     ('input_convs.*.conv.*', 'inputs.*.0.*', 'same'), ('input_convs.*.gn.*', 'inputs.*.1.*', 'same'),
@@ -687,7 +686,7 @@ def segmenter_config(state):
 
 
 def load_segmenter(state, vit={}, **changes):
-    """A Segmenter in eval mode of a released segmentor's tensors; changes to its config, and the ViT's, may be given."""
+    """A Segmenter in eval mode of a released segmentor's tensors; changes to its config and the ViT's may be given."""
     state, _, _ = M.translate(state, SEGMENTER)
     try:
         config = segmenter_config(state) | changes
@@ -797,8 +796,8 @@ class Maps:
         self.broken |= {('images have no label map and were left out', name)
                         for name in names if os.path.splitext(name)[0] not in known}
         if not self.pairs:
-            raise ValueError(f'{self.labels}: none of the {len(names):,} images in {self.images} has a label map there, '
-                             'a PNG of the same name')
+            raise ValueError(f'{self.labels}: none of the {len(names):,} images in {self.images} has a label map here, '
+                             'a PNG of its name')
         self.classes, self.table = find_classes(cfg, self.images, self.pairs[0][1])
         if all(isinstance(self.look(i), str) for i in range(min(8, len(self)))):       # no accident
             raise ValueError(self.look(0))
@@ -858,9 +857,9 @@ class Maps:
 
 
 def cut(image, labels, S, jitter, u):
-    """To train on: a PIL image at a random scale, of which a random square is cut out, one that is not mostly of one
-    class if ten tries find it, then its colours are changed and it may be mirrored. labels [H, W]; u: 32 uniform numbers
-    -> uint8 [3, S, S] and int64 [S, S], filled up with the mean and with IGNORED."""
+    """To train on: a PIL image at a random scale, a random square of it, one that is not mostly of one class if ten
+    tries find it, its colours changed, maybe mirrored. labels [H, W]; u: 32 uniform numbers -> uint8 [3, S, S] and
+    int64 [S, S], filled up with the mean and with IGNORED."""
     scale = (jitter[0] + (jitter[1] - jitter[0]) * u[0]) * S / min(image.size)
     height, width = (max(1, round(n * scale)) for n in labels.shape)
     h, w = min(S, height), min(S, width)
@@ -979,7 +978,7 @@ def draw_classes(image, classes, num):
 
 
 def draw_sheet(path, columns, names, tile=256):
-    """A picture of titled columns of PIL images, {title: images}, above a legend of the names' colours, {class: name}."""
+    """A picture of titled columns of PIL images, {title: images}, above a legend of colours, {class: name}."""
     font, rows = ImageFont.load_default(13), len(next(iter(columns.values())))
     width, wide = len(columns) * (tile + 6) + 6, 120
     per_row, bottom = max(1, (width - 6) // wide), rows * (tile + 6) + 26
@@ -1098,8 +1097,9 @@ def build(cfg, num_classes):
         if cfg.adapter:
             adapter = dict(heads=vit.config['heads'], inner=min(64, width // 4))
         model = Segmenter(vit.config, num_classes, cfg.head, adapter, None, cfg.channels, cfg.queries,
-                          max(1, cfg.channels // 32), 4 * cfg.channels, [int(n) for n in cfg.layers], cfg.points)
-        model.vit.load_state_dict({name: x for name, x in vit.state_dict().items() if not adapter or name[:5] != 'norm.'})
+                          max(1, cfg.channels // 32), 4 * cfg.channels, [int(n) for n in cfg.layers], cfg.points,
+                          min(32, cfg.channels // 8))
+        model.vit.load_state_dict(vit.state_dict(), strict=not adapter)         # whose ViT has no last norm
         init_heads(model, cfg.seed)
     if cfg.freeze:
         model.vit.requires_grad_(False)
@@ -1112,7 +1112,7 @@ def check(cfg):
         raise ValueError(f'--head {cfg.head} is unknown; use linear or mask2former')
     if cfg.adapter and cfg.head == 'linear' and 'adapter' not in RECIPES[cfg.size]:
         raise ValueError('--adapter goes with --head mask2former')
-    cfg.adapter = cfg.adapter and cfg.head == 'mask2former'
+    cfg.adapter, cfg.init = cfg.adapter and cfg.head == 'mask2former', '' if cfg.init == 'scratch' else cfg.init
     if len(cfg.layers) != 2 or cfg.layers[1] < 1:
         raise ValueError(f'--layers {cfg.layers} are not two numbers, of the encoder and of the decoder')
     if cfg.channels % 32:
@@ -1148,10 +1148,10 @@ def look(cfg, device):
         return print0(run.table(metrics))
     image, _ = data.read_part(cfg.image, lambda width, height: (0, 0, width, height))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    classes, names = predict(model, pixels[None].to(device), cfg)[0], model.extra.get('classes') or list(map(str, range(K)))
+    classes, names = predict(model, pixels[None].to(device), cfg)[0], model.extra.get('classes') or range(K)
     os.makedirs(cfg.out_dir, exist_ok=True)
     path = f'{cfg.out_dir}/{Path(cfg.image).stem}.classes.png'
-    there = {k: names[k] for k in classes.unique().tolist()}
+    there = {k: str(names[k]) for k in classes.unique().tolist()}
     draw_sheet(path, {'image': [image], 'prediction': [draw_classes(pixels, classes, K)]}, there, tile=512)
     print0(path)
 

@@ -59,7 +59,8 @@ HF_PIXELS = M.under('encoder.layers.*.self_attn.', 'layers.*.attn.', HF_DEFORMAB
     ('layer_1.*.*', 'output.*.*', 'same'), ('mask_projection.*', 'finest.*', 'same'),
     *M.same('level_embed')]
 HF_DECODER = M.under('decoder.layers.*.', 'layers.*.', [
-    ('cross_attn.in_proj_weight', 'cross.in_proj_weight', 'same'), ('cross_attn.in_proj_bias', 'cross.in_proj_bias', 'same'),
+    ('cross_attn.in_proj_weight', 'cross.in_proj_weight', 'same'),
+    ('cross_attn.in_proj_bias', 'cross.in_proj_bias', 'same'),
     ('cross_attn.out_proj.*', 'cross.out_proj.*', 'same'), ('self_attn.out_proj.*', 'attn.out_proj.*', 'same'),
     *[(' '.join(f'self_attn.{x}_proj.{kind}' for x in 'qkv'), f'attn.in_proj_{kind}', 'concat')
       for kind in ('weight', 'bias')],
@@ -112,7 +113,8 @@ def test_mask_decoder(path):
         close(logits, their_logits, 1e-4)
         close(masks, their_masks, 1e-4)
     head.pixels = torch.nn.Identity()
-    scores = head.scores((fixture['multi_scale_features'], fixture['mask_features']), fixture['mask_features'].shape[2:])
+    finest = fixture['mask_features']
+    scores = head.scores((fixture['multi_scale_features'], finest), finest.shape[2:])
     close(scores, fixture['semantic_scores'], 1e-4)
 
 
@@ -145,7 +147,8 @@ def test_losses(path):
     predictions = [(logits[-1], masks[-1]), (logits[0], masks[0])]
     for n, match in enumerate(fixture['matches'][:2]):
         points = fixture['random_draws'][n].view(1, -1, 2)
-        cost = S.match_cost(logits[-1][n], masks[-1][n], fixture['gt_labels'][n], fixture['gt_masks'][n].float(), points)
+        labels, goals = fixture['gt_labels'][n], fixture['gt_masks'][n].float()
+        cost = S.match_cost(logits[-1][n], masks[-1][n], labels, goals, points)
         close(cost, match['cost'])
         rows, columns = S.assign(cost.numpy())
         assert rows.tolist() == match['row'].tolist() and columns.tolist() == match['col'].tolist()
@@ -159,13 +162,16 @@ def test_losses(path):
 
 # ---- EVA's own segmentor
 
-def segmenter(path):
-    """EVA's segmentor of a pair of fixtures, with its rectangular table of positions."""
-    head = read(path)['head_state_dict']
-    plain = read(os.path.join(os.path.dirname(path), 'vit_adapter_plain.pt'))
-    state = {**{'backbone.' + name: x for name, x in plain['state_dict'].items()},
+def beside(path, name):
+    """Another fixture of the same folder."""
+    return read(os.path.join(os.path.dirname(path), name))
+
+
+def segmenter(backbone, config, head):
+    """EVA's segmentor of two fixtures' tensors."""
+    state = {**{'backbone.' + name: x for name, x in backbone.items()},
              **{'decode_head.' + name: x for name, x in head.items()}}
-    return S.load_segmenter(state, **small(read(path)['config'])), plain
+    return S.load_segmenter(state, **small(config))
 
 
 def small(config):
@@ -176,20 +182,12 @@ def small(config):
     return dict(vit=vit, bias=(h, w) if config.get('use_rel_pos_bias') else None)
 
 
-def load_adapter(path):
-    """The backbone of a fixture, with a head of no meaning."""
-    fixture = read(path)
-    state = dict(read(os.path.join(os.path.dirname(path), 'vit_adapter_plain.pt'))['state_dict'], **fixture['state_dict'])
-    head = read(os.path.join(os.path.dirname(path), 'eva_seg_head.pt'))['head_state_dict']
-    state = {**{'backbone.' + name: x for name, x in state.items()},
-             **{'decode_head.' + name: x for name, x in head.items()}}
-    return S.load_segmenter(state, **small(fixture['config'])), fixture
-
-
 @pytest.mark.parametrize('path', fixtures('vit_adapter_*.pt'))
 def test_adapter(path):
     """The convolutions' maps, and four maps of patches and convolutions together; with relative positions too."""
-    model, fixture = load_adapter(path)
+    fixture = read(path)
+    state = {**beside(path, 'vit_adapter_plain.pt')['state_dict'], **fixture['state_dict']}
+    model = segmenter(state, fixture['config'], beside(path, 'eva_seg_head.pt')['head_state_dict'])
     if fixture['spatial_prior'] is not None:
         embed = [torch.zeros(1), *model.adapter.level_embed]
         for ours, theirs, level in zip(model.adapter.prior(fixture['image']), fixture['spatial_prior'], embed):
@@ -201,8 +199,8 @@ def test_adapter(path):
 @pytest.mark.parametrize('path', fixtures('eva_seg_head*.pt'))
 def test_eva_head(path):
     """Every layer's classes and masks, the scores of an image, and windows over a larger one."""
-    fixture = read(path)
-    model, plain = segmenter(path)
+    fixture, plain = read(path), beside(path, 'vit_adapter_plain.pt')
+    model = segmenter(plain['state_dict'], fixture['config'], fixture['head_state_dict'])
     levels, finest = model.head.pixels(plain['outputs'])
     close(finest, fixture['mask_feature'], 1e-4)
     for ours, theirs in zip(levels, fixture['multi_scale_features']):

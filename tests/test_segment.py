@@ -141,7 +141,8 @@ def test_mirrored_and_scaled_views_are_turned_back():
 
 # ---- data
 
-def write_maps(folder, num=4, size=(24, 20), K=3, mode='L', split=('train', 'val'), images='images', labels='annotations'):
+def write_maps(folder, num=4, size=(24, 20), K=3, mode='L', split=('train', 'val'), images='images',
+               labels='annotations'):
     """Images whose colour tells the class of each pixel, with label maps."""
     for name in split:
         for base in (images, labels):
