@@ -177,7 +177,7 @@ class ViT(nn.Module):
     def tokens(self, images, mask=None, keep=None, drop=None, visit=None):
         """Tokens before the final norm, class token (if any) first: [B, 1+N, D], or [B, 1+n, D] with keep.
         images [B, 3, H, W] normalised; mask [B, N] bool, True puts the mask token there; keep [B, n] patches to pass on
-        (arXiv:2212.00794); drop [B, depth, 2] numbers in [0, 1), below its layer's rate a branch is dropped. Before each
+        (arXiv:2212.00794); drop [B, depth, 2] numbers in [0, 1), below its layer's rate a branch is dropped. Before a
         block, and at the end (layer = depth), visit(layer, x) returns what goes on in place of x."""
         visit = visit or (lambda layer, x: x)
         if images.ndim == 5:        # clips [B, T, 3, H, W]: as an image with the frames one below another

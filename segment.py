@@ -519,8 +519,6 @@ class Adapter(nn.Module):
     def forward(self, vit, images, drop=None):
         """images [B, 3, H, W] -> four maps, finest first."""
         h, w = grid = [n // vit.patch_size for n in images.shape[2:]]
-        if h % 2 or w % 2:
-            raise ValueError(f'{h} x {w} patches: --adapter needs even numbers')
         if vit.patch_size != 16:
             images_16 = F.interpolate(images, size=(16 * h, 16 * w), mode='bilinear')
         finest, *maps = self.prior(images if vit.patch_size == 16 else images_16)
@@ -588,8 +586,9 @@ class Segmenter(nn.Module):
         self.pyramid = Pyramid(width, channels) if head == 'mask2former' and not adapter else None
         if adapter:
             self.vit.norm = nn.Identity()
-            if vit['depth'] < 4:
-                raise ValueError(f"a ViT of {vit['depth']} blocks is too short for --adapter; it needs 4 or more")
+            if vit['depth'] < 4 or self.vit.grid % 2:
+                raise ValueError(f"a ViT of {vit['depth']} blocks and {self.vit.grid} x {self.vit.grid} patches: --adapter "
+                                 'needs 4 blocks or more, and an even number of patches along a side')
         if bias:
             for block in self.vit.blocks:
                 block.attn.rel_bias = PlaceBias(vit['heads'], bias)
@@ -979,19 +978,20 @@ def draw_classes(image, classes, num):
 
 def draw_sheet(path, columns, names, tile=256):
     """A picture of titled columns of PIL images, {title: images}, above a legend of colours, {class: name}."""
-    font, rows = ImageFont.load_default(13), len(next(iter(columns.values())))
-    width, wide = len(columns) * (tile + 6) + 6, 120
-    per_row, bottom = max(1, (width - 6) // wide), rows * (tile + 6) + 26
-    sheet = Image.new('RGB', (width, bottom + 18 * -(-len(names) // per_row) + 6), 'white')
+    font, wide, width = ImageFont.load_default(13), 120, len(columns) * (tile + 6) + 6
+    fit = lambda image: image.resize([max(1, round(n * tile / max(image.size))) for n in image.size],
+                                     Image.Resampling.BICUBIC)
+    rows = [[fit(image) for image in row] for row in zip(*columns.values())]
+    tops = np.cumsum([24] + [row[0].height + 6 for row in rows]).tolist()
+    per_row = max(1, (width - 6) // wide)
+    sheet = Image.new('RGB', (width, tops[-1] + 18 * -(-len(names) // per_row) + 6), 'white')
     draw = ImageDraw.Draw(sheet)
-    for x, (title, images) in enumerate(columns.items()):
+    for x, title in enumerate(columns):
         draw.text((6 + x * (tile + 6), 4), title, fill='black', font=font)
-        for y, image in enumerate(images):
-            scale = tile / max(image.size)
-            image = image.resize([max(1, round(n * scale)) for n in image.size], Image.Resampling.BICUBIC)
-            sheet.paste(image, (6 + x * (tile + 6), 24 + y * (tile + 6)))
+        for row, top in zip(rows, tops):
+            sheet.paste(row[x], (6 + x * (tile + 6), top))
     for n, (k, name) in enumerate(names.items()):
-        x, y = 6 + n % per_row * wide, bottom + n // per_row * 18
+        x, y = 6 + n % per_row * wide, tops[-1] + n // per_row * 18
         draw.rectangle((x, y + 2, x + 12, y + 14), fill=colour_of(k))
         draw.text((x + 17, y), name[:16], fill='black', font=font)
     run.on_first(sheet.save, path)
@@ -1139,6 +1139,8 @@ def look(cfg, device):
     if cfg.image_size == RECIPES[cfg.size]['image_size']:       # no other was asked for
         cfg.image_size = model.extra.get('image_size', model.vit.image_size)
     K = model.config['num_classes']
+    if cfg.whole and model.config['bias']:
+        raise ValueError(f'{path} has relative positions of {model.vit.image_size} pixels only; leave out --whole')
     if cfg.eval:
         dataset = open_maps(cfg, 'val')
         if len(dataset.classes) != K:
