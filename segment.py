@@ -61,7 +61,7 @@ class Config(run.Run):
     grad_clip: float = option(1., 'largest global gradient norm')
 
 
-SMALL = dict(image_size=128, patch_size=8, batch_size=8, steps=1000, lr=2e-3, channels=64, queries=30, layers=(1., 3.),
+SMALL = dict(image_size=128, patch_size=8, batch_size=8, steps=1500, lr=2e-3, channels=64, queries=30, layers=(1., 3.),
              points=512)
 EVA = dict(image_size=896, patch_size=16, adapter=True, channels=1024, queries=200, layers=(6., 8.), layer_decay=.95,
            drop_path=.5)
@@ -1066,17 +1066,29 @@ def is_segmenter(held):
                                        any(name.startswith('decode_head.') for name in M.unwrap(held)))
 
 
+def vit_options(cfg):
+    """What a run asks of its ViT, whatever it starts from."""
+    sizes = {name: getattr(cfg, name) for name in ('image_size', 'patch_size') if getattr(cfg, name)}
+    return dict(sizes, head=0, mask_token=False, drop_path=0. if cfg.freeze else cfg.drop_path)
+
+
 def make_vit(cfg):
     """The ViT that training starts from: --init's, which may be a CLIP's image tower, or a new one."""
-    size, asked = cfg.size.partition('-')[0], dict(image_size=cfg.image_size, patch_size=cfg.patch_size)
-    options = {name: value for name, value in asked.items() if value}
-    options |= dict(head=0, pool=None, mask_token=False, drop_path=0. if cfg.freeze else cfg.drop_path)
+    options = dict(vit_options(cfg), pool=None)
     if not cfg.init:
-        return M.init_weights(M.ViT(**{**M.SIZES[size], **options}), cfg.seed)
+        return M.init_weights(M.ViT(**{**M.SIZES[cfg.size.partition('-')[0]], **options}), cfg.seed)
     held = M.load(cfg.init)
     tower = held.visual if isinstance(held, M.CLIP) else held
     state = {name: x for name, x in tower.state_dict().items() if not name.startswith('head.')}
     return M.load_state(state, 'ViT', {**tower.config, 'head': 0}, **options)
+
+
+def new_segmenter(cfg, vit, num_classes):
+    """A Segmenter as the options say; vit: its ViT's config."""
+    width = vit['width']
+    adapter = dict(heads=vit['heads'], inner=min(64, width // 4)) if cfg.adapter else None
+    return Segmenter(vit, num_classes, cfg.head, adapter, None, cfg.channels, cfg.queries, cfg.channels // 32,
+                     4 * cfg.channels, [int(n) for n in cfg.layers], cfg.points, min(32, cfg.channels // 8))
 
 
 def build(cfg, num_classes):
@@ -1093,13 +1105,8 @@ def build(cfg, num_classes):
             raise ValueError(f'{cfg.init} is of {model.vit.image_size} pixels; use --image_size {model.vit.image_size}')
     else:
         vit = make_vit(cfg)
-        width, adapter = vit.config['width'], None
-        if cfg.adapter:
-            adapter = dict(heads=vit.config['heads'], inner=min(64, width // 4))
-        model = Segmenter(vit.config, num_classes, cfg.head, adapter, None, cfg.channels, cfg.queries,
-                          max(1, cfg.channels // 32), 4 * cfg.channels, [int(n) for n in cfg.layers], cfg.points,
-                          min(32, cfg.channels // 8))
-        model.vit.load_state_dict(vit.state_dict(), strict=not adapter)         # whose ViT has no last norm
+        model = new_segmenter(cfg, vit.config, num_classes)
+        model.vit.load_state_dict(vit.state_dict(), strict=not cfg.adapter)         # whose ViT has no last norm
         init_heads(model, cfg.seed)
     if cfg.freeze:
         model.vit.requires_grad_(False)
@@ -1115,7 +1122,7 @@ def check(cfg):
     cfg.adapter, cfg.init = cfg.adapter and cfg.head == 'mask2former', '' if cfg.init == 'scratch' else cfg.init
     if len(cfg.layers) != 2 or cfg.layers[1] < 1:
         raise ValueError(f'--layers {cfg.layers} are not two numbers, of the encoder and of the decoder')
-    if cfg.channels % 32:
+    if cfg.channels % 32 or not cfg.channels:
         raise ValueError(f'--channels {cfg.channels} is not a multiple of 32')
     if not cfg.scales or min(cfg.scales) <= 0:
         raise ValueError(f'--scales {cfg.scales} are not sizes above 0')
@@ -1165,9 +1172,12 @@ def train(cfg):
     cfg.out_dir = cfg.out_dir or f'out/segment-{cfg.size}'
     check(cfg)
     if cfg.plan:
-        print0('the ViT alone; its head comes on top')
-        config = {**M.SIZES[cfg.size.partition('-')[0]], 'image_size': cfg.image_size, 'drop_path': cfg.drop_path}
-        return run.costs('plan', cfg, config | ({'patch_size': cfg.patch_size} if cfg.patch_size else {}), device)
+        vit = {**M.SIZES[cfg.size.partition('-')[0]], **vit_options(cfg)}
+        with torch.device('meta'):
+            whole = new_segmenter(cfg, vit, 150)
+        heads = run.count_parameters(whole) - run.count_parameters(whole.vit)
+        print0(f'the ViT alone; the head of 150 classes and what lies between add {heads:,} parameters')
+        return run.costs('plan', cfg, vit, device)
     if cfg.bench:
         return runpy.run_path(Path(__file__).resolve().parent / 'assets' / 'bench_segment.py')['bench']()
     if cfg.eval or cfg.image:
