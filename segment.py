@@ -36,7 +36,7 @@ from run import option
 @dataclass
 class Config(run.Run):
     size: str = option('nano', 'row of RECIPES here: a row of SIZES in model.py, or g-stuff')
-    init: str = option('', 'file to start from: an EVA, a CLIP, or a segmentor, ours or released; scratch or empty: none')
+    init: str = option('', 'file to start from: an EVA, a CLIP, a segmentor, ours or released; scratch or empty: none')
     head: str = option('linear', 'linear or mask2former')
     adapter: bool = option(False, 'under mask2former: ViT-Adapter, instead of the pyramid of the last map')
     freeze: bool = option(None, 'the ViT stays as it is; if not given: the one of --init does under the linear head')
@@ -586,9 +586,6 @@ class Segmenter(nn.Module):
         self.pyramid = Pyramid(width, channels) if head == 'mask2former' and not adapter else None
         if adapter:
             self.vit.norm = nn.Identity()
-            if vit['depth'] < 4 or self.vit.grid % 2:
-                raise ValueError(f"a ViT of {vit['depth']} blocks and {self.vit.grid} x {self.vit.grid} patches: --adapter "
-                                 'needs 4 blocks or more, and an even number of patches along a side')
         if bias:
             for block in self.vit.blocks:
                 block.attn.rel_bias = PlaceBias(vit['heads'], bias)
@@ -1085,7 +1082,10 @@ def make_vit(cfg):
 
 def new_segmenter(cfg, vit, num_classes):
     """A Segmenter as the options say; vit: its ViT's config."""
-    width = vit['width']
+    width, grid = vit['width'], vit['image_size'] // vit['patch_size']
+    if cfg.adapter and (vit['depth'] < 4 or grid % 2):
+        raise ValueError(f"a ViT of {vit['depth']} blocks and {grid} x {grid} patches is not for --adapter, which needs "
+                         '4 blocks or more, and an even number of patches along a side')
     adapter = dict(heads=vit['heads'], inner=min(64, width // 4)) if cfg.adapter else None
     return Segmenter(vit, num_classes, cfg.head, adapter, None, cfg.channels, cfg.queries, cfg.channels // 32,
                      4 * cfg.channels, [int(n) for n in cfg.layers], cfg.points, min(32, cfg.channels // 8))
