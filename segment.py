@@ -1084,7 +1084,7 @@ def new_segmenter(cfg, vit, num_classes):
     """A Segmenter as the options say; vit: its ViT's config."""
     width, grid = vit['width'], vit['image_size'] // vit['patch_size']
     if cfg.adapter and (vit['depth'] < 4 or grid % 2):
-        raise ValueError(f"a ViT of {vit['depth']} blocks and {grid} x {grid} patches is not for --adapter, which needs "
+        raise ValueError(f"a ViT of {vit['depth']} blocks and {grid} x {grid} patches is not for --adapter; it needs "
                          '4 blocks or more, and an even number of patches along a side')
     adapter = dict(heads=vit['heads'], inner=min(64, width // 4)) if cfg.adapter else None
     return Segmenter(vit, num_classes, cfg.head, adapter, None, cfg.channels, cfg.queries, cfg.channels // 32,
