@@ -12,6 +12,7 @@ Boxes are [x1, y1, x2, y2] in pixels; pixel i covers i to i + 1.
 import math
 import os
 import runpy
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -1004,4 +1005,8 @@ def train(cfg):
 
 
 if __name__ == '__main__':
-    run.main(train, Config, RECIPES)
+    if any(word.split('=')[0] == '--head' for word in sys.argv):        # linear or mask2former: semantic segmentation
+        import segment
+        run.main(segment.train, segment.Config, segment.RECIPES)
+    else:
+        run.main(train, Config, RECIPES)

@@ -64,6 +64,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         table = lambda: nn.Parameter(torch.zeros(2 * rel_pos - 1, width // heads)) if rel_pos else None
         self.rel_pos_h, self.rel_pos_w = table(), table()
+        self.rel_bias = None        # a module that gives logits by place, [heads, N, N]: BEiT's, in segment.py
 
     def forward(self, x, rotary=None, grid=None):
         if self.window:
@@ -75,6 +76,7 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         bias = None if self.rel_pos_h is None else distance_logits(q, grid, self.rel_pos_h, self.rel_pos_w)
+        bias = self.rel_bias() if self.rel_bias else bias
         x = F.scaled_dot_product_attention(q, k, v, bias, is_causal=self.causal)    # [B, heads, N, head_dim]
         x = self.proj(self.norm(x.transpose(1, 2).reshape(B, N, D)))
         return join_windows(x, whole, self.window) if self.window else x
@@ -172,10 +174,12 @@ class ViT(nn.Module):
         mean, std = (constant(tuple(self.config[name]), images.device).view(3, 1, 1) * 255 for name in ('mean', 'std'))
         return images.float().sub_(mean).div_(std)
 
-    def tokens(self, images, mask=None, keep=None, drop=None):
+    def tokens(self, images, mask=None, keep=None, drop=None, visit=None):
         """Tokens before the final norm, class token (if any) first: [B, 1+N, D], or [B, 1+n, D] with keep.
         images [B, 3, H, W] normalised; mask [B, N] bool, True puts the mask token there; keep [B, n] patches to pass on
-        (arXiv:2212.00794); drop [B, depth, 2] numbers in [0, 1), below its layer's rate a branch is dropped."""
+        (arXiv:2212.00794); drop [B, depth, 2] numbers in [0, 1), below its layer's rate a branch is dropped. Before a
+        block, and at the end (layer = depth), visit(layer, x) returns what goes on in place of x."""
+        visit = visit or (lambda layer, x: x)
         if images.ndim == 5:        # clips [B, T, 3, H, W]: as an image with the frames one below another
             images = images.transpose(1, 2).flatten(2, 3)
         check_grid(*images.shape[2:], self.patch_size)
@@ -201,9 +205,9 @@ class ViT(nn.Module):
         else:
             rates = constant(tuple(self.drop_rates), drop.device)[:, None]
             drop = ((drop >= rates) / (1 - rates)).unbind(1)               # depth times [B, 2]
-        for block, multipliers in zip(self.blocks, drop):
-            x = block(x, multipliers, rotary, grid)
-        return x
+        for layer, (block, multipliers) in enumerate(zip(self.blocks, drop)):
+            x = block(visit(layer, x), multipliers, rotary, grid)
+        return visit(len(self.blocks), x)
 
     def features(self, images, mask=None, keep=None, drop=None):
         """Tokens after the final norm [B, 1+N, D]."""

@@ -7,6 +7,7 @@ The README's studies: a grid of real commands, those already done skipped, and a
     python assets/study.py clip                              # CLIP from scratch, from its teacher, pixels, EVA
     python assets/study.py finetune                          # classes from EVA, pixels, the teacher, scratch
     python assets/study.py finetune_photographs --data cifar10_tar      # the same, after the study of photographs
+    python assets/study.py segment                           # a class for every pixel, from frozen ViTs and fine-tuned
     python assets/study.py video                             # actions from EVA and scratch; from single frames
 
 Runs go to out/study-NAME/, two at a time on half of the cores each (--jobs); every number of theirs to assets/NAME.csv.
@@ -64,8 +65,14 @@ FINETUNE = {  # steps, flags, seeds, {arm: (where it starts, own flags)}; {} is 
     'video': (1500, ['--size', 'nano-video'], 3, {
         'EVA': ('assets/nano-eva.pt', []), 'scratch': ('scratch', []),
         'EVA, one frame': ('assets/nano-eva.pt', ['--frames', 1])}),
+    'segment': (400, ['--head', 'linear', '--image_size', 64, '--patch_size', 4], 3, {
+        'EVA, frozen': ('assets/nano-eva.pt', ['--freeze']),
+        'teacher, frozen': ('assets/nano-teacher.pt', ['--freeze']),
+        'pixels, frozen': (PIXELS, ['--freeze']), 'random, frozen': ('scratch', ['--freeze']),
+        'EVA': ('assets/nano-eva.pt', ['--no-freeze']), 'scratch': ('scratch', ['--no-freeze'])}),
 }
-FINETUNE_MEASURES = ('top1', 'top5', 'hidden_top1', 'shuffled_top1', 'linear_top1', 'knn_top1')
+FINETUNE_MEASURES = ('top1', 'miou', 'pixel_accuracy', 'class_accuracy', 'top5', 'hidden_top1', 'shuffled_top1',
+                     'linear_top1', 'knn_top1')
 RATES = (1.5e-3, 4e-3)
 
 
@@ -227,9 +234,11 @@ def finetune_study(name, spec, jobs, cores, began):
     """Fine-tuning by where it starts: each arm at the better of RATES, chosen on a seed of its own, then more seeds; on
     the world from scratch also with the compute of all stages together (its rates are tried at a sixth of it)."""
     usual, flags, seeds, arms = FINETUNE[name]
+    script, judged = ('segment.py', 'miou') if name == 'segment' else ('finetune.py', 'top1')
     long = usual
-    if name == 'finetune':
+    if name in ('finetune', 'segment'):
         command('mim_pretrain.py', ['--target', 'pixels'], PIXELS.removesuffix('/model.pt'), cores * jobs)
+    if name == 'finetune':
         step_cost = 64 * 3 * run.flops_per_image(M.SIZES['nano']) / 1e12
         long += round(clip_costs()[0]['EVA'][2] / step_cost)
         arms = arms | {'scratch, all compute': ('scratch', [])}
@@ -242,15 +251,17 @@ def finetune_study(name, spec, jobs, cores, began):
         steps = usual if arm != 'scratch, all compute' else long if seed < seeds else long // 6
         folder = f'out/study-{name}/{arm.replace(", ", "-").replace(" ", "-")}-{lr:g}-{seed}'
         words = [*flags, *own, '--data', spec, '--init', start, '--steps', steps, '--lr', lr, '--seed', seed]
-        result = command('finetune.py', [*words, '--save_every', 10 ** 6], folder, cores)
-        print(f'{(time.time() - began) / 60:6.1f} min  {arm} {lr:g} {seed}: {result["top1"]:.3f}', file=sys.stderr,
+        result = command(script, [*words, '--save_every', 10 ** 6], folder, cores)
+        if name == 'segment':       # whose numbers are in per cent
+            result |= {measure: result[measure] / 100 for measure in FINETUNE_MEASURES if measure in result}
+        print(f'{(time.time() - began) / 60:6.1f} min  {arm} {lr:g} {seed}: {result[judged]:.3f}', file=sys.stderr,
               flush=True)
-        probes = {} if name == 'video' else probes_of(start, seed * (start == 'scratch'), spec)
+        probes = {} if name in ('video', 'segment') else probes_of(start, seed * (start == 'scratch'), spec)
         return dict(row=arm, lr=lr, seed=seed, steps=steps, **result, **probes)
 
     with ThreadPoolExecutor(jobs) as pool:
         sweep = list(pool.map(one, [(arm, lr, seeds) for lr in RATES for arm in arms]))
-        best = {arm: max((r for r in sweep if r['row'] == arm), key=lambda r: r['top1'])['lr'] for arm in arms}
+        best = {arm: max((r for r in sweep if r['row'] == arm), key=lambda r: r[judged])['lr'] for arm in arms}
         final = list(pool.map(one, [(arm, best[arm], seed) for seed in range(seeds) for arm in arms]))
     measures = [measure for measure in FINETUNE_MEASURES if measure in final[0]]
     save_csv(name, ['row', 'lr', 'seed', 'steps', *measures, 'seconds'], sweep + final)
@@ -259,9 +270,10 @@ def finetune_study(name, spec, jobs, cores, began):
     for arm in arms:
         cells = [interval([r[measure] for r in by[arm].values()]) for measure in measures]
         print(f'| {arm} | {best[arm]:g} | ' + ' | '.join(cells) + ' |')
-    for other in [arm for arm in arms if arm != 'EVA']:
-        cells = [interval([by['EVA'][s][measure] - by[other][s][measure] for s in by[other]]) for measure in measures]
-        print(f'| EVA - {other} | | ' + ' | '.join(cells) + ' |')
+    for other in [arm for arm in arms if arm not in ('EVA', 'EVA, frozen')]:
+        ours = 'EVA, frozen' if 'frozen' in other else 'EVA'
+        cells = [interval([by[ours][s][measure] - by[other][s][measure] for s in by[other]]) for measure in measures]
+        print(f'| {ours} - {other} | | ' + ' | '.join(cells) + ' |')
 
 
 def save_csv(name, columns, records):
