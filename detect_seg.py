@@ -882,14 +882,15 @@ def build(cfg, dataset):
     M.check_grid(cfg.image_size, cfg.image_size, patch_size)
     if cfg.window:
         options['rel_pos'] = cfg.image_size // patch_size
-    if cfg.init:        # its position table stays, and is resized at every step
+    start = cfg.init not in ('', 'scratch')
+    if start:           # its position table stays, and is resized at every step
         vit = M.load(cfg.init, M.ViT, patch_size=patch_size, **options)
     else:
         vit = M.init_weights(M.ViT(**run.size_config(cfg, **options)), cfg.seed)
     model = Detector(vit.config, len(dataset.classes), cfg.channels, cfg.hidden, cfg.stages, dataset.lvis,
                      num_boxes=cfg.num_boxes, before=(2 * cfg.proposals, cfg.proposals), after=(cfg.proposals,) * 2)
     model.vit.load_state_dict(vit.state_dict())
-    if cfg.init:        # EVA keeps the patch embedding as it was pre-trained
+    if start:           # EVA keeps the patch embedding as it was pre-trained
         model.vit.patch_embed.requires_grad_(False)
     return init_heads(model, cfg.seed)
 

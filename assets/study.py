@@ -7,6 +7,7 @@ The README's studies: a grid of real commands, those already done skipped, and a
     python assets/study.py clip                              # CLIP from scratch, from its teacher, pixels, EVA
     python assets/study.py finetune                          # classes from EVA, pixels, the teacher, scratch
     python assets/study.py finetune_photographs --data cifar10_tar      # the same, after the study of photographs
+    python assets/study.py detect                            # boxes and masks from EVA, pixels, scratch
     python assets/study.py segment                           # a class for every pixel, from frozen ViTs and fine-tuned
     python assets/study.py video                             # actions from EVA and scratch; from single frames
 
@@ -27,10 +28,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data                         # noqa: E402
+import detect_seg                   # noqa: E402
 import model as M                   # noqa: E402
 import run                          # noqa: E402
 
@@ -65,15 +68,20 @@ FINETUNE = {  # steps, flags, seeds, {arm: (where it starts, own flags)}; {} is 
     'video': (1500, ['--size', 'nano-video'], 3, {
         'EVA': ('assets/nano-eva.pt', []), 'scratch': ('scratch', []),
         'EVA, one frame': ('assets/nano-eva.pt', ['--frames', 1])}),
+    'detect': (250, ['--size', 'micro'], 3, {
+        'EVA': ('out/laptop-eva/model.pt', []), 'pixels': ('out/laptop-pixels/model.pt', []),
+        'scratch': ('scratch', [])}),
     'segment': (400, ['--head', 'linear', '--image_size', 64, '--patch_size', 4], 3, {
         'EVA, frozen': ('assets/nano-eva.pt', ['--freeze']),
         'teacher, frozen': ('assets/nano-teacher.pt', ['--freeze']),
         'pixels, frozen': (PIXELS, ['--freeze']), 'random, frozen': ('scratch', ['--freeze']),
         'EVA': ('assets/nano-eva.pt', ['--no-freeze']), 'scratch': ('scratch', ['--no-freeze'])}),
 }
-FINETUNE_MEASURES = ('top1', 'miou', 'pixel_accuracy', 'class_accuracy', 'top5', 'hidden_top1', 'shuffled_top1',
-                     'linear_top1', 'knn_top1')
-RATES = (1.5e-3, 4e-3)
+SCRIPTS = {'detect': ('detect_seg.py', 'box_ap50'), 'segment': ('segment.py', 'miou')}      # what is judged
+FINETUNE_MEASURES = ('top1', 'top5', 'hidden_top1', 'shuffled_top1', 'linear_top1', 'knn_top1')
+PERCENTAGES = ('miou', 'pixel_accuracy', 'class_accuracy', 'box_ap', 'box_ap50', 'box_ap75', 'mask_ap', 'mask_ap50')
+RATES = {'detect': (1e-3,)}         # tried on a seed of its own; others: 1.5e-3 and 4e-3
+LAPTOP = ['--size', 'micro', '--image_size', 64, '--patch_size', 8]
 
 
 def command(script, flags, out_dir, cores):
@@ -230,17 +238,36 @@ def probes_of(start, seed, spec):
                      torch.device('cpu'))
 
 
+def detection_costs():
+    """TFLOP of the teacher and the laptop EVA (as in clip_costs), and of a step of detect_seg.py's micro recipe."""
+    cfg = run.parse_config(detect_seg.Config, detect_seg.RECIPES, ['--size', 'micro', '--device', 'cpu'])
+    dataset, position = detect_seg.open_instances(cfg, 'train'), torch.arange(cfg.batch_size)
+    model, batch = detect_seg.build(cfg, dataset), dataset.batch(position, cfg.image_size)
+    with FlopCounterMode(display=False) as counter:
+        losses = model(detect_seg.prepare(model, batch['images'], batch['sizes']), batch['sizes'], batch['targets'],
+                       lambda stream, num: data.uniform(0, stream, position, num))
+        sum(part / max(1, num) for part, num in losses.values()).backward()
+    eva = 1600 * 64 * (3 * run.flops_per_image(M.SIZES['micro']) + run.flops_per_image(M.SIZES['nano'])) / 1e12
+    return clip_costs()[0]['teacher'][2] + eva, counter.get_total_flops() / 1e12
+
+
 def finetune_study(name, spec, jobs, cores, began):
     """Fine-tuning by where it starts: each arm at the better of RATES, chosen on a seed of its own, then more seeds; on
     the world from scratch also with the compute of all stages together (its rates are tried at a sixth of it)."""
     usual, flags, seeds, arms = FINETUNE[name]
-    script, judged = ('segment.py', 'miou') if name == 'segment' else ('finetune.py', 'top1')
-    long = usual
+    script, judged = SCRIPTS.get(name, ('finetune.py', 'top1'))
+    rates, long = RATES.get(name, (1.5e-3, 4e-3)), usual
     if name in ('finetune', 'segment'):
         command('mim_pretrain.py', ['--target', 'pixels'], PIXELS.removesuffix('/model.pt'), cores * jobs)
     if name == 'finetune':
         step_cost = 64 * 3 * run.flops_per_image(M.SIZES['nano']) / 1e12
         long += round(clip_costs()[0]['EVA'][2] / step_cost)
+    if name == 'detect':
+        command('mim_pretrain.py', LAPTOP, 'out/laptop-eva', cores * jobs)
+        command('mim_pretrain.py', [*LAPTOP, '--target', 'pixels'], 'out/laptop-pixels', cores * jobs)
+        before, step_cost = detection_costs()
+        long += round(before / step_cost)
+    if long > usual:
         arms = arms | {'scratch, all compute': ('scratch', [])}
 
     def one(job):
@@ -252,18 +279,19 @@ def finetune_study(name, spec, jobs, cores, began):
         folder = f'out/study-{name}/{arm.replace(", ", "-").replace(" ", "-")}-{lr:g}-{seed}'
         words = [*flags, *own, '--data', spec, '--init', start, '--steps', steps, '--lr', lr, '--seed', seed]
         result = command(script, [*words, '--save_every', 10 ** 6], folder, cores)
-        if name == 'segment':       # whose numbers are in per cent
-            result |= {measure: result[measure] / 100 for measure in FINETUNE_MEASURES if measure in result}
+        result |= {measure: result[measure] / 100 for measure in PERCENTAGES if measure in result}
         print(f'{(time.time() - began) / 60:6.1f} min  {arm} {lr:g} {seed}: {result[judged]:.3f}', file=sys.stderr,
               flush=True)
-        probes = {} if name in ('video', 'segment') else probes_of(start, seed * (start == 'scratch'), spec)
+        has_probes = name in ('finetune', 'finetune_photographs')
+        probes = probes_of(start, seed * (start == 'scratch'), spec) if has_probes else {}
         return dict(row=arm, lr=lr, seed=seed, steps=steps, **result, **probes)
 
     with ThreadPoolExecutor(jobs) as pool:
-        sweep = list(pool.map(one, [(arm, lr, seeds) for lr in RATES for arm in arms]))
-        best = {arm: max((r for r in sweep if r['row'] == arm), key=lambda r: r[judged])['lr'] for arm in arms}
+        sweep = list(pool.map(one, [(arm, lr, seeds) for lr in rates for arm in arms if len(rates) > 1]))
+        best = {arm: rates[0] for arm in arms}
+        best |= {r['row']: r['lr'] for r in sorted(sweep, key=lambda r: r[judged])}
         final = list(pool.map(one, [(arm, best[arm], seed) for seed in range(seeds) for arm in arms]))
-    measures = [measure for measure in FINETUNE_MEASURES if measure in final[0]]
+    measures = [measure for measure in FINETUNE_MEASURES + PERCENTAGES if measure in final[0]]
     save_csv(name, ['row', 'lr', 'seed', 'steps', *measures, 'seconds'], sweep + final)
     by = {arm: {r['seed']: r for r in final if r['row'] == arm} for arm in arms}
     print('| starts from | learning rate | ' + ' | '.join(measures) + ' |\n' + '|---' * (2 + len(measures)) + '|')
