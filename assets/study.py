@@ -80,7 +80,7 @@ FINETUNE = {  # steps, flags, seeds, {arm: (where it starts, own flags)}; {} is 
 SCRIPTS = {'detect': ('detect_seg.py', 'box_ap50'), 'segment': ('segment.py', 'miou')}      # what is judged
 FINETUNE_MEASURES = ('top1', 'top5', 'hidden_top1', 'shuffled_top1', 'linear_top1', 'knn_top1')
 PERCENTAGES = ('miou', 'pixel_accuracy', 'class_accuracy', 'box_ap', 'box_ap50', 'box_ap75', 'mask_ap', 'mask_ap50')
-RATES = {'detect': (1e-3,)}         # tried on a seed of its own; others: 1.5e-3 and 4e-3
+RATES = {'detect': (1e-3,), 'finetune_photographs': (4e-3,)}    # others: 1.5e-3 and 4e-3, tried on a seed of its own
 LAPTOP = ['--size', 'micro', '--image_size', 64, '--patch_size', 8]
 
 
