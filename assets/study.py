@@ -68,7 +68,7 @@ FINETUNE = {  # steps, flags, seeds, {arm: (where it starts, own flags)}; {} is 
     'video': (1500, ['--size', 'nano-video'], 3, {
         'EVA': ('assets/nano-eva.pt', []), 'scratch': ('scratch', []),
         'EVA, one frame': ('assets/nano-eva.pt', ['--frames', 1])}),
-    'detect': (250, ['--size', 'micro'], 3, {
+    'detect': (500, ['--size', 'micro'], 3, {
         'EVA': ('out/laptop-eva/model.pt', []), 'pixels': ('out/laptop-pixels/model.pt', []),
         'scratch': ('scratch', [])}),
     'segment': (400, ['--head', 'linear', '--image_size', 64, '--patch_size', 4], 3, {
