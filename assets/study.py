@@ -296,11 +296,12 @@ def finetune_study(name, spec, jobs, cores, began):
     by = {arm: {r['seed']: r for r in final if r['row'] == arm} for arm in arms}
     print('| starts from | learning rate | ' + ' | '.join(measures) + ' |\n' + '|---' * (2 + len(measures)) + '|')
     for arm in arms:
-        cells = [interval([r[measure] for r in by[arm].values()]) for measure in measures]
+        cells = [interval([r[measure] for r in by[arm].values()]) if measure in by[arm][0] else '' for measure in measures]
         print(f'| {arm} | {best[arm]:g} | ' + ' | '.join(cells) + ' |')
     for other in [arm for arm in arms if arm not in ('EVA', 'EVA, frozen')]:
         ours = 'EVA, frozen' if 'frozen' in other else 'EVA'
-        cells = [interval([by[ours][s][measure] - by[other][s][measure] for s in by[other]]) for measure in measures]
+        cells = [interval([by[ours][s][measure] - by[other][s][measure] for s in by[other]])
+                 if measure in by[other][0] else '' for measure in measures]
         print(f'| {ours} - {other} | | ' + ' | '.join(cells) + ' |')
 
 
