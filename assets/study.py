@@ -296,7 +296,8 @@ def finetune_study(name, spec, jobs, cores, began):
     by = {arm: {r['seed']: r for r in final if r['row'] == arm} for arm in arms}
     print('| starts from | learning rate | ' + ' | '.join(measures) + ' |\n' + '|---' * (2 + len(measures)) + '|')
     for arm in arms:
-        cells = [interval([r[measure] for r in by[arm].values()]) if measure in by[arm][0] else '' for measure in measures]
+        cells = [interval([r[measure] for r in by[arm].values()]) if measure in by[arm][0] else ''
+                 for measure in measures]
         print(f'| {arm} | {best[arm]:g} | ' + ' | '.join(cells) + ' |')
     for other in [arm for arm in arms if arm not in ('EVA', 'EVA, frozen')]:
         ours = 'EVA, frozen' if 'frozen' in other else 'EVA'
