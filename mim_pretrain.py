@@ -32,6 +32,9 @@ class Config(run.Run):
     drop_path: float = option(.1, 'chance of skipping a residual branch in the last block, growing linearly with depth')
     warmup_steps: int = option(100, 'steps of linear warm-up')
     min_lr: float = option(1e-5, 'learning rate at the last step')
+    cooldown: int = option(0, 'steps at the end in which the rate falls linearly, constant before; 0: a cosine')
+    branch: str = option('', 'folder of a like run of other length: start where its learning rate began to fall')
+    study: str = option('', 'only run a study of how it scales: sizes, data, targets, controls or transfer')
     weight_decay: float = option(.05, 'of matrices; vectors and positions have none')
     betas: tuple = option((.9, .98), "AdamW's")
     eps: float = option(1e-6, "AdamW's")
@@ -279,9 +282,8 @@ def find_teacher(cfg):
     else:
         print0('teacher: the built-in one, which has seen drawn scenes only. Train one on your own pictures with '
                '`python clip_train.py --data DIR`, and pass it with --teacher')
-    folder = 'out/teacher'
-    run.on_first(run.run_stage, 'clip_train.py', folder, *(['--device', cfg.device] if cfg.device else []))
-    return f'{folder}/model.pt'
+    run.on_first(run.run_stage, 'clip_train.py', 'out/teacher', *(['--device', cfg.device] if cfg.device else []))
+    return 'out/teacher/model.pt'
 
 
 def find_target(cfg, grid, device, kind=None, codebook=None):
@@ -314,9 +316,7 @@ def look(cfg, train_set, val_set, device):
     path = cfg.init or f'{cfg.out_dir}/model.pt'
     held = M.load(path)
     model = (held.visual if isinstance(held, M.CLIP) else held).to(device)
-    size, metrics = model.image_size, {}
-    if cfg.eval:
-        metrics = run.probe(run.pooled_features(model), train_set, val_set, size, run.NUM_PROBE, cfg, device)
+    size = model.image_size
     predicts = model.config['head'] and not model.pool
     if cfg.image or predicts:       # a model that predicts no patches needs no teacher
         target = find_target(cfg, model.grid, device, held.extra.get('target', cfg.target), held.extra.get('codebook'))
@@ -325,10 +325,11 @@ def look(cfg, train_set, val_set, device):
     if cfg.image and not predicts:
         raise ValueError(f"{path} predicts {model.config['head']} numbers a patch, the target has {width}; "
                          'use the teacher it was trained with')
-    if cfg.eval and predicts:
-        val = make_validation(cfg, val_set, target, size, NUM_EVAL, device)
-        metrics |= evaluate(model, target, val, run.autocast(device))
     if cfg.eval:
+        metrics = run.probe(run.pooled_features(model), train_set, val_set, size, run.NUM_PROBE, cfg, device)
+        if predicts:
+            val = make_validation(cfg, val_set, target, size, NUM_EVAL, device)
+            metrics |= evaluate(model, target, val, run.autocast(device))
         print0(run.table(metrics))
         return run.report_broken(train_set, val_set)
     images = data.load_crop(cfg.image, size)[None].to(device)
@@ -369,6 +370,8 @@ def add_masks(batches, cfg, grid, depth, start, rank, world):
 
 def train(cfg):
     """Pre-trains; leaves model.pt, features.png, loss.png, log.jsonl and result.json. --eval and --image only look."""
+    if cfg.study:
+        return run.study(cfg)
     rank, world, device, mesh = run.setup(cfg)
     cfg.out_dir = cfg.out_dir or f'out/mim_pretrain-{cfg.size}'
     config = check(cfg)
@@ -405,8 +408,7 @@ def train(cfg):
            f'Cosine to beat: {baseline:.3f} (position mean), {inpaint:.3f} (inpainting)')
     measure = lambda: evaluate(model, target, val, autocast) | run.probe(
         run.pooled_features(model), train_set, val_set, image_size, min(run.NUM_PROBE, most), cfg, device)
-    teacher = {**target.teacher.visual.config, 'image_size': grid * target.teacher.visual.patch_size} \
-        if target.teacher else None
+    teacher = target.teacher and {**target.teacher.visual.config, 'image_size': grid * target.teacher.visual.patch_size}
     log = run.Log(cfg, start, device, run.training_flops(config, teacher))
     batches = data.batches(train_set, cfg.batch_size, image_size, start, cfg.steps, cfg.seed, device, cfg.workers,
                            rank=rank, world=world)
@@ -439,7 +441,6 @@ def train(cfg):
                 log.leave(done)
             draw_features(f'{cfg.out_dir}/features.png', model, target, val.images[:8], val.mask[:8], bank)
             log.say(step, **measure())
-
     metrics = measure()
     run.save_model(model, f'{cfg.out_dir}/model.pt', **constants)
     draw_features(f'{cfg.out_dir}/features.png', model, target, val.images[:8], val.mask[:8], bank)

@@ -78,11 +78,12 @@ class Run:
     devices: int = option(1, 'of --plan: how many like this one')
     bench: bool = option(False, 'only measure speed, without data and teacher')
     image: str = option('', 'only apply --init to this picture')
+    cooldown, branch = 0, ''        # options of mim_pretrain.py
 
 
 # options that change how a run is made, not what it computes
 NEVER_DIFFER = {'out_dir', 'micro_batch', 'device', 'compile', 'shard', 'checkpoint_activations', 'save_every',
-                'log_every', 'workers', 'eval', 'plan', 'devices', 'bench', 'image', 'templates', 'whole'}
+                'log_every', 'workers', 'eval', 'plan', 'devices', 'bench', 'image', 'templates', 'whole', 'study'}
 
 
 def parse_config(Config, RECIPES, argv=None):
@@ -424,9 +425,12 @@ class EMA:
 
 
 def lr_at(step, cfg):
-    """Linear up to lr in warmup_steps, then half a cosine down to min_lr at steps."""
+    """Linear up to lr in warmup_steps, then half a cosine down to min_lr at steps. With a cool-down: constant, and over
+    the last `cooldown` steps linear down to min_lr. What comes before it does not depend on steps."""
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
+    if cfg.cooldown:
+        return cfg.min_lr + (cfg.lr - cfg.min_lr) * min(1, (cfg.steps - step) / cfg.cooldown)
     done = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
 
@@ -447,7 +451,8 @@ def run_state(model, optimizer, ema=None):
 
 def save_checkpoint(out_dir, step, model, optimizer, cfg, constants={}, ema=None):
     """Everything a run needs to go on after `step` updates, each process its shards, under a temporary name until it is
-    whole; the last two stay. `constants` is what the run measured once (plain data or tensors)."""
+    whole; the last two stay, and for branches the one where a cool-down begins. `constants` is what the run measured
+    once (plain data or tensors)."""
     final = os.path.join(out_dir, 'checkpoint', f'step_{step:07d}')
     beside = final + '.tmp'
 
@@ -457,7 +462,8 @@ def save_checkpoint(out_dir, step, model, optimizer, cfg, constants={}, ema=None
         remove(final)
         os.rename(beside, final)
         for old in list_checkpoints(out_dir)[:-2]:
-            remove(old)
+            if not (cfg.cooldown and old.endswith(f'step_{cfg.steps - cfg.cooldown:07d}')):
+                remove(old)
     try:
         on_first(lambda: (remove(beside), os.makedirs(beside)))
         with single_process_is_fine():
@@ -492,10 +498,14 @@ def latest_checkpoint(out_dir):
 
 def resume(out_dir, model, optimizer, cfg, ema=None):
     """Loads the latest checkpoint, if any, whatever number of processes wrote it: (updates already made, the run's
-    constants). Only from the run's own folder: its metadata is a pickle, which could do anything."""
-    path = on_first(latest_checkpoint, out_dir)
-    if path is None:
+    constants). Only from the run's own folder, or that of the run it branches off: its metadata is a pickle, which
+    could do anything."""
+    path, may_differ, which = on_first(latest_checkpoint, out_dir), NEVER_DIFFER, f'{out_dir} holds an unfinished run'
+    if path is None and not cfg.branch:
         return 0, {}
+    if path is None:
+        path, which = on_first(branch_point, cfg), f'--branch {cfg.branch} is a run'
+        may_differ = NEVER_DIFFER | {'steps', 'cooldown', 'branch'}
     damaged = f'{path} is damaged; delete that folder, and the run goes on from the one before'
     try:
         run = on_first(torch.load, os.path.join(path, 'run.pt'), map_location='cpu', weights_only=True)
@@ -503,9 +513,9 @@ def resume(out_dir, model, optimizer, cfg, ema=None):
         raise ValueError(f'{damaged} ({first_line(error)})') from None
     now, then = dataclasses.asdict(cfg), run['config']
     changed = [f'--{name} {now.get(name)} (was {then.get(name)})' for name in sorted(now.keys() | then.keys())
-               if now.get(name) != then.get(name) and name not in NEVER_DIFFER]
+               if now.get(name) != then.get(name) and name not in may_differ]
     if changed:
-        raise ValueError(f'{out_dir} holds an unfinished run with other options: {", ".join(changed)}; '
+        raise ValueError(f'{which} with other options: {", ".join(changed)}; '
                          'repeat its options, or start another with --out_dir NAME')
     state = run_state(model, optimizer, ema)
     try:
@@ -517,6 +527,18 @@ def resume(out_dir, model, optimizer, cfg, ema=None):
     set_optimizer_state_dict(model, optimizer, optim_state_dict=state['optim'])
     print0(f'continuing {out_dir} at step {run["step"]}')
     return run['step'], run['constants']
+
+
+def branch_point(cfg):
+    """The last checkpoint in --branch from before its learning rate fell, and before ours does."""
+    ours = cfg.steps - cfg.cooldown
+    for path in reversed(list_checkpoints(cfg.branch)):
+        run = torch.load(os.path.join(path, 'run.pt'), map_location='cpu', weights_only=True)
+        cooldown = run['config'].get('cooldown', 0)
+        if cfg.cooldown and cooldown and run['step'] <= min(ours, run['config']['steps'] - cooldown):
+            return path
+    raise ValueError(f'--branch {cfg.branch} has no checkpoint up to step {ours} at which both learning rates are '
+                     'constant; give both runs --cooldown, and that one --save_every of its steps before it')
 
 
 def finished(cfg):
@@ -672,41 +694,64 @@ def command_line():
     return shlex.join(['python', *(re.sub(r'^(--\w+=)?/.*/', r'\1', word) for word in sys.argv)])
 
 
-def draw_curves(path, curves, lines={}, xlabel='step', ylabel=''):
-    """A picture of {name: [(x, y), ...]}, with dashed horizontal lines {name: y}."""
-    colours = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000'    # Okabe and Ito's
-    W, H, left, right, top, bottom = 960, 600, 90, 30, 50, 70
+COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000'      # Okabe and Ito's
+
+
+def draw_curves(path, curves, lines={}, xlabel='step', ylabel='', log='', points={}, size=(960, 600)):
+    """A picture of {name: [(x, y), ...]}, with dashed horizontal lines {name: y} and points {name: [(x, low, y, high),
+    ...]} with their intervals; one name has one colour. log: the axes that are logarithmic, 'x', 'y' or 'xy'."""
+    (W, H), left, right, top, bottom = size, 90, 30, 50, 70
     font, picture = ImageFont.load_default(18), Image.new('RGB', (W, H), 'white')
     draw = ImageDraw.Draw(picture)
-    points = [(x, y) for curve in curves.values() for x, y in curve if math.isfinite(y)]
-    xs = [x for x, _ in points] or [0, 1]
-    ys = [y for _, y in points] + list(lines.values()) or [0, 1]
+    seen = [(x, y) for curve in curves.values() for x, y in curve if math.isfinite(y)]
+    seen += [(x, y) for group in points.values() for x, *interval in group for y in interval]
+    scale = {axis: math.log10 if axis in log else float for axis in 'xy'}
+    xs = [scale['x'](x) for x, _ in seen] or [0, 1]
+    ys = [scale['y'](y) for y in [y for _, y in seen] + list(lines.values())] or [0, 1]
     x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
     x1, margin = (x1 if x1 > x0 else x0 + 1), 0.05 * (y1 - y0) or 0.5
+    x0, x1 = (x0 - .03 * (x1 - x0), x1 + .03 * (x1 - x0)) if points else (x0, x1)
     y0, y1 = y0 - margin, y1 + margin
 
     def place(x, y):
-        return left + (x - x0) / (x1 - x0) * (W - left - right), H - bottom - (y - y0) / (y1 - y0) * (H - top - bottom)
-    for y in ticks(y0, y1):
-        draw.line((place(x0, y), place(x1, y)), fill='#dddddd')
-        draw.text((left - 8, place(x0, y)[1]), f'{y:g}', fill='black', font=font, anchor='rm')
-    for x in ticks(x0, x1):
-        draw.line((*place(x, y0), place(x, y0)[0], H - bottom + 6), fill='black')
-        draw.text((place(x, y0)[0], H - bottom + 10), f'{x:g}', fill='black', font=font, anchor='mt')
+        x, y = (scale['x'](x) - x0) / (x1 - x0), (scale['y'](y) - y0) / (y1 - y0)
+        return left + x * (W - left - right), H - bottom - y * (H - top - bottom)
+    some_x, some_y = (10 ** low if axis in log else low for axis, low in (('x', x0), ('y', y0)))
+    for y in (log_ticks if 'y' in log else ticks)(y0, y1):
+        height = place(some_x, y)[1]
+        draw.line((left, height, W - right, height), fill='#dddddd')
+        draw.text((left - 8, height), short(y), fill='black', font=font, anchor='rm')
+    for x in (log_ticks if 'x' in log else ticks)(x0, x1):
+        across = place(x, some_y)[0]
+        draw.line((across, H - bottom, across, H - bottom + 6), fill='black')
+        draw.text((across, H - bottom + 10), short(x), fill='black', font=font, anchor='mt')
     draw.rectangle((left, top, W - right, H - bottom), outline='black')
     draw.text(((left + W - right) / 2, H - 22), xlabel, fill='black', font=font, anchor='mm')
     draw.text((8, top / 2), ylabel, fill='black', font=font, anchor='lm')
-    for i, (name, shape) in enumerate([*curves.items(), *lines.items()]):
-        colour, key = colours[i % len(colours)], top + 18 + 24 * i
+    names = list(dict.fromkeys([*curves, *lines, *points]))
+    tall, beside = 24 * len(names), [place(x, y)[1] for x, y in seen if place(x, y)[0] > .6 * W]
+    first = min((top + 18, H - bottom + 6 - tall, (H - tall) // 2),            # the key goes where fewest points are
+                key=lambda start: sum(start - 18 < y < start + tall for y in beside))
+    for i, name in enumerate(names):
+        colour, key = COLOURS[i % len(COLOURS)], first + 24 * i
         if name in curves:
-            draw.line([place(x, y) for x, y in shape if math.isfinite(y)], fill=colour, width=3)
+            draw.line([place(x, y) for x, y in curves[name] if math.isfinite(y)], fill=colour, width=3)
             draw.line((W - right - 50, key, W - right - 14, key), fill=colour, width=3)
-        else:
-            for start, end, y in ((left, W - right, place(x0, shape)[1]), (W - right - 50, W - right - 14, key)):
+        if name in lines:
+            height = place(some_x, lines[name])[1]
+            for start, end, y in ((left, W - right, height), (W - right - 50, W - right - 14, key)):
                 for x in range(start, end, 14):
                     draw.line((x, y, min(x + 8, end), y), fill=colour, width=2)
+        if name in points:
+            draw.circle((W - right - 32, key), 5, fill=colour)
+        for x, *interval in points.get(name, ()):
+            low, y, high = (place(x, y)[1] for y in interval)
+            draw.line((place(x, interval[1])[0], low, place(x, interval[1])[0], high), fill=colour, width=2)
+            draw.circle((place(x, interval[1])[0], y), 5, fill=colour)
         draw.text((W - right - 58, key), name, fill='black', font=font, anchor='rm')
-    picture.save(path)
+    if path:
+        picture.save(path)
+    return picture
 
 
 def draw_matrix(path, shares, names, cell=24, left=150):
@@ -739,6 +784,22 @@ def ticks(low, high):
     step = 10 ** math.floor(math.log10((high - low) / 4))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def log_ticks(low, high):
+    """Round numbers from 10^low to 10^high: powers of ten, with 2 and 5 between them where there is room."""
+    factors = (1,) if high - low > 3 else (1, 2, 5) if high - low > .7 else range(1, 10) if high - low > .3 else None
+    if factors is None:
+        return ticks(10 ** low, 10 ** high)
+    found = [factor * 10. ** power for power in range(math.floor(low), math.ceil(high) + 1) for factor in factors]
+    return [x for x in found if low <= math.log10(x) <= high]
+
+
+def short(x):
+    """A tick's number: 0.25, 800, 20k, 1.6M."""
+    units = (1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k'), (1, '')
+    unit, name = next((pair for pair in units if abs(x) >= pair[0]), units[-1])
+    return f'{float(f"{x / unit:.6g}"):g}{name}'
 
 
 def count_parameters(model):
@@ -815,10 +876,22 @@ def training_memory(config, batch_size, device, shards=1, checkpointed=False):
                 activations=batch_size * activation_bytes(config, element, checkpointed))
 
 
+def in_assets(name):
+    """The functions of a script in assets/, which no training needs."""
+    return runpy.run_path(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', name))
+
+
 def costs(what, *args):
-    """--plan and --bench, which no training needs: assets/costs.py."""
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', 'costs.py')
-    return runpy.run_path(path)[what](*args)
+    """--plan and --bench."""
+    return in_assets('costs.py')[what](*args)
+
+
+def study(cfg):
+    """--study: a grid of runs, its fits and its pictures."""
+    scaling = in_assets('scaling.py')
+    if cfg.study not in scaling['STUDIES']:
+        raise ValueError(f'--study {cfg.study} is unknown; use one of {", ".join(scaling["STUDIES"])}')
+    scaling['study'](cfg.study, cfg.out_dir or 'out/study', cfg.device)
 
 
 def available_memory(device):
@@ -850,6 +923,9 @@ def settle_steps(cfg, dataset):
     if cfg.epochs:
         cfg.steps = max(1, round(cfg.epochs * len(dataset) / cfg.batch_size))
     cfg.warmup_steps = min(cfg.warmup_steps, cfg.steps // 4)
+    if cfg.cooldown > cfg.steps - cfg.warmup_steps:
+        raise ValueError(f'--cooldown {cfg.cooldown} is longer than the {cfg.steps - cfg.warmup_steps} steps after the '
+                         'warm-up')
 
 
 def size_config(cfg, **options):
