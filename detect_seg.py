@@ -6,6 +6,7 @@ Cascade Mask R-CNN, on our ViT. The data and COCO's and LVIS's average precision
     python detect_seg.py --data bccd --init eva.pt                     # a folder with train.json, val.json and images
     python detect_seg.py --init out/detect_seg-micro/model.pt --image a.jpg
     torchrun --nproc_per_node=8 detect_seg.py --size g --data coco --init eva.pt
+    python detect_seg.py --head linear --size micro --init eva.pt      # a class for every pixel: segment.py
 
 Boxes are [x1, y1, x2, y2] in pixels; pixel i covers i to i + 1.
 """
