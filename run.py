@@ -511,7 +511,8 @@ def resume(out_dir, model, optimizer, cfg, ema=None):
         run = on_first(torch.load, os.path.join(path, 'run.pt'), map_location='cpu', weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f'{damaged} ({first_line(error)})') from None
-    now, then = dataclasses.asdict(cfg), run['config']
+    since = {field.name: field.default for field in dataclasses.fields(cfg)}        # options that came later
+    now, then = dataclasses.asdict(cfg), since | run['config']
     changed = [f'--{name} {now.get(name)} (was {then.get(name)})' for name in sorted(now.keys() | then.keys())
                if now.get(name) != then.get(name) and name not in may_differ]
     if changed:

@@ -217,6 +217,17 @@ def test_resume_refuses_other_options(tmp_path):
         train(str(tmp_path), Config(steps=6, lr=0.02, seed=1), 6)
 
 
+def test_runs_from_before_an_option_was_added_go_on(tmp_path):
+    @dataclasses.dataclass
+    class Later(Config):
+        flavour: str = option('plain', 'added since')
+
+    train(str(tmp_path), Config(steps=6), 6, stop=1)
+    assert train(str(tmp_path), Later(steps=6), 2)[1] == 1
+    with pytest.raises(ValueError, match='--flavour sweet'):
+        train(str(tmp_path), Later(steps=6, flavour='sweet'), 2)
+
+
 def test_two_checkpoints_stay(tmp_path):
     for stop in (1, 2, 3):
         train(str(tmp_path), Config(steps=6), 6, stop=stop)
