@@ -437,7 +437,7 @@ class Instances:
             for i in (*range(first, len(self.images)), *range(first)):      # this one, or the next that can be read
                 try:
                     path = os.path.join(self.folder, self.images[i]['file_name'])
-                    image, _ = data.read_part(path, lambda width, height: (0, 0, width, height))
+                    image = data.read_image(path)
                     break
                 except OSError:
                     batch['broken'].append(('images could not be read and were replaced', self.images[i]['file_name']))

@@ -754,6 +754,11 @@ def read_part(path, box_of, size=None):
         raise OSError(f'{path} cannot be read: {error}') from error
 
 
+def read_image(path):
+    """The whole upright image, PIL 'RGB'. OSError if it cannot be read."""
+    return read_part(path, lambda width, height: (0, 0, width, height))[0]
+
+
 def crop_box(u, width, height, scale=(.2, 1), ratio=(3 / 4, 4 / 3)):
     """torchvision's random resized crop from NUM_CROP given uniform numbers: (left, top, right, bottom), whole pixels.
     Ten tries of (share of the area, aspect), then the largest central box whose aspect is within ratio."""

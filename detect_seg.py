@@ -857,25 +857,6 @@ def init_heads(model, seed=0):
     return model
 
 
-def read_detector(path, **changes):
-    """A Detector in eval mode from our own file or a released one; `.extra` holds its classes, if it says them."""
-    held = M.read(path)
-    try:
-        if isinstance(held, dict) and held.get('format') == 'nanoEVA':
-            if held['name'] != 'Detector':
-                raise ValueError(f"this is a {held['name']}, expected a Detector; train one with --init {path}")
-            with torch.device('meta'):
-                model = Detector(**{**held['config'], **changes})
-            M.fill(model, held['state_dict'], assign=True)
-            model.extra = held['extra']
-            return model.eval()
-        model = load_detector(M.unwrap(held), **changes)
-    except ValueError as error:
-        raise ValueError(f'{path}: {error}') from None
-    model.extra = {}
-    return model
-
-
 def build(cfg, dataset):
     """The detector that training starts from: its ViT is --init's, or new."""
     options = dict(pool='map', mask_token=False, head=0, window=cfg.window, drop_path=cfg.drop_path)
@@ -908,7 +889,7 @@ def lr_at(step, cfg):
 def look(cfg, device):
     """--eval: AP of any detector; --image: what it finds in a picture."""
     path = cfg.init or f'{cfg.out_dir}/model.pt'
-    model = read_detector(path).to(device)
+    model = M.load_as(Detector, load_detector, path).to(device)
     if cfg.image_size == RECIPES[cfg.size]['image_size']:       # no other was asked for
         cfg.image_size = model.extra.get('image_size', cfg.image_size)
     grid, learnt = cfg.image_size // model.vit.patch_size, model.config['vit'].get('rel_pos', 0)
@@ -919,7 +900,7 @@ def look(cfg, device):
         if len(dataset.classes) != K:
             raise ValueError(f'{path} knows {K} classes, --data {cfg.data} has {len(dataset.classes)}')
         return print0(run.table(evaluate(model, dataset, cfg, device, num_eval(dataset))))
-    image, _ = data.read_part(cfg.image, lambda width, height: (0, 0, width, height))
+    image = data.read_image(cfg.image)
     original, S = (image.height, image.width), cfg.image_size
     size = tuple(max(1, round(n * S / max(original))) for n in original)
     pixels = torch.from_numpy(np.array(image.resize(size[::-1], Image.Resampling.BILINEAR))).permute(2, 0, 1)

@@ -943,6 +943,26 @@ def load(path, expected=None, **overrides):
         raise ValueError(f'{path}: {error}') from None
 
 
+def load_as(Class, load_released, path, held=None):
+    """A stage's own Class of model in eval mode, from a file of ours or, by load_released(tensors), a released one.
+    What `save` was given beside it is in `.extra`. held: what the file holds, if it has been read."""
+    held = held or read(path)
+    try:
+        if not isinstance(held, dict) or held.get('format') != 'nanoEVA':
+            model = load_released(unwrap(held))
+            model.extra = {}
+            return model
+        if held['name'] != Class.__name__:
+            raise ValueError(f"this is a {held['name']}, expected a {Class.__name__}; train one with --init {path}")
+        with torch.device('meta'):
+            model = Class(**held['config'])
+        fill(model, held['state_dict'], assign=True)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
+    model.extra = held['extra']
+    return model.eval()
+
+
 def describe(path):
     """Prints what a file is, and which of its tensors become which of ours."""
     model, held = load(path), read(path)

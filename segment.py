@@ -806,7 +806,7 @@ class Maps:
         name, label = self.pairs[i]
         path = os.path.join(self.labels, label)
         try:
-            image, _ = data.read_part(os.path.join(self.images, name), lambda width, height: (0, 0, width, height))
+            image = data.read_image(os.path.join(self.images, name))
             with Image.open(path) as file:
                 values = np.array(file)
         except (OSError, SyntaxError, ValueError) as error:
@@ -1038,25 +1038,6 @@ def init_heads(model, seed=0):
     return model
 
 
-def read_segmenter(path, held=None):
-    """A Segmenter in eval mode from our own file or a released one; `.extra` holds its classes, if it says them."""
-    held = held or M.read(path)
-    try:
-        if isinstance(held, dict) and held.get('format') == 'nanoEVA':
-            if held['name'] != 'Segmenter':
-                raise ValueError(f"this is a {held['name']}, expected a Segmenter; train one with --init {path}")
-            with torch.device('meta'):
-                model = Segmenter(**held['config'])
-            M.fill(model, held['state_dict'], assign=True)
-            model.extra = held['extra']
-            return model.eval()
-        model = load_segmenter(M.unwrap(held))
-    except ValueError as error:
-        raise ValueError(f'{path}: {error}') from None
-    model.extra = {}
-    return model
-
-
 def is_segmenter(held):
     """Whether a file holds one, ours or a released one."""
     return isinstance(held, dict) and (held.get('name') == 'Segmenter' if held.get('format') == 'nanoEVA' else
@@ -1096,7 +1077,7 @@ def build(cfg, num_classes):
     there are as many."""
     held = M.read(cfg.init) if cfg.init else None
     if is_segmenter(held):
-        before = read_segmenter(cfg.init, held)
+        before = M.load_as(Segmenter, load_segmenter, cfg.init, held)
         vit = {**before.config['vit'], 'drop_path': cfg.drop_path}
         model = Segmenter(**{**before.config, 'vit': vit, 'num_classes': num_classes, 'points': cfg.points})
         state, fresh = before.state_dict(), init_heads(model, cfg.seed).state_dict()
@@ -1142,7 +1123,7 @@ def lr_at(step, cfg):
 def look(cfg, device):
     """--eval: the numbers of any segmentor; --image: what it says of a picture."""
     path = cfg.init or f'{cfg.out_dir}/model.pt'
-    model = read_segmenter(path).to(device)
+    model = M.load_as(Segmenter, load_segmenter, path).to(device)
     if cfg.image_size == RECIPES[cfg.size]['image_size']:       # no other was asked for
         cfg.image_size = model.extra.get('image_size', model.vit.image_size)
     K = model.config['num_classes']
@@ -1155,7 +1136,7 @@ def look(cfg, device):
         metrics = evaluate(model, dataset, cfg, device, num_eval(dataset))
         run.report_broken(dataset)
         return print0(run.table(metrics))
-    image, _ = data.read_part(cfg.image, lambda width, height: (0, 0, width, height))
+    image = data.read_image(cfg.image)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     classes, names = predict(model, pixels[None].to(device), cfg)[0], model.extra.get('classes') or range(K)
     os.makedirs(cfg.out_dir, exist_ok=True)

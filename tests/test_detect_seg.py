@@ -391,7 +391,7 @@ def test_real_data_from_an_eva(tmp_path):
                   not_exhaustive_category_ids=[]) for i in range(4)]
     folder = write_json(tmp_path / 'data', rows, categories=categories, images=lists)
     detect('--data', folder, '--init', tmp_path / 'eva.pt', '--stages', 2, '--window', 2, '--out_dir', tmp_path / 'run')
-    model = D.read_detector(str(tmp_path / 'run' / 'model.pt'))
+    model = M.load_as(D.Detector, D.load_detector, str(tmp_path / 'run' / 'model.pt'))
     assert model.config['sigmoid'] and model.extra['classes'] == list('0123') and len(model.box_heads) == 2
     assert torch.equal(model.vit.patch_embed.weight, eva.patch_embed.weight)
     assert not torch.equal(model.vit.blocks[0].mlp.fc1.weight, eva.blocks[0].mlp.fc1.weight)
@@ -405,7 +405,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path):
     detect('--out_dir', tmp_path / 'parts', '--save_every', 1)
     os.remove(tmp_path / 'parts' / 'result.json')
     detect('--out_dir', tmp_path / 'parts', '--save_every', 1)
-    first, second = (D.read_detector(str(tmp_path / name / 'model.pt')).state_dict() for name in ('straight', 'parts'))
+    first, second = (M.load_as(D.Detector, D.load_detector, str(tmp_path / name / 'model.pt')).state_dict()
+                     for name in ('straight', 'parts'))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -425,7 +426,7 @@ def test_an_eva_is_no_detector(tmp_path):
     """--eval of a file that holds something else says what to do."""
     M.save(M.ViT(**M.SIZES['pico']), str(tmp_path / 'eva.pt'))
     with pytest.raises(ValueError, match='this is a ViT, expected a Detector; train one with --init'):
-        D.read_detector(str(tmp_path / 'eva.pt'))
+        M.load_as(D.Detector, D.load_detector, str(tmp_path / 'eva.pt'))
 
 
 def first_gradients(folder, world):

@@ -13,18 +13,7 @@ import torch.nn.functional as F
 import model as M
 import segment as S
 from test_golden import fixtures
-
-
-
-def read(path):
-    if path.endswith('.json'):
-        with open(path) as file:
-            return json.load(file)
-    return torch.load(path, weights_only=True)
-
-
-def close(ours, theirs, atol=1e-5, rtol=1e-4):
-    torch.testing.assert_close(ours, theirs, atol=atol, rtol=rtol)
+from test_golden_det import close, read
 
 
 def fill(model, state, rules):

@@ -290,7 +290,7 @@ def test_a_frozen_vit_stays_as_it_is(tmp_path, no_pictures):
     M.save(eva, str(tmp_path / 'eva.pt'))
     for flag, frozen in (('--head=linear', True), ('--no-freeze', False)):
         segment('--init', tmp_path / 'eva.pt', flag, '--out_dir', tmp_path / flag)
-        model = S.read_segmenter(str(tmp_path / flag / 'model.pt'))
+        model = M.load_as(S.Segmenter, S.load_segmenter, str(tmp_path / flag / 'model.pt'))
         same = torch.equal(model.vit.blocks[0].mlp.fc1.weight, eva.blocks[0].mlp.fc1.weight)
         assert same == frozen and torch.equal(model.vit.norm.weight, eva.norm.weight) == frozen
 
@@ -320,7 +320,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path, no_pictures):
     segment(*flags, '--out_dir', tmp_path / 'parts', '--save_every', 1)
     os.remove(tmp_path / 'parts' / 'result.json')
     segment(*flags, '--out_dir', tmp_path / 'parts', '--save_every', 1)
-    first, second = (S.read_segmenter(str(tmp_path / name / 'model.pt')).state_dict() for name in ('straight', 'parts'))
+    first, second = (M.load_as(S.Segmenter, S.load_segmenter, str(tmp_path / name / 'model.pt')).state_dict()
+                     for name in ('straight', 'parts'))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -379,4 +380,4 @@ def test_an_eva_is_no_segmentor(tmp_path):
     """--eval of a file that holds something else says what to do."""
     M.save(M.ViT(**M.SIZES['pico']), str(tmp_path / 'eva.pt'))
     with pytest.raises(ValueError, match='this is a ViT, expected a Segmenter; train one with --init'):
-        S.read_segmenter(str(tmp_path / 'eva.pt'))
+        M.load_as(S.Segmenter, S.load_segmenter, str(tmp_path / 'eva.pt'))
