@@ -430,8 +430,8 @@ class Instances:
 
     def batch(self, position, image_size, seed=0, device='cpu', scale=(1, 1), flip=True, augment=''):
         """dict of images uint8 [B, 3, S, S] (zeros at the right and the bottom), sizes (height, width of what is no
-        padding), targets (boxes [n, 4], labels [n], masks), index. scale: a pair to train, else whole images, as large
-        as fits; augment is for classifiers."""
+        padding), targets (boxes [n, 4], labels [n], masks), index, position. scale: a pair to train, else whole images,
+        as large as fits; augment is for classifiers."""
         batch = dict(images=[], sizes=[], targets=[], index=[], broken=[])
         for first, u in zip(self.index(position, seed), data.uniform(seed, 'crop', position, 4).tolist()):
             for i in (*range(first, len(self.images)), *range(first)):      # this one, or the next that can be read
@@ -446,7 +446,7 @@ class Instances:
             parts = self.cut(image, self.images[i], image_size, u if isinstance(scale, tuple) else None, flip)
             for name, x in zip(('images', 'sizes', 'targets', 'index'), (*parts, i)):
                 batch[name].append(x)
-        return dict(batch, images=torch.stack(batch['images']))
+        return dict(batch, images=torch.stack(batch['images']), position=position.tolist())
 
     def cut(self, image, about, S, u, flip):
         """Large-scale jitter (arXiv:2012.07177): a PIL image -> uint8 [3, S, S], its (height, width) there, target. u:
@@ -476,9 +476,8 @@ class Instances:
         return pad_to(pixels, S), (height, width), dict(boxes=boxes[kept], labels=labels, masks=masks)
 
     def truth(self, batch):
-        """A COCO json's images and annotations of a batch, crowds too."""
-        images = [self.images[i] for i in batch['index']]
-        return images, [row for image in images for row in self.rows[image['id']]]
+        """A COCO json's images of a batch, each with the list of its annotations, crowds too."""
+        return [(self.images[i], self.rows[self.images[i]['id']]) for i in batch['index']]
 
 
 def move_mask(mask, original, whole, corner, size, mirror):
@@ -523,17 +522,17 @@ class Scenes:
         targets = [dict(boxes=boxes[rows].float(), labels=label[rows], masks=list(masks[rows]))
                    for boxes, label, masks, rows in zip(drawn['boxes'], labels, drawn['masks'], seen)]
         return dict(images=drawn['images'], sizes=[(image_size, image_size)] * len(targets), targets=targets,
-                    index=drawn['index'].tolist())
+                    index=drawn['index'].tolist(), position=position.tolist())
 
     def truth(self, batch):
         """As Instances.truth."""
-        names, rows = list(range(len(self.classes))), []
-        images = [dict(id=name, height=size[0], width=size[1], neg_category_ids=names, not_exhaustive_category_ids=[])
-                  for name, size in zip(batch['index'], batch['sizes'])]
-        for image, target in zip(images, batch['targets']):
-            boxes, labels = target['boxes'].tolist(), target['labels'].tolist()
-            for (x1, y1, x2, y2), label, mask in zip(boxes, labels, target['masks']):
+        names, found = list(range(len(self.classes))), []
+        for name, size, target in zip(batch['index'], batch['sizes'], batch['targets']):
+            image = dict(id=name, height=size[0], width=size[1], neg_category_ids=names, not_exhaustive_category_ids=[])
+            found.append((image, rows := []))
+            for (x1, y1, x2, y2), label, mask in zip(target['boxes'].tolist(), target['labels'].tolist(),
+                                                     target['masks']):
                 runs = encode_mask(mask.cpu())
-                rows.append(dict(image_id=image['id'], category_id=label, area=mask_area(runs),
+                rows.append(dict(image_id=name, category_id=label, area=mask_area(runs),
                                  bbox=[x1, y1, x2 - x1, y2 - y1], segmentation=dict(counts=runs)))
-        return images, rows
+        return found

@@ -758,17 +758,22 @@ def result_rows(found, image, categories):
                 maskness(found['masks']).tolist())]
 
 
-def evaluate(model, dataset, cfg, device, num):
-    """AP of boxes and masks of the first num validation images, in per cent."""
-    truth, results = dict(images=[], annotations=[], categories=dataset.categories), []
-    batch_size, options = math.ceil(cfg.batch_size / 2), ways_of_testing(cfg, dataset.lvis)
-    for batch in data.eval_batches(dataset, batch_size, cfg.image_size, num, device, cfg.workers):
-        images, rows = dataset.truth(batch)
-        truth['images'] += images
-        truth['annotations'] += rows
-        originals = [(image['height'], image['width']) for image in images]
-        for image, found in zip(images, find(model, batch, originals, options, device)):
-            results += result_rows(found, image['id'], dataset.categories)
+def evaluate(model, dataset, cfg, device, num, rank=0, world=1):
+    """AP of boxes and masks of the first num validation images, in per cent. Each process looks at its part of them."""
+    seen, options = {}, ways_of_testing(cfg, dataset.lvis)
+    batches = data.eval_batches(dataset, math.ceil(cfg.batch_size / world / 2), cfg.image_size, num, device,
+                                cfg.workers, rank=rank, world=world)
+    with run.gathered(model):
+        for batch in batches:
+            truth = dataset.truth(batch)
+            originals = [(image['height'], image['width']) for image, _ in truth]
+            for n, found in enumerate(find(model, batch, originals, options, device)):
+                if batch['position'][n] < num:          # later ones fill the last process's part
+                    image, rows = truth[n]
+                    seen[image['id']] = image, rows, result_rows(found, image['id'], dataset.categories)
+    images, rows, results = zip(*dict(run.all_rows([*seen.items()])).values())
+    flat = lambda lists: [row for part in lists for row in part]
+    truth, results = dict(images=images, annotations=flat(rows), categories=dataset.categories), flat(results)
     most, metrics = (300,) if dataset.lvis else (1, 10, 100), {}
     by_mask = [dict(row, score=row['mask_score']) for row in results] if cfg.soft else results
     for kind, rows, name in (('bbox', results, 'box'), ('segm', by_mask, 'mask')):
@@ -886,7 +891,7 @@ def lr_at(step, cfg):
     return cfg.lr * min(1, (step + 1) / max(1, cfg.warmup_steps)) * (.1 if step >= cfg.drop_at * cfg.steps else 1)
 
 
-def look(cfg, device):
+def look(cfg, device, rank, world):
     """--eval: AP of any detector; --image: what it finds in a picture."""
     path = cfg.init or f'{cfg.out_dir}/model.pt'
     model = M.load_as(Detector, load_detector, path).to(device)
@@ -899,7 +904,7 @@ def look(cfg, device):
         dataset, K = open_instances(cfg, 'val'), model.config['num_classes']
         if len(dataset.classes) != K:
             raise ValueError(f'{path} knows {K} classes, --data {cfg.data} has {len(dataset.classes)}')
-        return print0(run.table(evaluate(model, dataset, cfg, device, num_eval(dataset))))
+        return print0(run.table(evaluate(model, dataset, cfg, device, num_eval(dataset), rank, world)))
     image = data.read_image(cfg.image)
     original, S = (image.height, image.width), cfg.image_size
     size = tuple(max(1, round(n * S / max(original))) for n in original)
@@ -928,7 +933,7 @@ def train(cfg):
     if cfg.bench:
         return runpy.run_path(Path(__file__).resolve().parent / 'assets' / 'bench_detect.py')['bench']()
     if cfg.eval or cfg.image:
-        return look(cfg, device)
+        return look(cfg, device, rank, world)
     if cfg.micro_batch:
         raise ValueError('--micro_batch: losses are divided by numbers that are known once the whole batch has been '
                          'seen; use more processes or --checkpoint_activations')
@@ -977,10 +982,10 @@ def train(cfg):
             if stopping:
                 log.leave(done)
             draw_sheet(f'{cfg.out_dir}/objects.png', model, val_set, cfg, device)
-            metrics = evaluate(model, val_set, cfg, device, min(num, 100))
+            metrics = evaluate(model, val_set, cfg, device, min(num, 100), rank, world)
             log.say(step, **{name: metrics[name] for name in ('box_ap', 'box_ap50', 'mask_ap', 'mask_ap50')})
 
-    metrics = evaluate(model, val_set, cfg, device, num)
+    metrics = evaluate(model, val_set, cfg, device, num, rank, world)
     run.save_model(model, f'{cfg.out_dir}/model.pt', classes=train_set.classes, image_size=cfg.image_size)
     draw_sheet(f'{cfg.out_dir}/objects.png', model, val_set, cfg, device)
     log.finish(model, 'training loss', {}, **metrics)

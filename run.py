@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.nn.functional import all_gather
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -231,6 +231,15 @@ def gather(x):
     return torch.cat(all_gather(x)) if dist.is_initialized() else x
 
 
+def all_rows(rows):
+    """Every process's list as one, by rank."""
+    if not dist.is_initialized():
+        return rows
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, rows, group=patient)
+    return [row for part in lists for row in part]
+
+
 def to_device(model, cfg, device, mesh=None):
     """Moves a model to its device. In place, its blocks compute their activations again if asked to, are compiled (on
     cuda, or where asked) and sharded, each a unit that is gathered when needed; what is left is the root's unit."""
@@ -252,6 +261,19 @@ def to_device(model, cfg, device, mesh=None):
             if hasattr(model, name):
                 register_fsdp_forward_method(model, name)
     return model
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """All weights whole on every process meanwhile, so that each runs the model as often as it has something to see."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    yield
+    for unit in units:
+        unit.set_reshard_after_forward(True, recurse=False)
+        unit.reshard()
 
 
 def clip_gradients(model, largest_norm):
@@ -675,11 +697,7 @@ class Log:
 def report_broken(*datasets):
     """What could not be read, by whichever process."""
     for dataset in datasets:
-        met = [dataset.broken]
-        if dist.is_initialized():
-            met = [None] * dist.get_world_size()
-            dist.all_gather_object(met, dataset.broken, group=patient)
-        dataset.broken.update(*met)
+        dataset.broken.update(all_rows([*dataset.broken]))
         if dataset.broken:
             print0(data.report_broken(dataset))
 

@@ -842,9 +842,9 @@ class Maps:
             batch['labels'].append(labels)
         return dict(batch, images=torch.stack(batch['images']), labels=torch.stack(batch['labels']))
 
-    def truth(self, num, device):
+    def truth(self, positions, device):
         """Yields each image, uint8 [1, 3, H, W], with its classes [1, H, W]."""
-        for i in range(num):
+        for i in positions:
             image, labels = self.read(i, broken := [])
             self.broken.update(broken)
             if not broken:
@@ -913,10 +913,10 @@ class Scenes:
         drawn = self.world.batch(position, image_size, seed, device, want=('images', 'semantic'))
         return dict(images=drawn['images'], labels=drawn['semantic'])
 
-    def truth(self, num, device):
+    def truth(self, positions, device):
         """As Maps.truth, several at once."""
-        for positions in torch.arange(num).split(16):
-            yield tuple(self.batch(positions, self.image_size, 0, device).values())
+        for n in range(0, len(positions), 16):
+            yield tuple(self.batch(torch.tensor(positions[n:n + 16]), self.image_size, 0, device).values())
 
 
 def open_maps(cfg, split):
@@ -950,14 +950,16 @@ def predict(model, images, cfg):
     return total.argmax(1)
 
 
-def evaluate(model, dataset, cfg, device, num):
-    """Numbers in per cent of the first num validation images. All processes look at all: sharded weights are gathered
-    by all at once."""
+def evaluate(model, dataset, cfg, device, num, rank=0, world=1):
+    """Numbers in per cent of the first num validation images, of which each process looks at its share."""
     model.eval()
     K = len(dataset.classes)
-    counts = sum(confusion(predict(model, images, cfg), labels, K) for images, labels in dataset.truth(num, device))
+    counts = torch.zeros(K, K, dtype=torch.long, device=device)
+    with run.gathered(model):
+        for images, labels in dataset.truth(range(rank, num, world), device):
+            counts += confusion(predict(model, images, cfg), labels, K)
     model.train()
-    return {name: 100 * value for name, value in mean_iou(counts)[0].items()}
+    return {name: 100 * value for name, value in mean_iou(run.total(counts))[0].items()}
 
 
 def colour_of(k):
@@ -998,7 +1000,7 @@ def draw_maps(path, model, dataset, cfg, device, num=4):
     """The picture of a run: images, what is predicted, the truth."""
     model.eval()
     columns, there, K = {'image': [], 'prediction': [], 'truth': []}, set(), len(dataset.classes)
-    for images, labels in dataset.truth(num, device):
+    for images, labels in dataset.truth(range(num), device):
         for image, predicted, label in zip(images, predict(model, images, cfg), labels):
             there |= set(predicted.unique().tolist()) | set(label.unique().tolist())
             columns['image'].append(Image.fromarray(image.permute(1, 2, 0).cpu().numpy()))
@@ -1120,7 +1122,7 @@ def lr_at(step, cfg):
     return cfg.lr * min((step + 1) / max(1, cfg.warmup_steps), 1) * (1 - step / cfg.steps)
 
 
-def look(cfg, device):
+def look(cfg, device, rank, world):
     """--eval: the numbers of any segmentor; --image: what it says of a picture."""
     path = cfg.init or f'{cfg.out_dir}/model.pt'
     model = M.load_as(Segmenter, load_segmenter, path).to(device)
@@ -1133,7 +1135,7 @@ def look(cfg, device):
         dataset = open_maps(cfg, 'val')
         if len(dataset.classes) != K:
             raise ValueError(f'{path} knows {K} classes, --data {cfg.data} has {len(dataset.classes)}')
-        metrics = evaluate(model, dataset, cfg, device, num_eval(dataset))
+        metrics = evaluate(model, dataset, cfg, device, num_eval(dataset), rank, world)
         run.report_broken(dataset)
         return print0(run.table(metrics))
     image = data.read_image(cfg.image)
@@ -1162,7 +1164,7 @@ def train(cfg):
     if cfg.bench:
         return runpy.run_path(Path(__file__).resolve().parent / 'assets' / 'bench_segment.py')['bench']()
     if cfg.eval or cfg.image:
-        return look(cfg, device)
+        return look(cfg, device, rank, world)
     train_set, val_set = open_maps(cfg, 'train'), open_maps(cfg, 'val')
     if run.finished(cfg):
         return
@@ -1206,9 +1208,9 @@ def train(cfg):
             run.save_checkpoint(cfg.out_dir, done, model, optimizer, cfg)
             if stopping:
                 log.leave(done)
-            log.say(step, **evaluate(model, val_set, cfg, device, min(num, 100)))
+            log.say(step, **evaluate(model, val_set, cfg, device, min(num, 100), rank, world))
 
-    metrics = evaluate(model, val_set, cfg, device, num)
+    metrics = evaluate(model, val_set, cfg, device, num, rank, world)
     run.save_model(model, f'{cfg.out_dir}/model.pt', classes=train_set.classes, image_size=cfg.image_size)
     draw_maps(f'{cfg.out_dir}/classes.png', model, val_set, cfg, device)
     log.finish(model, 'training loss', {}, **metrics)

@@ -257,7 +257,7 @@ def test_crowds_are_judged_and_not_learnt(tmp_path):
     crowd = row(segmentation=dict(size=[24, 32], counts=[0, 768])) | dict(iscrowd=1)
     dataset = coco.Instances(write_json(tmp_path, [row(), crowd]), 'val')
     batch = dataset.batch(torch.arange(4), 32, scale=None)
-    assert len(batch['targets'][batch['index'].index(0)]['boxes']) == 1 and len(dataset.truth(batch)[1]) == 2
+    assert len(batch['targets'][batch['index'].index(0)]['boxes']) == 1 and [len(rows) for _, rows in dataset.truth(batch)].count(2) == 1
 
 
 @pytest.mark.parametrize('text, message', [
@@ -341,7 +341,8 @@ def test_the_worlds_masks_are_in_their_boxes():
 def test_the_vocabulary_gap_of_perfect_boxes_is_zero():
     """And it is one where every fine class is wrong but every coarse one right."""
     dataset = coco.Scenes(data.open_data('shapes', 'val'), 'fine')
-    images, rows = dataset.truth(dataset.batch(torch.arange(4), 64))
+    images, rows = zip(*dataset.truth(dataset.batch(torch.arange(4), 64)))
+    rows = sum(rows, [])
     truth = dict(images=images, annotations=rows, categories=dataset.categories)
     right = [dict(row, score=.9) for row in rows]
     ap = lambda results: D.percent(coco.average_precision(truth, results, most=(300,)))['ap']
@@ -446,3 +447,32 @@ def test_two_processes_of_which_one_sees_no_boxes(tmp_path):
         assert one.keys() == two.keys()
         for name, gradient in one.items():
             torch.testing.assert_close(two[name], gradient, atol=2e-5, rtol=1e-3, msg=name)
+
+
+def find_the_first(model, batch, originals, options, device):
+    """A detector that finds the first box of each image, and takes every second image's for another class."""
+    found = []
+    for i, target, (height, width) in zip(batch['index'], batch['targets'], originals):
+        boxes = target['boxes'][:1]
+        found.append(dict(boxes=boxes, scores=torch.full((len(boxes),), .9 - .1 * i), classes=target['labels'][:1] ^ i % 2,
+                          masks=torch.ones(len(boxes), 4, 4), pasted=torch.ones(len(boxes), height, width).bool()))
+    return found
+
+
+def judged(folder, world):
+    """The numbers of that detector on the first three of five images."""
+    cfg = run.parse_config(D.Config, D.RECIPES, [*TINY, '--data', str(folder)])
+    rank, world, device, _ = run.setup(cfg)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(D, 'find', find_the_first)
+        return D.evaluate(torch.nn.Module(), coco.Instances(str(folder), 'val'), cfg, device, 3, rank, world)
+
+
+def test_two_processes_judge_each_image_once(tmp_path):
+    """The same numbers as one; three images do not divide by two."""
+    write_json(tmp_path, [row(i, category=c) for i in range(5) for c in (3, 7)], 5, size=(32, 32))
+    one = judged(tmp_path, 1)
+    assert 10 < one['box_ap'] < 90
+    finish(launch(2, tmp_path, judged), tmp_path)
+    for rank in (0, 1):
+        assert torch.load(tmp_path / f'found-2-{rank}.pt') == one

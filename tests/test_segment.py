@@ -363,6 +363,28 @@ def test_two_processes_of_which_one_sees_no_class(tmp_path):
             assert_near(two[name], gradient, name)
 
 
+def measures(folder, world):
+    """The numbers of a run of one step, on five images of unlike sizes."""
+    cfg = config('--data', folder / 'data', '--classes', 3, '--steps', 1, '--batch_size', 4, '--head', 'mask2former',
+                 '--out_dir', folder / f'whole-{world}')
+    S.train(cfg)
+    return json.loads((folder / f'whole-{world}' / 'result.json').read_text())
+
+
+def test_two_processes_judge_each_image_once(tmp_path):
+    """The same numbers as one, though their images are seen in unlike numbers of windows."""
+    for num, size in ((5, (24, 40)), (3, (30, 200))):           # three of the images are replaced
+        write_maps(tmp_path / 'data', num, size)
+    with pytest.MonkeyPatch.context() as patch:
+        small(patch)
+        one = measures(tmp_path, 1)
+    finish(launch(2, tmp_path, measures), tmp_path)
+    for rank in (0, 1):
+        two = torch.load(tmp_path / f'found-2-{rank}.pt')
+        for name in ('miou', 'pixel_accuracy', 'class_accuracy'):
+            assert two[name] == pytest.approx(one[name], rel=1e-3), name
+
+
 @pytest.mark.parametrize('flags, message', [
     (['--head', 'cubic'], '--head cubic is unknown'), (['--adapter'], '--adapter goes with'),
     (['--channels', '40'], '--channels 40'), (['--head=mask2former', '--adapter', '--image_size=40'], '5 x 5 patches'),
