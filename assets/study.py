@@ -57,31 +57,35 @@ CLIP_ARMS = {  # where the image tower comes from, the learning rates tried on s
     'scratch, all compute': ('', (8e-4, 2e-3, 5e-3), 5)}      # 20 times as long; rates tried at a sixth of it
 CLIP_MEASURES = ('heldout_pairs', 'heldout_among_24', 'seen_pairs', 'zero_shot_top1', 'retrieval')
 
-PIXELS, PHOTOGRAPHS = 'out/study-clip/pixels/model.pt', 'out/study-photographs/'
-FINETUNE = {  # steps, flags, seeds, {arm: (where it starts, own flags)}; {} is the seed
-    'finetune': (200, [], 5, {
-        'EVA': ('assets/nano-eva.pt', []), 'pixels': (PIXELS, []), 'teacher': ('assets/nano-teacher.pt', []),
-        'scratch': ('scratch', [])}),
-    'finetune_photographs': (400, [], 3, {
-        'EVA': (PHOTOGRAPHS + 'clip-1200-{}/model.pt', []), 'pixels': (PHOTOGRAPHS + 'pixels-1200-{}/model.pt', []),
-        'teacher': (PHOTOGRAPHS + 'teacher/model.pt', []), 'scratch': ('scratch', [])}),
-    'video': (1500, ['--size', 'nano-video'], 3, {
-        'EVA': ('assets/nano-eva.pt', []), 'scratch': ('scratch', []),
-        'EVA, one frame': ('assets/nano-eva.pt', ['--frames', 1])}),
-    'detect': (500, ['--size', 'micro'], 3, {
-        'EVA': ('out/laptop-eva/model.pt', []), 'pixels': ('out/laptop-pixels/model.pt', []),
-        'scratch': ('scratch', [])}),
-    'segment': (400, ['--head', 'linear', '--image_size', 64, '--patch_size', 4], 3, {
-        'EVA, frozen': ('assets/nano-eva.pt', ['--freeze']),
-        'teacher, frozen': ('assets/nano-teacher.pt', ['--freeze']),
-        'pixels, frozen': (PIXELS, ['--freeze']), 'random, frozen': ('scratch', ['--freeze']),
-        'EVA': ('assets/nano-eva.pt', ['--no-freeze']), 'scratch': ('scratch', ['--no-freeze'])}),
+PIXELS, PHOTOGRAPHS = 'out/study-clip/pixels/', 'out/study-photographs/'
+LAPTOP = ['--size', 'micro', '--image_size', 64, '--patch_size', 8]
+STARTS = {'EVA': 'assets/nano-eva.pt', 'pixels': PIXELS + 'model.pt', 'teacher': 'assets/nano-teacher.pt',
+          'scratch': 'scratch'}
+FINETUNE = {  # arms: {name: (where it starts, own flags)}, {} is the seed. judged: what says which rate is best
+    'finetune': dict(
+        script='finetune.py', judged='top1', steps=200, seeds=5, rates=(1.5e-3, 4e-3), has_probes=True,
+        before={PIXELS: ['--target', 'pixels']}, arms={arm: (start, []) for arm, start in STARTS.items()}),
+    'finetune_photographs': dict(
+        script='finetune.py', judged='top1', steps=400, seeds=3, rates=(4e-3,), has_probes=True, arms={
+            'EVA': (PHOTOGRAPHS + 'clip-1200-{}/model.pt', []), 'pixels': (PHOTOGRAPHS + 'pixels-1200-{}/model.pt', []),
+            'teacher': (PHOTOGRAPHS + 'teacher/model.pt', []), 'scratch': ('scratch', [])}),
+    'video': dict(
+        script='finetune.py', judged='top1', steps=1500, seeds=3, rates=(1.5e-3, 4e-3), flags=['--size', 'nano-video'],
+        arms={'EVA': (STARTS['EVA'], []), 'scratch': ('scratch', []),
+              'EVA, one frame': (STARTS['EVA'], ['--frames', 1])}),
+    'detect': dict(
+        script='detect_seg.py', judged='box_ap50', steps=500, seeds=3, rates=(1e-3,), flags=['--size', 'micro'],
+        before={'out/laptop-eva/': LAPTOP, 'out/laptop-pixels/': [*LAPTOP, '--target', 'pixels']}, arms={
+            'EVA': ('out/laptop-eva/model.pt', []), 'pixels': ('out/laptop-pixels/model.pt', []),
+            'scratch': ('scratch', [])}),
+    'segment': dict(
+        script='detect_seg.py', judged='miou', steps=400, seeds=3, rates=(1.5e-3, 4e-3),
+        flags=['--head', 'linear', '--image_size', 64, '--patch_size', 4], before={PIXELS: ['--target', 'pixels']},
+        arms={**{f'{arm}, frozen': (start, ['--freeze']) for arm, start in STARTS.items()},
+              'EVA': (STARTS['EVA'], ['--no-freeze']), 'scratch': ('scratch', ['--no-freeze'])}),
 }
-SCRIPTS = {'detect': ('detect_seg.py', 'box_ap50'), 'segment': ('segment.py', 'miou')}      # what is judged
 FINETUNE_MEASURES = ('top1', 'top5', 'hidden_top1', 'shuffled_top1', 'linear_top1', 'knn_top1')
 PERCENTAGES = ('miou', 'pixel_accuracy', 'class_accuracy', 'box_ap', 'box_ap50', 'box_ap75', 'mask_ap', 'mask_ap50')
-RATES = {'detect': (1e-3,), 'finetune_photographs': (4e-3,)}    # others: 1.5e-3 and 4e-3, tried on a seed of its own
-LAPTOP = ['--size', 'micro', '--image_size', 64, '--patch_size', 8]
 
 
 def command(script, flags, out_dir, cores):
@@ -238,6 +242,11 @@ def probes_of(start, seed, spec):
                      torch.device('cpu'))
 
 
+def classifier_costs():
+    """TFLOP of the stages before finetune.py, and of a step of it."""
+    return clip_costs()[0]['EVA'][2], 64 * 3 * run.flops_per_image(M.SIZES['nano']) / 1e12
+
+
 def detection_costs():
     """TFLOP of the teacher and the laptop EVA (as in clip_costs), and of a step of detect_seg.py's micro recipe."""
     cfg = run.parse_config(detect_seg.Config, detect_seg.RECIPES, ['--size', 'micro', '--device', 'cpu'])
@@ -251,45 +260,41 @@ def detection_costs():
     return clip_costs()[0]['teacher'][2] + eva, counter.get_total_flops() / 1e12
 
 
+COSTS = {'finetune': classifier_costs, 'detect': detection_costs}       # studies with an arm of all stages' compute
+
+
 def finetune_study(name, spec, jobs, cores, began):
-    """Fine-tuning by where it starts: each arm at the better of RATES, chosen on a seed of its own, then more seeds; on
-    the world from scratch also with the compute of all stages together (its rates are tried at a sixth of it)."""
-    usual, flags, seeds, arms = FINETUNE[name]
-    script, judged = SCRIPTS.get(name, ('finetune.py', 'top1'))
-    rates, long = RATES.get(name, (1.5e-3, 4e-3)), usual
-    if name in ('finetune', 'segment'):
-        command('mim_pretrain.py', ['--target', 'pixels'], PIXELS.removesuffix('/model.pt'), cores * jobs)
-    if name == 'finetune':
-        step_cost = 64 * 3 * run.flops_per_image(M.SIZES['nano']) / 1e12
-        long += round(clip_costs()[0]['EVA'][2] / step_cost)
-    if name == 'detect':
-        command('mim_pretrain.py', LAPTOP, 'out/laptop-eva', cores * jobs)
-        command('mim_pretrain.py', [*LAPTOP, '--target', 'pixels'], 'out/laptop-pixels', cores * jobs)
-        before, step_cost = detection_costs()
+    """Fine-tuning by where it starts: each arm at the best of its rates, chosen on a seed of its own where there are
+    several, then more seeds; of COSTS from scratch also with the compute of all stages together (its rates are tried at
+    a sixth of it)."""
+    study, arms = FINETUNE[name], dict(FINETUNE[name]['arms'])
+    seeds, rates, long = study['seeds'], study['rates'], study['steps']
+    for folder, words in study.get('before', {}).items():
+        command('mim_pretrain.py', words, folder.rstrip('/'), cores * jobs)
+    if name in COSTS:
+        before, step_cost = COSTS[name]()
         long += round(before / step_cost)
-    if long > usual:
-        arms = arms | {'scratch, all compute': ('scratch', [])}
+        arms['scratch, all compute'] = 'scratch', []
 
     def one(job):
         arm, lr, seed = job
         start, own = arms[arm][0].format(seed % seeds), list(arms[arm][1])
         if start == 'scratch':
             own += ['--layer_decay', 1]
-        steps = usual if arm != 'scratch, all compute' else long if seed < seeds else long // 6
+        steps = study['steps'] if arm != 'scratch, all compute' else long if seed < seeds else long // 6
         folder = f'out/study-{name}/{arm.replace(", ", "-").replace(" ", "-")}-{lr:g}-{seed}'
-        words = [*flags, *own, '--data', spec, '--init', start, '--steps', steps, '--lr', lr, '--seed', seed]
-        result = command(script, [*words, '--save_every', 10 ** 6], folder, cores)
+        words = [*study.get('flags', []), *own, '--data', spec, '--init', start, '--steps', steps, '--lr', lr]
+        result = command(study['script'], [*words, '--seed', seed, '--save_every', 10 ** 6], folder, cores)
         result |= {measure: result[measure] / 100 for measure in PERCENTAGES if measure in result}
-        print(f'{(time.time() - began) / 60:6.1f} min  {arm} {lr:g} {seed}: {result[judged]:.3f}', file=sys.stderr,
-              flush=True)
-        has_probes = name in ('finetune', 'finetune_photographs')
-        probes = probes_of(start, seed * (start == 'scratch'), spec) if has_probes else {}
+        print(f'{(time.time() - began) / 60:6.1f} min  {arm} {lr:g} {seed}: {result[study["judged"]]:.3f}',
+              file=sys.stderr, flush=True)
+        probes = probes_of(start, seed * (start == 'scratch'), spec) if study.get('has_probes') else {}
         return dict(row=arm, lr=lr, seed=seed, steps=steps, **result, **probes)
 
     with ThreadPoolExecutor(jobs) as pool:
         sweep = list(pool.map(one, [(arm, lr, seeds) for lr in rates for arm in arms if len(rates) > 1]))
         best = {arm: rates[0] for arm in arms}
-        best |= {r['row']: r['lr'] for r in sorted(sweep, key=lambda r: r[judged])}
+        best |= {r['row']: r['lr'] for r in sorted(sweep, key=lambda r: r[study['judged']])}
         final = list(pool.map(one, [(arm, best[arm], seed) for seed in range(seeds) for arm in arms]))
     measures = [measure for measure in FINETUNE_MEASURES + PERCENTAGES if measure in final[0]]
     save_csv(name, ['row', 'lr', 'seed', 'steps', *measures, 'seconds'], sweep + final)
