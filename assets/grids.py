@@ -24,11 +24,13 @@ import run                          # noqa: E402
 STUDIES = ('sizes', 'data', 'targets', 'controls', 'transfer')
 GRIDS = {  # by device; the teacher sees more images than any student. cuda's has not been run
     'cpu': dict(fit=('pico', 'nano', 'micro'), held_out='mini', steps=(400, 800, 1600), batch_size=64, flags=(),
-                unique=(250, 1000, 4000, 16_000), teacher=('--size', 'nano'), teacher_steps=2000),
+                unique=(250, 1000, 4000, 16_000), teacher=('--size', 'nano'), teacher_steps=2000,
+                seeds={'pico': 3, 'nano': 3}),
     'cuda': dict(fit=('pico', 'nano', 'micro', 'mini', 'ti', 's', 'b'), held_out='l', steps=(1024, 2048, 4096),
                  batch_size=256, flags=('--image_size', 64, '--patch_size', 8), unique=(2000, 8000, 32_000, 128_000),
-                 teacher=('--size', 'mini', '--image_size', 64, '--patch_size', 8), teacher_steps=8000)}
-SEEDS = 0, 1
+                 teacher=('--size', 'mini', '--image_size', 64, '--patch_size', 8), teacher_steps=8000,
+                 seeds={})}
+SEEDS = 0, 1                # where a grid names no other number of them: cheap runs make fits surer for little
 WARMUP = 100                # the same for all lengths: they branch off one another
 COOLDOWN = .2               # share of a run's steps
 BRACKET = .5, 1, 2          # times the rule's learning rate
@@ -72,7 +74,9 @@ def runs_of(study, grid):
     in all studies; whether it branched off makes no difference to its numbers."""
     fit, held_out, (short, middle, long) = grid['fit'], grid['held_out'], grid['steps']
     bracket = lambda size: [student(grid, size, 0, short, factor) for factor in BRACKET if factor != 1]
-    grow = [one for seed in SEEDS for size in reversed(fit) for one in lengths(grid, size, seed)]
+    seeds = {size: range(grid['seeds'].get(size, len(SEEDS))) for size in fit}
+    grow = [one for seed in range(max(map(len, seeds.values()))) for size in reversed(fit) if seed in seeds[size]
+            for one in lengths(grid, size, seed)]
     ends = [student(grid, size, 0, short, target=target) for size in (fit[-1], fit[0])
             for target in ('clip', 'tokens', 'pixels', 'untrained')]
     column = [student(grid, size, 0, short, teacher=grid['teacher_steps'] // part) for part in (4, 2, 1)
