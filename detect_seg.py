@@ -831,15 +831,20 @@ def draw_sheet(path, model, dataset, cfg, device, num=6, tile=320):
     """A picture of validation images: the truth above what was found."""
     batch = next(iter(data.eval_batches(dataset, num, cfg.image_size, num, device)))
     found = find(model, batch, batch['sizes'], ways_of_testing(cfg, dataset.lvis), device)
-    sheet = Image.new('RGB', (len(found) * (tile + 6) + 6, 2 * (tile + 6) + 6), 'white')
+    columns = []
     for n, (image, size, target) in enumerate(zip(batch['images'], batch['sizes'], batch['targets'])):
         image, labels = image[:, :size[0], :size[1]], target['labels'].tolist()
         filled = lambda mask: torch.from_numpy(coco.decode_mask(coco.fill_polygons(mask, size), size))
         masks = [filled(mask) if isinstance(mask, list) else mask for mask in target['masks']]
         truth = draw_objects(image, target['boxes'].tolist(), labels, masks, [dataset.classes[k] for k in labels], tile)
-        for y, picture in enumerate((truth, draw_found(image, found[n], dataset.classes, tile))):
+        columns.append((truth, draw_found(image, found[n], dataset.classes, tile)))
+        for picture in columns[-1]:
             picture.thumbnail((tile, tile))
-            sheet.paste(picture, (6 + n * (tile + 6), 6 + y * (tile + 6)))
+    height = max(picture.height for column in columns for picture in column)
+    sheet = Image.new('RGB', (len(found) * (tile + 6) + 6, 2 * (height + 6) + 6), 'white')
+    for n, column in enumerate(columns):
+        for y, picture in enumerate(column):
+            sheet.paste(picture, (6 + n * (tile + 6), 6 + y * (height + 6)))
     run.on_first(sheet.save, path)
 
 
