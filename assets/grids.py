@@ -23,11 +23,12 @@ import run                          # noqa: E402
 
 STUDIES = ('sizes', 'data', 'targets', 'controls', 'transfer')
 GRIDS = {  # by device; the teacher sees more images than any student. cuda's has not been run
-    'cpu': dict(fit=('pico', 'nano', 'micro'), held_out='mini', steps=(400, 800, 1600), batch_size=64, flags=(),
-                unique=(250, 1000, 4000, 16_000), teacher=('--size', 'nano'), teacher_steps=2000,
+    'cpu': dict(fit=('pico', 'nano', 'micro'), held_out='mini', steps=(1600, 3200, 6400), batch_size=16, lr=.6,
+                flags=(), unique=(250, 1000, 4000, 16_000), teacher=('--size', 'nano'), teacher_steps=2000,
                 seeds={'pico': 3, 'nano': 3}),
     'cuda': dict(fit=('pico', 'nano', 'micro', 'mini', 'ti', 's', 'b'), held_out='l', steps=(1024, 2048, 4096),
-                 batch_size=256, flags=('--image_size', 64, '--patch_size', 8), unique=(2000, 8000, 32_000, 128_000),
+                 batch_size=256, lr=2.4, flags=('--image_size', 64, '--patch_size', 8),
+                 unique=(2000, 8000, 32_000, 128_000),
                  teacher=('--size', 'mini', '--image_size', 64, '--patch_size', 8), teacher_steps=8000,
                  seeds={})}
 SEEDS = 0, 1                # where a grid names no other number of them: cheap runs make fits surer for little
@@ -35,9 +36,10 @@ WARMUP = 100                # the same for all lengths: they branch off one anot
 COOLDOWN = .2               # share of a run's steps
 BRACKET = .5, 1, 2          # times the rule's learning rate
 POOR = 'shapes:objects=1,classes=4'
-SECONDS = {  # of one core a step of 64 images, and around a run (evaluations, probes, pictures), where it reaches SPEED
-    'pico': (.13, 24), 'nano': (.23, 28), 'micro': (.48, 36), 'mini': (.83, 55)}
-SPEED, TEACHER_STEP, HEAD_SECONDS = 51e9, .5, 300
+SECONDS = {  # of one core a step of 16 images, and around a run (evaluations, probes, pictures), where it reaches SPEED
+    'pico': (.025, 12), 'nano': (.038, 14), 'micro': (.075, 18), 'mini': (.13, 25)}
+SPEED, TEACHER_STEP, HEAD_SECONDS = 200e9, .27, 120
+HEAD_STEPS = {'boxes': 300, 'segments': 600}
 COLUMNS = ('name', 'size', 'seed', 'steps', 'lr', 'factor', 'batch_size', 'data', 'unique', 'target', 'teacher', 'head',
            'N', 'flops', 'teacher_flops', 'skill', 'train_skill', 'cosine', 'baseline', 'inpaint_skill', 'knn_top1',
            'linear_top1', 'knn_unnamed', 'linear_unnamed', 'box_ap', 'miou', 'seconds')
@@ -45,9 +47,9 @@ COLUMNS = ('name', 'size', 'seed', 'steps', 'lr', 'factor', 'batch_size', 'data'
 
 # ---- the grids --------------------------------------------------------------------------------------------------
 
-def learning_rate(size):
-    """One rule for all sizes: 6e-3 at a width of 32, falling with width^-.6; `sizes` brackets it at both ends."""
-    return 6e-3 * (32 / M.SIZES[size]['width']) ** .6
+def learning_rate(size, grid):
+    """One rule for all sizes: 1 / (width x depth), times the grid's number; `sizes` brackets it at both ends."""
+    return grid['lr'] / (M.SIZES[size]['width'] * M.SIZES[size]['depth'])
 
 
 def student(grid, size, seed, steps, factor=1, teacher=None, target='clip', world='shapes', unique=0, head=''):
@@ -55,7 +57,7 @@ def student(grid, size, seed, steps, factor=1, teacher=None, target='clip', worl
     teacher = '' if target == 'pixels' else teacher or grid['teacher_steps']
     made = dict(size=size, seed=seed, steps=steps, factor=factor, batch_size=grid['batch_size'], teacher=teacher,
                 target=target, data=f'shapes:unique={unique}' if unique else world, unique=unique, head=head)
-    made['lr'] = float(f'{learning_rate(size) * factor:.4g}')
+    made['lr'] = float(f'{learning_rate(size, grid) * factor:.4g}')
     usual = dict(factor=1, teacher=grid['teacher_steps'], target='clip', data='shapes', head='')
     parts = [f'{key}={made[key]}' for key, value in usual.items() if made[key] not in (value, '')]
     return dict(made, name='-'.join([size, str(seed), str(steps), *parts]).replace(':', '.').replace(',', '.'))
@@ -98,7 +100,8 @@ def command(one, grid, folder):
     script, name = 'mim_pretrain.py', one['name']
     if one['head']:
         init = folder / f"{one['size']}-{one['seed']}-{one['steps']}" / 'model.pt'
-        script, flags = 'detect_seg.py', ['--init', init, '--image_size', 64, '--batch_size', 8, '--steps', 200,
+        script, flags = 'detect_seg.py', ['--init', init, '--image_size', 64, '--batch_size', 8,
+                                          '--steps', HEAD_STEPS[one['head']],
                                           '--patch_size', M.SIZES[one['size']]['patch_size']]
         flags += ['--head', 'linear'] if one['head'] == 'segments' else []
     else:

@@ -229,7 +229,7 @@ def report_sizes(rows, sized, grid, folder):
           + '|---' * (3 + len(steps)) + '|')
     for size in sizes:
         N = next(row['N'] for row in sized if row['size'] == size)
-        print(f'| {size} | {N:,} | {learning_rate(size):.2g} | ' + ' | '.join(
+        print(f'| {size} | {N:,} | {learning_rate(size, grid):.2g} | ' + ' | '.join(
             f'{np.mean(found[size, n]):.4f}' if (size, n) in found else '' for n in steps) + ' |')
     print(f'\nloss is 1 - skill; seeds\' pooled standard deviation {std:.4f} ({freedom} degrees of freedom)')
     pairs = [*zip(sizes, sizes[1:]), (sizes[0], sizes[-1])]

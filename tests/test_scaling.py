@@ -128,7 +128,7 @@ def test_finished_runs_are_not_repeated(tmp_path, monkeypatch):
     grids.execute(runs, tmp_path, 2, (), GRID)
     assert open('order.txt').read().split() == ['a', 'b', 'c']
     row = grids.read('runs.csv')[2]
-    assert (row['name'], row['skill'], row['N'], row['lr']) == ('c', .5, 52256, .006) and row['box_ap'] is None
+    assert (row['name'], row['skill'], row['N'], row['lr']) == ('c', .5, 52256, .004688) and row['box_ap'] is None
 
 
 def test_a_study_that_is_stopped_stops_its_runs(tmp_path, monkeypatch):
@@ -151,7 +151,7 @@ def made_up(noise, seed=0, sizes=('pico', 'nano', 'micro'), law=(.25, 3., .3, 30
         for s in grids.SEEDS:
             luck = noise * rng.normal()
             for one in grids.lengths(GRID, size, s):
-                N, D = WEIGHTS[size], one['steps'] * 64
+                N, D = WEIGHTS[size], one['steps'] * one['batch_size']
                 loss = (E + A * N ** -a + B * D ** -b) * (1 + luck + noise / 3 * rng.normal())
                 rows.append(dict(one, N=N, flops=D * run.training_flops(M.SIZES[size]), skill=1 - loss,
                                  train_skill=1 - loss, knn_top1=.9 - loss, linear_top1=.9 - loss, knn_unnamed=None,
@@ -172,7 +172,7 @@ def test_the_joint_law_is_found():
     """Weights and images at once, from three sizes and three lengths."""
     law = scaling.joint(made_up(0.), draws=1)
     assert law['exponents'][0, 0] == pytest.approx(.3, rel=.1) and law['exponents'][0, 1] == pytest.approx(.5, rel=.1)
-    N, D = WEIGHTS['mini'], 1600 * 64
+    N, D = WEIGHTS['mini'], 6400 * 16
     assert scaling.predict(law, [[N], [D]])[0, 0] == pytest.approx(.25 + 3 * N ** -.3 + 30 * D ** -.5, abs=1e-3)
 
 
@@ -187,7 +187,7 @@ def test_numbers_of_a_fit_are_never_negative():
 def test_intervals_cover_what_is_held_out():
     """Of 50 made-up studies, the 90% interval holds the largest size's own run in four fifths or more, and is of use:
     narrower than half the drop from the smallest size."""
-    N, D = WEIGHTS['mini'], 1600 * 64
+    N, D = WEIGHTS['mini'], 6400 * 16
     held, widths = [], []
     for seed in range(50):
         guess = scaling.forecast(scaling.joint(made_up(.01, seed), draws=100, num=16), [[N], [D]])
