@@ -747,27 +747,34 @@ def draw_curves(path, curves, lines={}, xlabel='step', ylabel='', log='', points
     draw.rectangle((left, top, W - right, H - bottom), outline='black')
     draw.text(((left + W - right) / 2, H - 22), xlabel, fill='black', font=font, anchor='mm')
     draw.text((8, top / 2), ylabel, fill='black', font=font, anchor='lm')
+    def dash(start, end, y, colour):
+        for x in range(start, end, 14):
+            draw.line((x, y, min(x + 8, end), y), fill=colour, width=2)
     names = list(dict.fromkeys([*curves, *lines, *points]))
-    tall, beside = 24 * len(names), [place(x, y)[1] for x, y in seen if place(x, y)[0] > .6 * W]
-    first = min((top + 18, H - bottom + 6 - tall, (H - tall) // 2),            # the key goes where fewest points are
-                key=lambda start: sum(start - 18 < y < start + tall for y in beside))
-    for i, name in enumerate(names):
-        colour, key = COLOURS[i % len(COLOURS)], first + 24 * i
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    for name, colour in colours.items():
         if name in curves:
             draw.line([place(x, y) for x, y in curves[name] if math.isfinite(y)], fill=colour, width=3)
-            draw.line((W - right - 50, key, W - right - 14, key), fill=colour, width=3)
         if name in lines:
-            height = place(some_x, lines[name])[1]
-            for start, end, y in ((left, W - right, height), (W - right - 50, W - right - 14, key)):
-                for x in range(start, end, 14):
-                    draw.line((x, y, min(x + 8, end), y), fill=colour, width=2)
-        if name in points:
-            draw.circle((W - right - 32, key), 5, fill=colour)
+            dash(left, W - right, place(some_x, lines[name])[1], colour)
         for x, *interval in points.get(name, ()):
-            low, y, high = (place(x, y)[1] for y in interval)
-            draw.line((place(x, interval[1])[0], low, place(x, interval[1])[0], high), fill=colour, width=2)
-            draw.circle((place(x, interval[1])[0], y), 5, fill=colour)
-        draw.text((W - right - 58, key), name, fill='black', font=font, anchor='rm')
+            across, (low, y, high) = place(x, interval[1])[0], (place(x, y)[1] for y in interval)
+            draw.line((across, low, across, high), fill=colour, width=2)
+            draw.circle((across, y), 5, fill=colour)
+    wide, tall = 76 + round(max(map(font.getlength, names), default=0)), 24 * len(names) + 6
+    places = [(x, y) for x in (W - right - wide - 4, left + 4) for y in range(top + 4, H - bottom - tall - 4, 12)]
+    places = places or [(left, top)]
+    ink = lambda x, y: sum(picture.crop((x, y, x + wide, y + tall)).convert('L').histogram()[:200])     # 221: the grid
+    x, y = min(places, key=lambda corner: ink(*corner))                     # the key goes where least is drawn
+    for key, (name, colour) in enumerate(colours.items()):
+        end, height = x + wide - 8, y + 15 + 24 * key
+        draw.text((end - 46, height), name, fill='black', font=font, anchor='rm')
+        if name in curves:
+            draw.line((end - 36, height, end, height), fill=colour, width=3)
+        if name in lines:
+            dash(end - 36, end, height, colour)
+        if name in points:
+            draw.circle((end - 18, height), 5, fill=colour)
     if path:
         picture.save(path)
     return picture

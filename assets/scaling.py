@@ -358,7 +358,7 @@ def draw_laws(sized, grid, std, panel, folder):
                for size in sizes}
     yield panel('loss (1 - skill) against compute', "student's training FLOPs", {
         **{size: [(x, y) for x, _, y, _ in dots] for size, dots in by_size.items()},
-        'envelope, E + B / C^g': list(zip(line, predict(fitted, line)[0]))}, by_size)
+        'envelope': list(zip(line, predict(fitted, line)[0]))}, by_size)
     Ns = np.geomspace(min(row['N'] for row in sized), max(row['N'] for row in sized), 40)
     by_length = {f'{n} steps': [dot(one[cell]['N'], losses) for cell, losses in found.items() if cell[1] == n]
                  for n in grid['steps']}
