@@ -74,7 +74,8 @@ def study(name, out_dir='out/study', device='', jobs=2):
 # ---- the fits ---------------------------------------------------------------------------------------------------
 
 def fit(xs, losses, groups=None, draws=400, num=32):
-    """L = E + sum of c * x^-e over the rows of xs [k, n], by least squares of relative residuals. Given the exponents,
+    """L = E + sum of c * x^-e over the rows of xs [k, n], by least squares of relative residuals, weighted by how they
+    scatter at each length (short runs scatter more; each group's rows are its lengths in order). Given the exponents,
     E and the factors c are linear: so all exponents of a lattice (k = 2: num^2 pairs) are solved at once, none of the
     numbers may be negative, and no start or step size decides. Row 0 of what comes back is the fit, the others are the
     bootstrap's: groups of residuals (of one run with its branches, which share its luck) change places.
@@ -84,27 +85,32 @@ def fit(xs, losses, groups=None, draws=400, num=32):
     k, n = xs.shape
     scale = np.exp(np.log(xs).mean(1))                                              # factors near 1
     groups = [[i] for i in range(n)] if groups is None else groups
-    best = solve(xs / scale[:, None], y, y[:, None], num)
-    predicted = predict(dict(best, scale=scale), xs)[0]                             # [n]
     freedom = max(1, len(groups) - 3)               # E, a factor and an exponent have taken their share of the luck
-    noise = [(y / predicted - 1)[group] * math.sqrt(len(groups) / freedom) for group in groups]
+    spread = np.ones(n)                             # how far runs lie from the fit, at each place in their group
+    for _ in range(2):
+        best = solve(xs / scale[:, None], y * spread, y[:, None], num)
+        predicted = predict(dict(best, scale=scale), xs)[0]                         # [n]
+        noise = [(y / predicted - 1)[group] * math.sqrt(len(groups) / freedom) for group in groups]
+        for place in range(max(map(len, groups))):
+            here = [group[place] for group in groups if len(group) > place]
+            spread[here] = max(1e-6, np.sqrt(np.mean((y / predicted - 1)[here] ** 2)))
     rng, samples = np.random.default_rng(0), np.empty((n, draws))
     doubt = np.sqrt(freedom / rng.chisquare(freedom, draws))        # few groups tell little of how large luck is
     for draw in range(draws):
         for group in groups:
             taken = noise[rng.integers(len(noise))] * doubt[draw]
             samples[group, draw] = predicted[group] * (1 + np.resize(taken, len(group)))
-    rest = solve(xs / scale[:, None], y, samples, num)
+    rest = solve(xs / scale[:, None], y * spread, samples, num)
     return dict({key: np.concatenate((best[key], rest[key])) for key in best}, scale=scale, noise=noise, doubt=doubt)
 
 
-def solve(xs, y, samples, num):
-    """Best E >= 0, factors >= 0 and exponents for each column of samples [n, S], weighted by 1/y."""
+def solve(xs, doubt, samples, num):
+    """Best E >= 0, factors >= 0 and exponents for each column of samples [n, S], each row over its doubt [n]."""
     (k, n), S = xs.shape, samples.shape[1]
     lattice = np.array(list(itertools.product(np.geomspace(.05, 2, num), repeat=k)))            # [pairs, k]
     powers = np.exp(-lattice[:, None, :] * np.log(xs.T))                                        # [pairs, n, k]
-    columns = np.concatenate((np.ones((len(lattice), n, 1)), powers), 2) / y[:, None]
-    goal, least = samples / y[:, None], np.full(S, np.inf)
+    columns = np.concatenate((np.ones((len(lattice), n, 1)), powers), 2) / doubt[:, None]
+    goal, least = samples / doubt[:, None], np.full(S, np.inf)
     found = dict(E=np.zeros(S), factors=np.zeros((S, k)), exponents=np.ones((S, k)))
     for used in itertools.chain.from_iterable(itertools.combinations(range(k + 1), m) for m in range(1, k + 2)):
         here = columns[:, :, used] if max(used) else columns[:1, :, used]       # E alone has no exponents to choose
@@ -139,10 +145,11 @@ def bounded(values):
     return f'{values[0]:.3f} ({low:.3f} to {high:.3f})'
 
 
-def forecast(law, xs):
-    """What one run will lose: {loss, low, high}, 90%, the fit's doubt and one run's luck together."""
+def forecast(law, xs, place):
+    """What one run will lose: {loss, low, high}, 90%, the fit's doubt and the luck of one run of that length, the
+    place-th of each group, together."""
     losses, rng = predict(law, xs)[:, 0], np.random.default_rng(1)
-    luck = np.concatenate(law['noise'])
+    luck = np.array([group[place] for group in law['noise']])
     chosen = luck[rng.integers(len(luck), size=len(law['doubt']))] * law['doubt']
     low, high = interval(losses[1:] * (1 + chosen))
     return dict(loss=float(losses[0]), low=low, high=high)
@@ -190,8 +197,9 @@ def write_prediction(folder, grid):
     if not path.exists():
         rows = [row for size in grid['fit'] for row in usual(read(folder / 'runs.csv'), grid, size=size)]
         law, N = joint(rows), count(grid['held_out'], grid)
-        path.write_text(json.dumps(dict(size=grid['held_out'], N=N, runs=len(rows), losses={
-            steps: forecast(law, [[N], [steps * grid['batch_size']]]) for steps in grid['steps']}), indent=2) + '\n')
+        losses = {steps: forecast(law, [[N], [steps * grid['batch_size']]], place)
+                  for place, steps in enumerate(grid['steps'])}
+        path.write_text(json.dumps(dict(size=grid['held_out'], N=N, runs=len(rows), losses=losses), indent=2) + '\n')
     for steps, said in json.loads(path.read_text())['losses'].items():
         print(f"prediction, {grid['held_out']} at {steps} steps: loss {said['loss']:.4f} "
               f"(90%: {said['low']:.4f} to {said['high']:.4f})", flush=True)
@@ -234,9 +242,11 @@ def report_sizes(rows, sized, grid, folder):
     print(f'\nloss is 1 - skill; seeds\' pooled standard deviation {std:.4f} ({freedom} degrees of freedom)')
     pairs = [*zip(sizes, sizes[1:]), (sizes[0], sizes[-1])]
     for n in steps:
+        own, freedom = pooled({cell: losses for cell, losses in found.items() if cell[1] == n})
         drops = [(f'{a} - {b}', np.mean(found[a, n]) - np.mean(found[b, n])) for a, b in pairs
                  if {(a, n), (b, n)} <= found.keys()]
-        print(f'{n} steps: ' + ', '.join(f'{pair} {drop:.4f} = {drop / std:.1f} deviations' for pair, drop in drops))
+        print(f'{n} steps, own deviation {own:.4f} ({freedom}): ' + ', '.join(
+            f'{pair} {drop:.4f} = {drop / std:.1f} deviations, {drop / own:.1f} own' for pair, drop in drops))
     for size in (sizes[0], grid['held_out']):
         tried = {row['factor']: 1 - row['skill'] for factor in BRACKET
                  for row in usual(rows, grid, size=size, seed=0, steps=steps[0], factor=factor)}
@@ -313,10 +323,8 @@ def draw(rows, sized, grid, folder):
     """scaling.png, transfer.png and eva.png, of what there is."""
     panel = lambda ylabel, xlabel, curves, points, log='xy': (curves or points) and run.draw_curves(
         None, curves, {}, xlabel, ylabel, log, points, (720, 460))
-    std = pooled(cells(sized))[0] if sized else 0.
-    std = std if std == std else 0.
     sizes = sorted({row['size'] for row in rows if not row['head']}, key=list(M.SIZES).index)
-    panels = list(draw_laws(sized, grid, std, panel, folder)) if len({row['size'] for row in sized}) > 1 else []
+    panels = list(draw_laws(sized, grid, panel, folder)) if len({row['size'] for row in sized}) > 1 else []
     middle = [row for row in rows if row['steps'] == grid['steps'][1] and row['seed'] == 0 and not row['head']]
     curves = {}
     for size in dict.fromkeys(row['size'] for row in middle if row['unique']):
@@ -345,22 +353,23 @@ def draw(rows, sized, grid, folder):
                                     {'EVA, 1B weights': [(x, 1 - y) for x, y in EVA.items()]}, {}, 'x')])
 
 
-def draw_laws(sized, grid, std, panel, folder):
+def draw_laws(sized, grid, panel, folder):
     """Loss against compute with the envelope's fit, against N with the joint fit and the prediction, and by budget."""
     found = cells(sized)
     one = {(row['size'], row['steps']): row for row in sized}
     sizes = list(dict.fromkeys(size for size, _ in found))
-    dot = lambda x, losses: (x, np.mean(losses) - std, np.mean(losses), np.mean(losses) + std)
+    std = {n: pooled({cell: losses for cell, losses in found.items() if cell[1] == n})[0] for n in grid['steps']}
+    dot = lambda x, cell: (x, *np.mean(found[cell]) + np.nan_to_num([-std[cell[1]], 0, std[cell[1]]]))
     law, front = joint(sized), envelope(sized)
     fitted = fit([x for x, _ in front], [y for _, y in front], draws=1)
     line = np.geomspace(front[0][0], max(row['flops'] for row in sized), 40)
-    by_size = {size: [dot(one[cell]['flops'], losses) for cell, losses in found.items() if cell[0] == size]
+    by_size = {size: [dot(one[cell]['flops'], cell) for cell in found if cell[0] == size]
                for size in sizes}
     yield panel('loss (1 - skill) against compute', "student's training FLOPs", {
         **{size: [(x, y) for x, _, y, _ in dots] for size, dots in by_size.items()},
         'envelope': list(zip(line, predict(fitted, line)[0]))}, by_size)
     Ns = np.geomspace(min(row['N'] for row in sized), max(row['N'] for row in sized), 40)
-    by_length = {f'{n} steps': [dot(one[cell]['N'], losses) for cell, losses in found.items() if cell[1] == n]
+    by_length = {f'{n} steps': [dot(one[cell]['N'], cell) for cell in found if cell[1] == n]
                  for n in grid['steps']}
     lines = {f'{n} steps': list(zip(Ns, predict(law, [Ns, np.full(40, n * grid['batch_size'])])[0]))
              for n in grid['steps']}

@@ -190,7 +190,7 @@ def test_intervals_cover_what_is_held_out():
     N, D = WEIGHTS['mini'], 6400 * 16
     held, widths = [], []
     for seed in range(50):
-        guess = scaling.forecast(scaling.joint(made_up(.01, seed), draws=100, num=16), [[N], [D]])
+        guess = scaling.forecast(scaling.joint(made_up(.01, seed), draws=100, num=16), [[N], [D]], 2)
         rng = np.random.default_rng(1000 + seed)
         loss = (.25 + 3 * N ** -.3 + 30 * D ** -.5) * (1 + .01 * rng.normal() + .01 / 3 * rng.normal())
         held.append(guess['low'] <= loss <= guess['high'])
