@@ -30,6 +30,7 @@ class Config(run.Run):
     mask: str = option('block', "what is hidden: block (EVA's), random, or columns (half of all: EVA's validation)")
     mask_ratio: float = option(105 / 256, 'share of the patches hidden: 105 of 256')
     drop_path: float = option(.1, 'chance of skipping a residual branch in the last block, growing linearly with depth')
+    init_gain: float = option(0., "initial weights' standard deviation times sqrt(width), before the cut; 0: EVA's")
     warmup_steps: int = option(100, 'steps of linear warm-up')
     min_lr: float = option(1e-5, 'learning rate at the last step')
     cooldown: int = option(0, 'steps at the end in which the rate falls linearly, constant before; 0: a cosine')
@@ -387,7 +388,8 @@ def train(cfg):
     run.check_memory(cfg, config, device, world)
     target = find_target(cfg, grid, device)
     config |= dict(head=width_of(target, config['patch_size']), mask_token=target.masked)
-    model = M.load(cfg.init, M.ViT, **config, pool=None) if cfg.init else M.init_weights(M.ViT(**config), cfg.seed)
+    model = (M.load(cfg.init, M.ViT, **config, pool=None) if cfg.init else
+             M.init_weights(M.ViT(**config), cfg.seed, cfg.init_gain))
     model = run.to_device(model, cfg, device, mesh)
     optimizer = run.make_optimizer(model, cfg)
     start, constants = run.resume(cfg.out_dir, model, optimizer, cfg)

@@ -24,10 +24,10 @@ import run                          # noqa: E402
 STUDIES = ('sizes', 'data', 'targets', 'controls', 'transfer')
 GRIDS = {  # by device; the teacher sees more images than any student. cuda's has not been run
     'cpu': dict(fit=('pico', 'nano', 'micro'), held_out='mini', steps=(1600, 3200, 6400), batch_size=16, lr=.6,
-                flags=(), unique=(250, 1000, 4000, 16_000), teacher=('--size', 'nano'), teacher_steps=2000,
+                gain=1.9, flags=(), unique=(250, 1000, 4000, 16_000), teacher=('--size', 'nano'), teacher_steps=2000,
                 seeds={'pico': 3, 'nano': 3}),
     'cuda': dict(fit=('pico', 'nano', 'micro', 'mini', 'ti', 's', 'b'), held_out='l', steps=(1024, 2048, 4096),
-                 batch_size=256, lr=2.4, flags=('--image_size', 64, '--patch_size', 8),
+                 batch_size=256, lr=2.4, gain=1.9, flags=('--image_size', 64, '--patch_size', 8),
                  unique=(2000, 8000, 32_000, 128_000),
                  teacher=('--size', 'mini', '--image_size', 64, '--patch_size', 8), teacher_steps=8000,
                  seeds={})}
@@ -108,7 +108,8 @@ def command(one, grid, folder):
         cooldown = round(COOLDOWN * one['steps'])
         flags = ['--steps', one['steps'], '--cooldown', cooldown, '--save_every', one['steps'] - cooldown,
                  '--lr', one['lr'], '--min_lr', 0, '--warmup_steps', WARMUP, '--batch_size', one['batch_size'],
-                 '--drop_path', 0, '--data', one['data'], '--target', one['target'], *grid['flags']]
+                 '--drop_path', 0, '--init_gain', grid['gain'], '--data', one['data'], '--target', one['target'],
+                 *grid['flags']]
         flags += ['--teacher', folder / f"teacher-{one['teacher']}" / 'model.pt'] if one['teacher'] else []
         flags += ['--branch', folder / one['branch']] if 'branch' in one else []
     words = [ROOT / script, '--size', one['size'], '--seed', one['seed'], *flags, '--out_dir', folder / name]

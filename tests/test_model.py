@@ -211,6 +211,14 @@ def test_initial_std_is_the_truncated_one():
         assert model.blocks[0].attn.q_bias.abs().max() == 0 and (model.norm.weight == 1).all()
 
 
+def test_initial_gain_is_over_the_root_of_the_width():
+    """At any width; what is added to the residual is divided by depth as before."""
+    for width in (64, 384):
+        model = init_weights(ViT(**{**SIZES['nano'], 'width': width}), gain=1.9)
+        assert abs(model.blocks[1].mlp.fc1.weight.std().item() * width ** .5 / (1.9 * .5396) - 1) < 0.02
+        assert abs(model.blocks[1].mlp.fc2.weight.std().item() * (4 * width) ** .5 / (1.9 * .5396) - 1) < 0.02
+
+
 def test_initial_weights_are_a_function_of_the_seed():
     build = lambda: CLIP(dict(**TINY, head=8, pool='class'), TEXT)
     torch.manual_seed(1)
