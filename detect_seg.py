@@ -311,9 +311,10 @@ def roi_align(features, boxes, image, out, scale=1., ratio=0, aligned=True):
 
 def box_levels(boxes, strides):
     """Which level of the pyramid each box is pooled from: the third (stride 16) from 14 of its strides (224 pixels)
-    on, the next for each doubling of the side. boxes [n, 4] -> [n]. arXiv:1612.03144."""
-    level = torch.floor(2 + torch.log2(box_area(boxes).sqrt() / (14 * strides[2]) + 1e-8))
-    return level.clamp(0, len(strides) - 1).long()
+    on, the next for each doubling of the side. boxes [n, 4] -> [n]. arXiv:1612.03144, which counts from level 2: sums
+    near 4 are rounded so coarsely that a box a last digit short of a border is on it, whatever the processor's log2."""
+    level = torch.floor(4 + torch.log2(box_area(boxes).sqrt() / (14 * strides[2]) + 1e-8))
+    return (level - 2).clamp(0, len(strides) - 1).long()
 
 
 def pool_boxes(pyramid, strides, boxes, out):
