@@ -23,11 +23,11 @@ import run                          # noqa: E402
 
 STUDIES = ('sizes', 'data', 'targets', 'controls', 'transfer')
 GRIDS = {  # by device; the teacher sees more images than any student. cuda's has not been run
-    'cpu': dict(fit=('pico', 'nano', 'micro'), held_out='mini', steps=(1600, 3200, 6400), batch_size=16, lr=.6,
+    'cpu': dict(fit=('pico', 'nano', 'micro'), held_out='mini', steps=(1600, 3200, 6400), batch_size=16, lr=.75,
                 gain=1.9, flags=(), unique=(250, 1000, 4000, 16_000), teacher=('--size', 'nano'), teacher_steps=2000,
-                seeds={'pico': 3, 'nano': 3}),
+                seeds={'pico': 3, 'nano': 3, 'micro': 3}),
     'cuda': dict(fit=('pico', 'nano', 'micro', 'mini', 'ti', 's', 'b'), held_out='l', steps=(1024, 2048, 4096),
-                 batch_size=256, lr=2.4, gain=1.9, flags=('--image_size', 64, '--patch_size', 8),
+                 batch_size=256, lr=3, gain=1.9, flags=('--image_size', 64, '--patch_size', 8),
                  unique=(2000, 8000, 32_000, 128_000),
                  teacher=('--size', 'mini', '--image_size', 64, '--patch_size', 8), teacher_steps=8000,
                  seeds={})}
@@ -71,11 +71,17 @@ def lengths(grid, size, seed, **options):
     return runs
 
 
+def bracketed(grid):
+    """The (size, steps) that are run at other learning rates too: as long as there is time for, as short runs scatter."""
+    return (grid['fit'][0], grid['steps'][2]), (grid['held_out'], grid['steps'][1])
+
+
 def runs_of(study, grid):
     """The runs of a study, in two parts: the second starts when the first is done and fitted. One name means one run
     in all studies; whether it branched off makes no difference to its numbers."""
     fit, held_out, (short, middle, long) = grid['fit'], grid['held_out'], grid['steps']
-    bracket = lambda size: [student(grid, size, 0, short, factor) for factor in BRACKET if factor != 1]
+    least, most = ([student(grid, size, 0, steps, factor) for factor in BRACKET if factor != 1]
+                   for size, steps in bracketed(grid))
     seeds = {size: range(grid['seeds'].get(size, len(SEEDS))) for size in fit}
     grow = [one for seed in range(max(map(len, seeds.values()))) for size in reversed(fit) if seed in seeds[size]
             for one in lengths(grid, size, seed)]
@@ -88,9 +94,9 @@ def runs_of(study, grid):
              for steps in (short, long)]
     few = [student(grid, size, 0, middle, unique=unique) for size in (fit[-1], fit[1])
            for unique in (*grid['unique'], 0)]
-    poor = [student(grid, size, seed, short, world=world) for seed in SEEDS for world in (POOR, 'shapes')
+    poor = [student(grid, size, seed, long, world=world) for seed in SEEDS for world in (POOR, 'shapes')
             for size in reversed(fit)]
-    first, then = {'sizes': (grow + bracket(fit[0]), lengths(grid, held_out, 0) + bracket(held_out)), 'data': (few, []),
+    first, then = {'sizes': (grow + least, lengths(grid, held_out, 0) + most), 'data': (few, []),
                    'targets': (ceilings + column + ends, []), 'controls': (poor, []), 'transfer': (heads, [])}[study]
     return list({one['name']: one for one in first}.values()), then     # what two rows share is run once
 

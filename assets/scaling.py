@@ -31,7 +31,7 @@ import data                         # noqa: E402
 import mim_pretrain                 # noqa: E402
 import model as M                   # noqa: E402
 import run                          # noqa: E402
-from grids import (BRACKET, GRIDS, POOR, STUDIES, TEACHER_STEP, command, core_seconds, count, execute,    # noqa: E402
+from grids import (BRACKET, GRIDS, POOR, STUDIES, TEACHER_STEP, bracketed, command, core_seconds, count, execute,    # noqa: E402
                    learning_rate, read, runs_of, slowness, teach)
 
 EVA = {  # epochs: training cosine of EVA's 1B model, block masks, from its authors' log
@@ -247,12 +247,12 @@ def report_sizes(rows, sized, grid, folder):
                  if {(a, n), (b, n)} <= found.keys()]
         print(f'{n} steps, own deviation {own:.4f} ({freedom}): ' + ', '.join(
             f'{pair} {drop:.4f} = {drop / std:.1f} deviations, {drop / own:.1f} own' for pair, drop in drops))
-    for size in (sizes[0], grid['held_out']):
+    for size, tried_at in bracketed(grid):
         tried = {row['factor']: 1 - row['skill'] for factor in BRACKET
-                 for row in usual(rows, grid, size=size, seed=0, steps=steps[0], factor=factor)}
+                 for row in usual(rows, grid, size=size, seed=0, steps=tried_at, factor=factor)}
         if len(tried) == len(BRACKET):
             inside = min(tried, key=tried.get) == 1
-            print(f'learning rate of {size} times ' + ', '.join(f'{x:g}: {tried[x]:.4f}' for x in BRACKET)
+            print(f'learning rate of {size}, {tried_at} steps, times ' + ', '.join(f'{x:g}: {tried[x]:.4f}' for x in BRACKET)
                   + (': inside' if inside else ': the best is at an end, so the rule does not hold'))
     if (folder / 'prediction.json').exists():
         judge(json.loads((folder / 'prediction.json').read_text()), found, sizes)
@@ -335,12 +335,14 @@ def draw(rows, sized, grid, folder):
             (x, y) for x, _, y in own]
     title = f"loss at {grid['steps'][1]} steps against unique images (last: all new)"
     panels.append(panel(title, 'unique images', curves, {}))
-    at = lambda **wanted: [(row['N'], 1 - row['skill']) for row in sorted(usual(
-        rows, grid, steps=grid['steps'][0], seed=0, **wanted), key=lambda row: row['N'])]
-    for title, first, then, other in (
-            ('loss with 40% hidden and with nothing hidden', 'hidden', 'ceiling: nothing hidden', at(target='distill')),
-            ('loss in a rich and in a poor world', 'the world', 'poor world', at(data=POOR))):
-        panels.append(at() and other and panel(title, 'weights N', {first: at(), then: other}, {}))
+    at = lambda place, **wanted: [(row['N'], 1 - row['skill']) for row in sorted(usual(
+        rows, grid, steps=grid['steps'][place], seed=0, **wanted), key=lambda row: row['N'])]
+    for title, place, first, then, other in (
+            ('loss with 40% hidden and with nothing hidden', 0, 'hidden', 'ceiling: nothing hidden',
+             dict(target='distill')),
+            ('loss in a rich and in a poor world', -1, 'the world', 'poor world', dict(data=POOR))):
+        curves = {first: at(place), then: at(place, **other)}
+        panels.append(all(curves.values()) and panel(f"{title}, {grid['steps'][place]} steps", 'weights N', curves, {}))
     tile(folder / 'scaling.png', panels)
     panels = []
     for probe, name in (('knn_top1', 'k-NN'), ('linear_top1', 'linear probe'), ('box_ap', 'box AP'), ('miou', 'mIoU')):
