@@ -83,7 +83,8 @@ class Run:
 
 # options that change how a run is made, not what it computes
 NEVER_DIFFER = {'out_dir', 'micro_batch', 'device', 'compile', 'shard', 'checkpoint_activations', 'save_every',
-                'log_every', 'workers', 'eval', 'plan', 'devices', 'bench', 'image', 'templates', 'whole', 'study'}
+                'log_every', 'workers', 'eval', 'plan', 'devices', 'bench', 'image', 'templates', 'whole', 'study',
+                'branch'}
 
 
 def parse_config(Config, RECIPES, argv=None):
@@ -527,7 +528,7 @@ def resume(out_dir, model, optimizer, cfg, ema=None):
         return 0, {}
     if path is None:
         path, which = on_first(branch_point, cfg), f'--branch {cfg.branch} is a run'
-        may_differ = NEVER_DIFFER | {'steps', 'cooldown', 'branch'}
+        may_differ = NEVER_DIFFER | {'steps', 'cooldown'}
     damaged = f'{path} is damaged; delete that folder, and the run goes on from the one before'
     try:
         run = on_first(torch.load, os.path.join(path, 'run.pt'), map_location='cpu', weights_only=True)

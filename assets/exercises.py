@@ -29,7 +29,7 @@ EXERCISES = {  # flags, or (file, line, what to write instead)
     'a new size': [
         ('model.py', "    'micro': dict(", "    'deep': dict(width=64, depth=8, heads=2, mlp_width=256, patch_size=4, "
          "image_size=32),\n    'micro': dict("),
-        ('mim_pretrain.py', "    'micro': dict(", "    'deep': dict(batch_size=64, steps=1600, lr=4e-3, drop_path=0., "
+        ('mim_pretrain.py', "    'micro': dict(", "    'deep': dict(batch_size=64, steps=1600, lr=2e-3, drop_path=0., "
          "save_every=400),\n    'micro': dict("), '--size', 'deep'],
     'a new shape': [        # hearts become houses
         ('data.py', "    'heart':     lambda x, y, r, a: heart(1.2 * x, .15 - 1.2 * y),",
@@ -56,7 +56,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('names', nargs='*', metavar='NAME', help=', '.join(EXERCISES))
     parser.add_argument('--steps', type=int, default=1200)
-    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--seeds', type=int, default=3, choices=range(1, 11))
     parser.add_argument('--jobs', type=int, default=2, help='runs at once')
     parser.add_argument('--teacher', default=str(ROOT / 'assets' / 'nano-teacher.pt'))
     args = parser.parse_args()

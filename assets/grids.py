@@ -18,7 +18,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import detect_seg                   # noqa: E402
 import model as M                   # noqa: E402
+import segment                      # noqa: E402
 import run                          # noqa: E402
 
 STUDIES = ('sizes', 'data', 'targets', 'controls', 'transfer')
@@ -36,12 +38,13 @@ WARMUP = 100                # the same for all lengths: they branch off one anot
 COOLDOWN = .2               # share of a run's steps
 BRACKET = .5, 1, 2          # times the rule's learning rate
 POOR = 'shapes:objects=1,classes=4'
-SECONDS = {  # of one core a step of 16 images, and around a run (evaluations, probes, pictures), where it reaches SPEED
+SECONDS = {  # a step of 16 images on one core that reaches SPEED; before and after the steps (probes, pictures)
     'pico': (.025, 12), 'nano': (.038, 14), 'micro': (.075, 18), 'mini': (.13, 25)}
-SPEED, TEACHER_STEP, HEAD_SECONDS = 200e9, .27, 120
-HEAD_STEPS = {'boxes': 300, 'segments': 600}
+SPEED, TEACHER_STEP, HEAD_SECONDS = 200e9, .27, 120      # FLOP/s; core-seconds
+HEADS = {'boxes': dict(detect_seg.SMALL, stages=1, window=0, drop_path=0, steps=300),      # alike for all sizes
+         'segments': dict(segment.SMALL, drop_path=0, steps=600, head='linear')}
 COLUMNS = ('name', 'size', 'seed', 'steps', 'lr', 'factor', 'batch_size', 'data', 'unique', 'target', 'teacher', 'head',
-           'N', 'flops', 'teacher_flops', 'skill', 'train_skill', 'cosine', 'baseline', 'inpaint_skill', 'knn_top1',
+           'N', 'flops', 'skill', 'train_skill', 'cosine', 'baseline', 'inpaint_skill', 'knn_top1',
            'linear_top1', 'knn_unnamed', 'linear_unnamed', 'box_ap', 'miou', 'seconds')
 
 
@@ -63,22 +66,22 @@ def student(grid, size, seed, steps, factor=1, teacher=None, target='clip', worl
     return dict(made, name='-'.join([size, str(seed), str(steps), *parts]).replace(':', '.').replace(',', '.'))
 
 
-def lengths(grid, size, seed, **options):
+def lengths(grid, size, seed):
     """One run at a constant rate with branches that cool down: each starts where the rate of the one before it fell."""
-    runs = [student(grid, size, seed, steps, **options) for steps in grid['steps']]
+    runs = [student(grid, size, seed, steps) for steps in grid['steps']]
     for before, after in zip(runs, runs[1:]):
         after['branch'] = before['name']
     return runs
 
 
 def bracketed(grid):
-    """The (size, steps) that are run at other learning rates too: as long as there is time for, as short runs scatter."""
+    """The (size, steps) that are run at other learning rates too: as long as time allows, as short runs scatter."""
     return (grid['fit'][0], grid['steps'][2]), (grid['held_out'], grid['steps'][1])
 
 
 def runs_of(study, grid):
     """The runs of a study, in two parts: the second starts when the first is done and fitted. One name means one run
-    in all studies; whether it branched off makes no difference to its numbers."""
+    in all studies; whether it branched off makes no difference to its numbers but the seconds."""
     fit, held_out, (short, middle, long) = grid['fit'], grid['held_out'], grid['steps']
     least, most = ([student(grid, size, 0, steps, factor) for factor in BRACKET if factor != 1]
                    for size, steps in bracketed(grid))
@@ -105,11 +108,11 @@ def command(one, grid, folder):
     """A run's words after `python`."""
     script, name = 'mim_pretrain.py', one['name']
     if one['head']:
-        init = folder / f"{one['size']}-{one['seed']}-{one['steps']}" / 'model.pt'
-        script, flags = 'detect_seg.py', ['--init', init, '--image_size', 64, '--batch_size', 8,
-                                          '--steps', HEAD_STEPS[one['head']],
-                                          '--patch_size', M.SIZES[one['size']]['patch_size']]
-        flags += ['--head', 'linear'] if one['head'] == 'segments' else []
+        init, vit = folder / f"{one['size']}-{one['seed']}-{one['steps']}" / 'model.pt', vit_of(one['size'], grid)
+        recipe = dict(HEADS[one['head']], image_size=2 * vit['image_size'], patch_size=vit['patch_size'])
+        script, flags = 'detect_seg.py', ['--init', init]
+        for key, value in recipe.items():
+            flags += [f'--{key}', ','.join(map(str, value)) if isinstance(value, tuple) else value]
     else:
         cooldown = round(COOLDOWN * one['steps'])
         flags = ['--steps', one['steps'], '--cooldown', cooldown, '--save_every', one['steps'] - cooldown,
@@ -207,13 +210,12 @@ def record(one, folder, grid):
     """A finished run's row: its result, its size and compute, and how well it did on its last training images."""
     result = json.loads((folder / one['name'] / 'result.json').read_text())
     if one['head']:
-        return {**one, **{key: result.get(key) for key in COLUMNS if key in result}, 'skill': None}
-    images, teacher = one['steps'] * one['batch_size'], vit_of(grid['teacher'][1], grid)
+        return {**one, **{key: result[key] for key in COLUMNS if key in result}, 'skill': None}
+    images = one['steps'] * one['batch_size']
     last = [line['loss'] for line in run.read_log(folder / one['name']) if line['step'] >= .95 * one['steps']]
     train = -sum(last) / len(last) if last and one['target'] == 'clip' else math.nan
     return {**one, **result, 'N': count(one['size'], grid),
             'flops': images * run.training_flops(vit_of(one['size'], grid)),
-            'teacher_flops': images * run.flops_per_image(teacher) if one['teacher'] else 0,
             'train_skill': (train - result['baseline']) / (1 - result['baseline'])}
 
 

@@ -7,16 +7,18 @@ How masked feature reconstruction scales: grids of real runs, fits and pictures.
     python mim_pretrain.py --study controls   # a poor world, in which size should buy nothing
     python mim_pretrain.py --study transfer   # boxes and semantic maps from the models of `sizes`
     python assets/scaling.py sizes --jobs 4   # any of them, so many runs at once (2), each with its share of the cores
-    python assets/scaling.py                  # fits and draws again, from assets/scaling.csv alone
+    python assets/scaling.py                  # fits and draws assets/scaling.csv and the prediction beside it
 
 What is run, and how, is in grids.py. Loss is 1 - skill: 0 is a perfect prediction, 1 the best constant for each
 position. For one teacher it is proportional to 1 - cosine, the training loss + 1, so exponents are the same; unlike
-that it can be read across teachers and worlds. N counts the weights of blocks and patch embedding. Intervals are 90%.
+that it can be read across teachers and worlds. N counts the weights of blocks and patch embedding, FLOPs three forward
+passes of those for every image, without head and teacher. Intervals are 90%.
 """
 import argparse
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -31,8 +33,8 @@ import data                         # noqa: E402
 import mim_pretrain                 # noqa: E402
 import model as M                   # noqa: E402
 import run                          # noqa: E402
-from grids import (BRACKET, GRIDS, POOR, STUDIES, TEACHER_STEP, bracketed, command, core_seconds, count, execute,    # noqa: E402
-                   learning_rate, read, runs_of, slowness, teach)
+from grids import (BRACKET, GRIDS, POOR, STUDIES, TEACHER_STEP, bracketed, command, core_seconds,     # noqa: E402
+                   count, execute, read, runs_of, slowness, teach)
 
 EVA = {  # epochs: training cosine of EVA's 1B model, block masks, from its authors' log
     1: .6578, 2: .6974, 5: .7248, 10: .7273, 25: .7291, 50: .7310, 75: .7358, 100: .7394, 125: .7443, 150: .7490}
@@ -46,15 +48,19 @@ def study(name, out_dir='out/study', device='', jobs=2):
     folder, device = Path(out_dir), ['--device', device] if device else []
     folder.mkdir(parents=True, exist_ok=True)
     first, then = runs_of(name, grid)
-    done = {row['name'] for row in read(folder / 'runs.csv')}
+    done = {row['name']: row for row in read(folder / 'runs.csv')}
+    for one in first + then:
+        if any(done.get(one['name'], one)[key] != one[key] for key in ('lr', 'batch_size')):
+            raise ValueError(f"{folder} has {one['name']} with other settings than {name}'s; take another --out_dir")
     waiting = [one for one in first + then if one['name'] not in done]
+    cores = os.cpu_count() or 1
     wanted = sorted({one['teacher'] for one in waiting if one['teacher'] and not one['head']}, reverse=True)
     wanted = [steps for steps in wanted if not (folder / f'teacher-{steps}' / 'result.json').exists()]
-    minutes, slow = sum(map(core_seconds, waiting)) / 60 / jobs, slowness()
+    minutes, slow = sum(map(core_seconds, waiting)) / 60 / min(jobs, cores), slowness()
     print(f'--study {name}: {len(waiting)} of {len(first + then)} runs to do, {jobs} at once, '
           f'about {minutes * slow:.0f} min')
     for steps in wanted:
-        print(f'  before them, a teacher of {steps} steps, about {steps * TEACHER_STEP * slow / 120:.0f} min')
+        print(f'  before them, a teacher of {steps} steps, about {steps * TEACHER_STEP * slow / 60 / cores:.0f} min')
     for one in waiting:
         print(f"  {one['name']:<40} lr {one['lr']:g}", flush=True)
     execute([teach(steps, grid, folder) for steps in wanted], folder, 1, device)
@@ -73,46 +79,53 @@ def study(name, out_dir='out/study', device='', jobs=2):
 
 # ---- the fits ---------------------------------------------------------------------------------------------------
 
-def fit(xs, losses, groups=None, draws=400, num=32):
-    """L = E + sum of c * x^-e over the rows of xs [k, n], by least squares of relative residuals, weighted by how they
-    scatter at each length (short runs scatter more; each group's rows are its lengths in order). Given the exponents,
-    E and the factors c are linear: so all exponents of a lattice (k = 2: num^2 pairs) are solved at once, none of the
-    numbers may be negative, and no start or step size decides. Row 0 of what comes back is the fit, the others are the
-    bootstrap's: groups of residuals (of one run with its branches, which share its luck) change places.
-    -> dict(E [1 + draws], factors [1 + draws, k], exponents [1 + draws, k], scale [k], noise: groups' residuals,
-    doubt [draws]: what multiplies them, as Student's t does)."""
+def fit(xs, losses, groups=None, places=None, draws=400, num=32):
+    """L = E + sum of c * x^-e over the rows of xs [k, n], fitted to losses [n], errors relative. Given the exponents, E
+    and the factors c are linear: every exponent of a lattice (k = 2: num^2 pairs) is tried, and E and c, none of them
+    negative, are solved for exactly. Runs count by how their length scatters (places [n]: which length a run has; by
+    default its place in its group), as short runs scatter more.
+
+    Bootstrap: so many times other runs' residuals are added to the fit, and it is fitted again. Groups change places as
+    a whole: a run and its branches share their luck. Few groups tell little of how large luck is: each draw stretches
+    it by sqrt(f / chi^2 of f degrees of freedom), which makes Student's t of a normal deviate.
+    -> dict(E [1 + draws], factors [1 + draws, k], exponents [1 + draws, k]; row 0 is the fit. scale [k], noise: groups'
+    residuals, stretch [draws])."""
     xs, y = np.atleast_2d(np.asarray(xs, float)), np.asarray(losses, float)
     k, n = xs.shape
     scale = np.exp(np.log(xs).mean(1))                                              # factors near 1
     groups = [[i] for i in range(n)] if groups is None else groups
+    if places is None:
+        places = np.zeros(n, int)
+        for group in groups:
+            places[group] = range(len(group))
     freedom = max(1, len(groups) - 3)               # E, a factor and an exponent have taken their share of the luck
-    spread = np.ones(n)                             # how far runs lie from the fit, at each place in their group
-    for _ in range(2):
-        best = solve(xs / scale[:, None], y * spread, y[:, None], num)
+    sigma = np.ones(n)
+    for again in range(2):                          # all alike first, then by how far a length's runs lay from that fit
+        if again:
+            residuals = y / predicted - 1
+            sigma = np.array([max(1e-6, math.sqrt(np.mean(residuals[places == place] ** 2))) for place in places])
+        best = solve(xs / scale[:, None], y * sigma, y[:, None], num)
         predicted = predict(dict(best, scale=scale), xs)[0]                         # [n]
-        noise = [(y / predicted - 1)[group] * math.sqrt(len(groups) / freedom) for group in groups]
-        for place in range(max(map(len, groups))):
-            here = [group[place] for group in groups if len(group) > place]
-            spread[here] = max(1e-6, np.sqrt(np.mean((y / predicted - 1)[here] ** 2)))
+    noise = [(y / predicted - 1)[group] * math.sqrt(len(groups) / freedom) for group in groups]
     rng, samples = np.random.default_rng(0), np.empty((n, draws))
-    doubt = np.sqrt(freedom / rng.chisquare(freedom, draws))        # few groups tell little of how large luck is
+    stretch = np.sqrt(freedom / rng.chisquare(freedom, draws))
     for draw in range(draws):
         for group in groups:
-            taken = noise[rng.integers(len(noise))] * doubt[draw]
-            samples[group, draw] = predicted[group] * (1 + np.resize(taken, len(group)))
-    rest = solve(xs / scale[:, None], y * spread, samples, num)
-    return dict({key: np.concatenate((best[key], rest[key])) for key in best}, scale=scale, noise=noise, doubt=doubt)
+            samples[group, draw] = predicted[group] * (1 + noise[rng.integers(len(noise))] * stretch[draw])
+    rest = solve(xs / scale[:, None], y * sigma, samples, num)
+    both = {key: np.concatenate((best[key], rest[key])) for key in best}
+    return dict(both, scale=scale, noise=noise, stretch=stretch)
 
 
-def solve(xs, doubt, samples, num):
-    """Best E >= 0, factors >= 0 and exponents for each column of samples [n, S], each row over its doubt [n]."""
+def solve(xs, sigma, samples, num):
+    """Best E >= 0, factors >= 0 and exponents for each column of samples [n, S]; its rows have deviations sigma [n]."""
     (k, n), S = xs.shape, samples.shape[1]
     lattice = np.array(list(itertools.product(np.geomspace(.05, 2, num), repeat=k)))            # [pairs, k]
     powers = np.exp(-lattice[:, None, :] * np.log(xs.T))                                        # [pairs, n, k]
-    columns = np.concatenate((np.ones((len(lattice), n, 1)), powers), 2) / doubt[:, None]
-    goal, least = samples / doubt[:, None], np.full(S, np.inf)
+    columns = np.concatenate((np.ones((len(lattice), n, 1)), powers), 2) / sigma[:, None]
+    goal, least = samples / sigma[:, None], np.full(S, np.inf)
     found = dict(E=np.zeros(S), factors=np.zeros((S, k)), exponents=np.ones((S, k)))
-    for used in itertools.chain.from_iterable(itertools.combinations(range(k + 1), m) for m in range(1, k + 2)):
+    for used in (used for m in range(1, min(k + 1, n) + 1) for used in itertools.combinations(range(k + 1), m)):
         here = columns[:, :, used] if max(used) else columns[:1, :, used]       # E alone has no exponents to choose
         q, r = np.linalg.qr(here)
         projected = q.transpose(0, 2, 1) @ goal                                                 # [pairs, used, S]
@@ -136,21 +149,27 @@ def predict(law, xs):
                                    for j, x in enumerate(xs))
 
 
-def interval(values, share=.9):
-    return tuple(np.quantile(values, ((1 - share) / 2, (1 + share) / 2)).tolist())
+def interval(values):
+    """The middle 90%."""
+    return tuple(np.quantile(values, (.05, .95)).tolist())
 
 
-def bounded(values):
-    low, high = interval(values[1:])
-    return f'{values[0]:.3f} ({low:.3f} to {high:.3f})'
+def bounded(values, used=None):
+    """A number of the fit with its interval; an exponent's is over the draws whose factor is used, so not 0."""
+    used = np.ones(len(values), bool) if used is None else used
+    if not used[0] or not used[1:].any():
+        return 'none'
+    low, high = interval(values[1:][used[1:]])
+    without = 1 - used[1:].mean()
+    return f'{values[0]:.2f} ({low:.2f} to {high:.2f}' + (f'; none in {without:.0%} of draws)' if without else ')')
 
 
 def forecast(law, xs, place):
-    """What one run will lose: {loss, low, high}, 90%, the fit's doubt and the luck of one run of that length, the
+    """What one run will lose: {loss, low, high}, 90%, the fit's uncertainty and the luck of one run of that length, the
     place-th of each group, together."""
     losses, rng = predict(law, xs)[:, 0], np.random.default_rng(1)
     luck = np.array([group[place] for group in law['noise']])
-    chosen = luck[rng.integers(len(luck), size=len(law['doubt']))] * law['doubt']
+    chosen = luck[rng.integers(len(luck), size=len(law['stretch']))] * law['stretch']
     low, high = interval(losses[1:] * (1 + chosen))
     return dict(loss=float(losses[0]), low=low, high=high)
 
@@ -183,12 +202,21 @@ def pooled(found):
 
 
 def joint(rows, **options):
-    """L(N, D) = E + A N^-a + B D^-b; D: images seen. A run and its branches share their luck."""
+    """L(N, D) = E + A N^-a + B D^-b; D: images seen. A run and its branches share their luck; one that lacks a length
+    is left out."""
     of = {}
-    for i, row in enumerate(rows):
-        of.setdefault((row['size'], row['seed']), []).append(i)
+    for row in sorted(rows, key=lambda row: row['steps']):      # a place in a group is a length, whatever came first
+        of.setdefault((row['size'], row['seed']), []).append(row)
+    most = max(map(len, of.values()))
+    rows = [row for own in of.values() if len(own) == most for row in own]
+    groups = np.arange(len(rows)).reshape(-1, most).tolist()
     xs = [[row['N'] for row in rows], [row['steps'] * row['batch_size'] for row in rows]]
-    return fit(xs, loss_of(rows), list(of.values()), **options)
+    return fit(xs, loss_of(rows), groups, **options)
+
+
+def enough(rows, *keys):
+    """Whether E, a factor and an exponent of each key can be told apart: three of its values or more."""
+    return all(len({row[key] for row in rows}) > 2 for key in keys)
 
 
 def write_prediction(folder, grid):
@@ -236,32 +264,33 @@ def report_sizes(rows, sized, grid, folder):
     print('\n| size | N | learning rate | ' + ' | '.join(f'{n} steps' for n in steps) + ' |\n'
           + '|---' * (3 + len(steps)) + '|')
     for size in sizes:
-        N = next(row['N'] for row in sized if row['size'] == size)
-        print(f'| {size} | {N:,} | {learning_rate(size, grid):.2g} | ' + ' | '.join(
+        one = next(row for row in sized if row['size'] == size)
+        print(f"| {size} | {one['N']:,} | {one['lr']:.2g} | " + ' | '.join(
             f'{np.mean(found[size, n]):.4f}' if (size, n) in found else '' for n in steps) + ' |')
     print(f'\nloss is 1 - skill; seeds\' pooled standard deviation {std:.4f} ({freedom} degrees of freedom)')
-    pairs = [*zip(sizes, sizes[1:]), (sizes[0], sizes[-1])]
-    for n in steps:
-        own, freedom = pooled({cell: losses for cell, losses in found.items() if cell[1] == n})
+    pairs = dict.fromkeys([*zip(sizes, sizes[1:]), (sizes[0], sizes[-1])])
+    luck = {n: pooled({cell: losses for cell, losses in found.items() if cell[1] == n}) for n in steps}
+    for n, (own, freedom) in luck.items():
         drops = [(f'{a} - {b}', np.mean(found[a, n]) - np.mean(found[b, n])) for a, b in pairs
-                 if {(a, n), (b, n)} <= found.keys()]
+                 if a != b and {(a, n), (b, n)} <= found.keys()]
         print(f'{n} steps, own deviation {own:.4f} ({freedom}): ' + ', '.join(
             f'{pair} {drop:.4f} = {drop / std:.1f} deviations, {drop / own:.1f} own' for pair, drop in drops))
     for size, tried_at in bracketed(grid):
         tried = {row['factor']: 1 - row['skill'] for factor in BRACKET
                  for row in usual(rows, grid, size=size, seed=0, steps=tried_at, factor=factor)}
         if len(tried) == len(BRACKET):
-            inside = min(tried, key=tried.get) == 1
-            print(f'learning rate of {size}, {tried_at} steps, times ' + ', '.join(f'{x:g}: {tried[x]:.4f}' for x in BRACKET)
-                  + (': inside' if inside else ': the best is at an end, so the rule does not hold'))
+            best = min(tried, key=tried.get)
+            tie = tried[1] - tried[best] < 2 * 2 ** .5 * luck[tried_at][0]      # of two runs that differ by luck alone
+            verdict = ('inside' if best == 1 else 'within luck of the best, which is at an end' if tie else
+                       'the best is at an end, so the rule does not hold')
+            print(f'learning rate of {size}, {tried_at} steps, times '
+                  + ', '.join(f'{x:g}: {tried[x]:.4f}' for x in BRACKET) + f': {verdict}')
     if (folder / 'prediction.json').exists():
         judge(json.loads((folder / 'prediction.json').read_text()), found, sizes)
-    for name, xs, losses in laws(sized, grid):
-        law = fit(xs, losses)
-        print(f'{name}: E {bounded(law["E"])}, exponent {bounded(law["exponents"][:, 0])}')
-    law = joint(sized)
-    print(f'L(N, D) = E + A N^-a + B D^-b: E {bounded(law["E"])}, a {bounded(law["exponents"][:, 0])}, '
-          f'b {bounded(law["exponents"][:, 1])}; illustrative, from runs of minutes')
+    for name, xs, losses, places in laws(sized, grid):
+        report_law(name, fit(xs, losses, places=places))
+    if enough(sized, 'N', 'steps'):
+        report_law('L(N, D) = E + A N^-a + B D^-b', joint(sized))
     for probe in ('knn_top1', 'linear_top1', 'knn_unnamed', 'linear_unnamed', 'box_ap', 'miou'):
         pairs = transfer(rows, sized, probe)
         if len(pairs) > 2:
@@ -282,15 +311,27 @@ def judge(said, found, sizes):
                   f'{loss - guess["loss"]:+.4f}; as the next smaller would be off by {loss - smaller:+.4f}')
 
 
+def report_law(name, law):
+    """One line; exponents are those of a lattice, 13% apart."""
+    print(f'{name}: E {bounded(law["E"])}, ' + ', '.join(
+        f'exponent {bounded(law["exponents"][:, j], law["factors"][:, j] > 0)}' for j in range(len(law['scale'])))
+        + '; illustrative, from runs of minutes')
+
+
 def laws(sized, grid):
-    """What is fitted by itself: name, x, loss."""
+    """What is fitted by itself: name, x, loss, which runs scatter alike. A run and its branches count as runs of their
+    own here: one size has too few seeds to tell their luck apart."""
     last = [row for row in sized if row['steps'] == grid['steps'][-1]]
-    yield f"L(N) at {grid['steps'][-1]} steps", [row['N'] for row in last], loss_of(last)
+    if enough(last, 'N'):
+        yield f"L(N) at {grid['steps'][-1]} steps", [row['N'] for row in last], loss_of(last), None
     widest = max(grid['fit'], key=lambda size: M.SIZES[size]['width'])
     same = [row for row in sized if row['size'] == widest]
-    yield f'L(D) of {widest}', [row['steps'] * row['batch_size'] for row in same], loss_of(same)
+    if enough(same, 'steps'):
+        yield (f'L(D) of {widest}', [row['steps'] * row['batch_size'] for row in same], loss_of(same),
+               np.array([row['steps'] for row in same]))
     front = envelope(sized)
-    yield 'L(C) of the envelope', [x for x, _ in front], [y for _, y in front]
+    if len(front) > 3:
+        yield 'L(C) of the envelope', [x for x, _ in front], [y for _, y in front], None
 
 
 def envelope(sized):
@@ -313,7 +354,7 @@ def transfer(rows, sized, probe):
 
 
 def spearman(xs, ys):
-    rank = lambda values: np.argsort(np.argsort(values, kind='stable'), kind='stable')
+    rank = lambda values: [np.sum(np.array(values) < x) + np.sum(np.array(values) <= x) for x in values]    # ties share
     return float(np.corrcoef(rank(xs), rank(ys))[0, 1])
 
 
@@ -324,7 +365,7 @@ def draw(rows, sized, grid, folder):
     panel = lambda ylabel, xlabel, curves, points, log='xy': (curves or points) and run.draw_curves(
         None, curves, {}, xlabel, ylabel, log, points, (720, 460))
     sizes = sorted({row['size'] for row in rows if not row['head']}, key=list(M.SIZES).index)
-    panels = list(draw_laws(sized, grid, panel, folder)) if len({row['size'] for row in sized}) > 1 else []
+    panels = list(draw_laws(sized, grid, panel, folder)) if enough(sized, 'N', 'steps') else []
     middle = [row for row in rows if row['steps'] == grid['steps'][1] and row['seed'] == 0 and not row['head']]
     curves = {}
     for size in dict.fromkeys(row['size'] for row in middle if row['unique']):
@@ -335,8 +376,8 @@ def draw(rows, sized, grid, folder):
             (x, y) for x, _, y in own]
     title = f"loss at {grid['steps'][1]} steps against unique images (last: all new)"
     panels.append(panel(title, 'unique images', curves, {}))
-    at = lambda place, **wanted: [(row['N'], 1 - row['skill']) for row in sorted(usual(
-        rows, grid, steps=grid['steps'][place], seed=0, **wanted), key=lambda row: row['N'])]
+    at = lambda place, **wanted: [(count(size, grid), float(np.mean(losses))) for (size, _), losses in cells(
+        usual(rows, grid, steps=grid['steps'][place], **wanted)).items()]
     for title, place, first, then, other in (
             ('loss with 40% hidden and with nothing hidden', 0, 'hidden', 'ceiling: nothing hidden',
              dict(target='distill')),
@@ -363,13 +404,13 @@ def draw_laws(sized, grid, panel, folder):
     std = {n: pooled({cell: losses for cell, losses in found.items() if cell[1] == n})[0] for n in grid['steps']}
     dot = lambda x, cell: (x, *np.mean(found[cell]) + np.nan_to_num([-std[cell[1]], 0, std[cell[1]]]))
     law, front = joint(sized), envelope(sized)
-    fitted = fit([x for x, _ in front], [y for _, y in front], draws=1)
     line = np.geomspace(front[0][0], max(row['flops'] for row in sized), 40)
+    fitted = fit([x for x, _ in front], [y for _, y in front], draws=1) if len(front) > 3 else None
     by_size = {size: [dot(one[cell]['flops'], cell) for cell in found if cell[0] == size]
                for size in sizes}
     yield panel('loss (1 - skill) against compute', "student's training FLOPs", {
         **{size: [(x, y) for x, _, y, _ in dots] for size, dots in by_size.items()},
-        'envelope': list(zip(line, predict(fitted, line)[0]))}, by_size)
+        **({'envelope': list(zip(line, predict(fitted, line)[0]))} if fitted else {})}, by_size)
     Ns = np.geomspace(min(row['N'] for row in sized), max(row['N'] for row in sized), 40)
     by_length = {f'{n} steps': [dot(one[cell]['N'], cell) for cell in found if cell[1] == n]
                  for n in grid['steps']}
@@ -448,6 +489,8 @@ def main():
     if args.name:
         return study(args.name, args.out_dir, args.device, args.jobs)
     rows = read(args.csv)
+    if not rows:
+        parser.error(f'{args.csv} has no runs')
     report(rows, GRIDS['cuda' if any(row['size'] in ('s', 'b', 'l') for row in rows) else 'cpu'], Path(args.csv).parent)
 
 

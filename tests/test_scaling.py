@@ -93,7 +93,9 @@ def test_every_run_is_a_command_that_is_understood(study, device, tmp_path):
         assert os.path.exists(script)
         stage = {'': mim_pretrain, 'boxes': detect_seg, 'segments': segment}[one['head']]
         cfg = run.parse_config(stage.Config, stage.RECIPES, words)
-        if not one['head']:
+        if one['head']:
+            M.check_grid(cfg.image_size, cfg.image_size, cfg.patch_size)
+        else:
             mim_pretrain.check(cfg)
             assert cfg.steps * cfg.batch_size < taught and cfg.save_every == cfg.steps - cfg.cooldown
 
@@ -176,6 +178,15 @@ def test_the_joint_law_is_found():
     assert scaling.predict(law, [[N], [D]])[0, 0] == pytest.approx(.25 + 3 * N ** -.3 + 30 * D ** -.5, abs=1e-3)
 
 
+def test_the_order_in_which_runs_finish_changes_no_prediction():
+    """A place in a group is a length, whichever study ran it first; a run without all its lengths is left out."""
+    rows, N, D = made_up(.01), WEIGHTS['mini'], 6400 * 16
+    shuffled = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    guesses = [scaling.forecast(scaling.joint(some, draws=50, num=8), [[N], [D]], 2)
+               for some in (rows, sorted(shuffled, key=lambda row: rows.index(row) // 3), rows + [dict(rows[0], seed=9)])]
+    assert guesses[0] == guesses[1] == guesses[2]
+
+
 def test_numbers_of_a_fit_are_never_negative():
     """A law that rises with size is fitted as one that size does not change."""
     x = np.geomspace(1e4, 1e6, 5)
@@ -208,6 +219,7 @@ def test_pooled_deviation_by_hand():
 def test_ranks_are_compared():
     assert scaling.spearman([1, 2, 3, 4], [10, 20, 30, 1e6]) == pytest.approx(1)
     assert scaling.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert scaling.spearman([1, 2, 3, 4], [0, 0, 5, 5]) == pytest.approx(scaling.spearman([2, 1, 4, 3], [0, 0, 5, 5]))
 
 
 def test_a_study_is_reported_and_drawn_from_its_csv(tmp_path, capsys):
@@ -226,6 +238,23 @@ def test_a_study_is_reported_and_drawn_from_its_csv(tmp_path, capsys):
     out = capsys.readouterr().out
     assert '9 degrees of freedom' in out and 'mini at 1600: predicted' in out and 'L(N, D) = E' in out
     assert Image.open(tmp_path / 'scaling.png').size[0] == 2 * 720 and (tmp_path / 'eva.png').exists()
+
+
+@pytest.mark.parametrize('study', grids.STUDIES)
+def test_a_study_alone_is_reported(study, tmp_path, capsys):
+    """In a folder of its own, with one seed of each of its runs, and with its first run alone."""
+    first, then = grids.runs_of(study, GRID)
+    rows = [dict(one, N=WEIGHTS[one['size']], flops=1e9 * one['steps'], skill=.5 + one['steps'] / 1e5 + i / 1e4,
+                 train_skill=.6, linear_top1=.7 + i / 1e3, knn_top1=.7 - i / 1e3) for i, one in enumerate(first + then)]
+    for some in (rows[:1], rows):
+        scaling.report([dict.fromkeys(grids.COLUMNS) | row for row in some], GRID, tmp_path)
+    assert (tmp_path / 'eva.png').exists()
+
+
+def test_runs_of_another_grid_are_not_taken_for_this_ones(tmp_path):
+    grids.keep(tmp_path, dict(grids.student(GRID, 'pico', 0, GRID['steps'][0]), lr=.123))
+    with pytest.raises(ValueError, match='pico-0-1600 with other settings'):
+        scaling.study('sizes', tmp_path, 'cpu')
 
 
 # ---- exercises
