@@ -90,7 +90,7 @@ def runs_of(study, grid):
             for one in lengths(grid, size, seed)]
     ends = [student(grid, size, 0, short, target=target) for size in (fit[-1], fit[0])
             for target in ('clip', 'tokens', 'pixels', 'untrained')]
-    column = [student(grid, size, 0, short, teacher=grid['teacher_steps'] // part) for part in (4, 2, 1)
+    column = [student(grid, size, 0, middle, teacher=grid['teacher_steps'] // part) for part in (4, 2, 1)
               for size in reversed(fit)]
     ceilings = [student(grid, size, 0, short, target='distill') for size in (held_out, *reversed(fit))]
     heads = [student(grid, size, 0, steps, head=head) for head in ('boxes', 'segments') for size in (*fit, held_out)
