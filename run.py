@@ -767,6 +767,7 @@ def draw_curves(path, curves, lines={}, xlabel='step', ylabel='', log='', points
     places = places or [(left, top)]
     ink = lambda x, y: sum(picture.crop((x, y, x + wide, y + tall)).convert('L').histogram()[:200])     # 221: the grid
     x, y = min(places, key=lambda corner: ink(*corner))                     # the key goes where least is drawn
+    draw.rectangle((x, y, x + wide, y + tall), outline='#aaaaaa')
     for key, (name, colour) in enumerate(colours.items()):
         end, height = x + wide - 8, y + 15 + 24 * key
         draw.text((end - 46, height), name, fill='black', font=font, anchor='rm')
