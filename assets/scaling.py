@@ -362,6 +362,7 @@ def spearman(xs, ys):
 
 def draw(rows, sized, grid, folder):
     """scaling.png, transfer.png and eva.png, of what there is."""
+    dots = lambda curves: {name: [(x, y, y, y) for x, y in curve] for name, curve in curves.items()}
     panel = lambda ylabel, xlabel, curves, points, log='xy': (curves or points) and run.draw_curves(
         None, curves, {}, xlabel, ylabel, log, points, (720, 460))
     sizes = sorted({row['size'] for row in rows if not row['head']}, key=list(M.SIZES).index)
@@ -375,7 +376,7 @@ def draw(rows, sized, grid, folder):
         curves[f'{size}, validation'], curves[f'{size}, training'] = [(x, y) for x, y, _ in own], [
             (x, y) for x, _, y in own]
     title = f"loss at {grid['steps'][1]} steps against unique images (last: all new)"
-    panels.append(panel(title, 'unique images', curves, {}))
+    panels.append(panel(title, 'unique images', curves, dots(curves)))
     at = lambda place, **wanted: [(count(size, grid), float(np.mean(losses))) for (size, _), losses in cells(
         usual(rows, grid, steps=grid['steps'][place], **wanted)).items()]
     for title, place, first, then, other in (
@@ -383,7 +384,8 @@ def draw(rows, sized, grid, folder):
              dict(target='distill')),
             ('loss in a rich and in a poor world', -1, 'the world', 'poor world', dict(data=POOR))):
         curves = {first: at(place), then: at(place, **other)}
-        panels.append(all(curves.values()) and panel(f"{title}, {grid['steps'][place]} steps", 'weights N', curves, {}))
+        panels.append(all(curves.values()) and panel(
+            f"{title}, {grid['steps'][place]} steps", 'weights N', curves, dots(curves)))
     tile(folder / 'scaling.png', panels)
     panels = []
     for probe, name in (('knn_top1', 'k-NN'), ('linear_top1', 'linear probe'), ('box_ap', 'box AP'), ('miou', 'mIoU')):
