@@ -1,5 +1,7 @@
 """Commands as a user types them: what is refused is one line and exit code 2, before any work."""
 import os
+import re
+import shlex
 import subprocess
 import sys
 
@@ -8,11 +10,15 @@ import torch
 from PIL import Image
 
 import clip_train
+import detect_seg
+import finetune
 import mim_pretrain
 import model as M
 import run
+import segment
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+STAGES = {stage.__name__ + '.py': stage for stage in (mim_pretrain, clip_train, finetune, detect_seg)}
 
 
 def refusal(monkeypatch, capsys, stage, *flags):
@@ -114,3 +120,22 @@ def test_a_truncated_image_among_good_ones_is_reported(tmp_path, capsys, monkeyp
              str(tmp_path / 'out'), '--device', 'cpu']
     clip_train.train(run.parse_config(clip_train.Config, clip_train.RECIPES, flags))
     assert '1 of 6 images could not be read' in capsys.readouterr().out
+
+
+def readme_commands():
+    """(script, its words) of every command line in the README's blocks, but for those cut short by '...'."""
+    blocks = re.findall(r'^```\w*\n(.*?)^```$', open(os.path.join(ROOT, 'README.md')).read(), re.S | re.M)
+    for line in '\n'.join(blocks).replace('\\\n', ' ').split('\n'):
+        words = shlex.split(line, comments=True) if re.search(r'^(python|torchrun) ', line) else []
+        scripts = [word for word in words if word in STAGES]
+        if scripts and '...' not in words:
+            yield scripts[0], words[words.index(scripts[0]) + 1:]
+
+
+def test_the_readmes_commands_are_understood():
+    """Every flag exists and every value is one of its kind."""
+    commands = list(readme_commands())
+    for script, words in commands:
+        stage = segment if '--head' in words else STAGES[script]
+        run.parse_config(stage.Config, stage.RECIPES, words)
+    assert len(commands) > 30 and {script for script, _ in commands} == set(STAGES)
