@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import detect_seg                   # noqa: E402
 import model as M                   # noqa: E402
-import segment                      # noqa: E402
 import run                          # noqa: E402
+import segment                      # noqa: E402
 
 STUDIES = ('sizes', 'data', 'targets', 'controls', 'transfer')
 GRIDS = {  # by device; the teacher sees more images than any student. cuda's has not been run

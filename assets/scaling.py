@@ -99,14 +99,13 @@ def fit(xs, losses, groups=None, places=None, draws=400, num=32):
         for group in groups:
             places[group] = range(len(group))
     freedom = max(1, len(groups) - 3)               # E, a factor and an exponent have taken their share of the luck
-    sigma = np.ones(n)
-    for again in range(2):                          # all alike first, then by how far a length's runs lay from that fit
-        if again:
-            residuals = y / predicted - 1
-            sigma = np.array([max(1e-6, math.sqrt(np.mean(residuals[places == place] ** 2))) for place in places])
+    residuals = np.ones(n)                          # all alike first, then how far a length's runs lay from that fit
+    for _ in range(2):
+        sigma = np.array([max(1e-6, math.sqrt(np.mean(residuals[places == place] ** 2))) for place in places])
         best = solve(xs / scale[:, None], y * sigma, y[:, None], num)
         predicted = predict(dict(best, scale=scale), xs)[0]                         # [n]
-    noise = [(y / predicted - 1)[group] * math.sqrt(len(groups) / freedom) for group in groups]
+        residuals = y / predicted - 1
+    noise = [residuals[group] * math.sqrt(len(groups) / freedom) for group in groups]
     rng, samples = np.random.default_rng(0), np.empty((n, draws))
     stretch = np.sqrt(freedom / rng.chisquare(freedom, draws))
     for draw in range(draws):
@@ -201,6 +200,11 @@ def pooled(found):
     return math.sqrt(squares / freedom) if freedom else math.nan, freedom
 
 
+def pooled_by_length(found, steps):
+    """{length: pooled deviation of its cells, degrees of freedom}, for each of `steps`."""
+    return {n: pooled({cell: losses for cell, losses in found.items() if cell[1] == n}) for n in steps}
+
+
 def joint(rows, **options):
     """L(N, D) = E + A N^-a + B D^-b; D: images seen. A run and its branches share their luck; one that lacks a length
     is left out."""
@@ -269,7 +273,7 @@ def report_sizes(rows, sized, grid, folder):
             f'{np.mean(found[size, n]):.4f}' if (size, n) in found else '' for n in steps) + ' |')
     print(f'\nloss is 1 - skill; seeds\' pooled standard deviation {std:.4f} ({freedom} degrees of freedom)')
     pairs = dict.fromkeys([*zip(sizes, sizes[1:]), (sizes[0], sizes[-1])])
-    luck = {n: pooled({cell: losses for cell, losses in found.items() if cell[1] == n}) for n in steps}
+    luck = pooled_by_length(found, steps)
     for n, (own, freedom) in luck.items():
         drops = [(f'{a} - {b}', np.mean(found[a, n]) - np.mean(found[b, n])) for a, b in pairs
                  if a != b and {(a, n), (b, n)} <= found.keys()]
@@ -403,7 +407,7 @@ def draw_laws(sized, grid, panel, folder):
     found = cells(sized)
     one = {(row['size'], row['steps']): row for row in sized}
     sizes = list(dict.fromkeys(size for size, _ in found))
-    std = {n: pooled({cell: losses for cell, losses in found.items() if cell[1] == n})[0] for n in grid['steps']}
+    std = {n: deviation for n, (deviation, _) in pooled_by_length(found, grid['steps']).items()}
     dot = lambda x, cell: (x, *np.mean(found[cell]) + np.nan_to_num([-std[cell[1]], 0, std[cell[1]]]))
     law, front = joint(sized), envelope(sized)
     line = np.geomspace(front[0][0], max(row['flops'] for row in sized), 40)
