@@ -1,13 +1,12 @@
 """
-Data for every stage: a built-in world that needs no download, readers of real images, the tokenizer, and loading that
-is a pure function of (seed, step, sample).
+Data for every stage: a built-in world that needs no download; readers of images, captions, clips, objects
+in the form of COCO and LVIS, and label maps; the tokenizer; and loading that is a pure function of (seed,
+step, sample).
 
-    python data.py                 # the world's checks as a table, and a contact sheet in out/world.png
-
-The world is a function from an integer to a scene: index -> image, caption, classes, boxes, semantic map. What is
-hidden in its images can be told from what is seen: rows, rings, grids and mirror pairs repeat their objects, and the
-type of the scene decides which grounds, colours, classes and layouts go together. That is what makes masked
-prediction worth scaling; scenes of independent objects stop rewarding a larger model at once.
+The world is a function from an integer to a scene: index -> image, caption, classes, boxes, semantic map.
+What is hidden in its images can be told from what is seen: rows, rings, grids and mirror pairs repeat their
+objects, and the type of the scene decides which grounds, colours, classes and layouts go together. That is
+what makes masked prediction worth scaling: scenes of independent objects stop rewarding a larger model.
 """
 import functools
 import glob
@@ -15,53 +14,87 @@ import gzip
 import hashlib
 import html
 import http.client
-import importlib.util
 import io
 import json
 import math
 import os
 import re
-import runpy
 import tarfile
 import urllib.request
 import zlib
 from collections import Counter
+from dataclasses import dataclass
+from types import SimpleNamespace
 
-import ftfy
 import numpy as np
 import regex
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
-# ---- randomness without state -----------------------------------------------------------------------------------
+from model import Refused, first_line
 
-def mix(x):
-    """splitmix64's finaliser on int64 tensors (torch's int64 wraps; >> is arithmetic, so sign bits are masked off)."""
+# ---- randomness without state -------------------------------------------------------------------
+
+def hash64(x):
+    """splitmix64's finaliser on int64 tensors.
+    torch's int64 wraps around, and its >> is arithmetic, so the sign's bits are masked off."""
     x = (x ^ ((x >> 30) & 0x3ffffffff)) * -0x40a7b892e31b1a47
     x = (x ^ ((x >> 27) & 0x1fffffffff)) * -0x6b2fb644ecceee15
     return x ^ ((x >> 31) & 0x1ffffffff)
 
 
 def uniform(seed, stream, index, num):
-    """num uniform numbers in [0, 1) for each entry of index (int64): [*index.shape, num] float32, multiples of 2^-24.
-    A pure function of its arguments, the same on every device. stream names what is drawn: 'crop', 'mask', ..."""
-    key = mix(torch.tensor((seed << 32) + zlib.crc32(stream.encode()), device=index.device))
-    x = mix(mix(index + key).unsqueeze(-1) + torch.arange(1, num + 1, device=index.device) * -0x61c8864680b583eb)
+    """num uniform numbers in [0, 1) for each entry of index (int64): [*index.shape, num] float32.
+    They are multiples of 2^-24, a pure function of the arguments, and the same on every device.
+    stream names what is drawn: 'crop', 'mask', ..."""
+    key = hash64(torch.tensor((seed << 32) + zlib.crc32(stream.encode()), device=index.device))
+    steps = torch.arange(1, num + 1, device=index.device) * -0x61c8864680b583eb
+    x = hash64(hash64(index + key).unsqueeze(-1) + steps)
     return ((x >> 40) & 0xffffff).float() * 2 ** -24
 
 
 def pick(u, num):
-    """An integer in [0, num) from a uniform number: exact on every device, unlike floor(u * num) in float32."""
+    """An integer in [0, num) from a uniform number: exact on every device, as floor(u * num) is not."""
     return ((u * 2 ** 24).long() * num) >> 24
 
 
-# ---- the world: what there is -----------------------------------------------------------------------------------
+def permutation(index, length, seed, epoch):
+    """A bijection of [0, length) keyed by (seed, epoch) that takes no memory.
+    index int64 tensor -> the same shape; epoch an int or a tensor.
+    A Feistel network on the next power of four, applied until the result is below length."""
+    half = max(1, ((length - 1).bit_length() + 1) // 2)
+    low_bits = (1 << half) - 1
+    key = hash64(torch.tensor((seed << 32) + zlib.crc32(b'order'), device=index.device))
+    key = hash64(key + epoch)
+
+    def shuffle(x):
+        left = x >> half
+        right = x & low_bits
+        for turn in range(1, 5):
+            mixed = hash64(right + key + (turn << 32)) & low_bits
+            left, right = right, left ^ mixed
+        return left << half | right
+
+    x = shuffle(index)
+    while (x >= length).any():
+        x = torch.where(x < length, x, shuffle(x))
+    return x
+
+
+def sample_index(position, length, seed):
+    """Which sample is at a position (= step * batch_size + place) of the endless stream.
+    Each epoch has its own order."""
+    return permutation(position % length, length, seed, position // length)
+
+
+# ---- the world: what there is -------------------------------------------------------------------
 
 WORLD_VERSION = 1       # changing what the world draws means measuring the README's numbers again
 WORLD_HASH = 'ccfbdc66e0b6'      # of its first scenes; a test compares
 WORLD_SEED = 7          # of the vocabulary; a run's own seed only chooses which scenes it sees
-VAL_START, HELDOUT_START = 2 ** 40, 2 ** 41     # training indices stay below 2^40
+VAL_START = 2 ** 40     # training indices stay below
+HELDOUT_START = 2 ** 41
 SIDE = 1024             # scenes are laid out in integers, 1024ths of the image's side: exact on every device
 MAX_OBJECTS = 6
 
@@ -69,39 +102,74 @@ KINDS = {  # coarse classes, with the words that captions use for them; the firs
     'disc': ('disc', 'circle'), 'square': ('square', 'box'), 'triangle': ('triangle',), 'star': ('star',),
     'cross': ('cross', 'plus'), 'ring': ('ring', 'hoop'), 'heart': ('heart',), 'moon': ('moon', 'crescent'),
     'arrow': ('arrow', 'pointer'), 'drop': ('drop', 'droplet'), 'flower': ('flower', 'blossom'),
-    'gear': ('gear', 'cog'), 'diamond': ('diamond', 'rhombus'), 'leaf': ('leaf',), 'hourglass': ('hourglass',),
-    'bar': ('bar', 'plank')}
-TEXTURES = {'plain': ('plain', 'solid'), 'striped': ('striped', 'lined'), 'dotted': ('dotted', 'spotted'),
-            'checkered': ('checkered', 'chequered'), 'ringed': ('ringed',), 'zigzag': ('zigzag', 'jagged'),
-            'gridded': ('gridded', 'netted'), 'split': ('split', 'halved')}
-PARTS = ('none', 'band', 'belt', 'eye')         # captions never name them: a label that only pixels can teach
-COLOURS = {'red': (214, 48, 40), 'orange': (240, 140, 30), 'yellow': (240, 215, 50), 'green': (60, 165, 65),
-           'cyan': (60, 200, 205), 'blue': (50, 85, 200), 'purple': (135, 60, 175), 'pink': (240, 130, 175),
-           'white': (238, 238, 235), 'black': (35, 35, 40)}
-STUFF = {'sand': (186, 172, 140), 'grass': (118, 146, 104), 'water': (112, 140, 164), 'brick': (168, 122, 108),
-         'sky': (160, 178, 196), 'wood': (152, 124, 98), 'stone': (134, 134, 132), 'snow': (200, 204, 208),
-         'tile': (164, 158, 164), 'soil': (112, 98, 86)}
-# Every kind is outlined, and every texture drawn, in a colour of its own: cues that a 4-pixel patch can show. With
-# silhouettes alone a small ViT knows a fifth of the kinds after 40,000 images, and no teacher is trained in minutes.
-OUTLINES = ((250, 250, 250), (15, 15, 15), (255, 225, 0), (255, 115, 0), (200, 0, 0), (255, 0, 200), (255, 165, 200),
-            (110, 0, 160), (0, 0, 225), (0, 160, 255), (0, 235, 235), (120, 120, 120), (0, 170, 90), (140, 225, 40),
-            (120, 70, 20), (0, 80, 80))
-SECOND_COLOURS = ((128, 128, 128), (255, 255, 255), (0, 0, 0), (90, 90, 90), (255, 240, 190), (40, 20, 90),
-                  (110, 60, 20), (190, 190, 190))
-LAYOUTS = ('single', 'free', 'row', 'ring', 'grid', 'mirror')
-# What happens in clips: each of eight motions, and the same backwards in time. A frame alone cannot tell which of the
-# two it is from, except in the last: there the small object follows the large one.
-ACTIONS = ('move right', 'move left', 'move down', 'move up', 'turn right', 'turn left', 'grow', 'shrink', 'meet',
-           'part', 'appear', 'vanish', 'circle right', 'circle left', 'lead right', 'lead left')
+    'gear': ('gear', 'cog'), 'diamond': ('diamond', 'rhombus'), 'leaf': ('leaf',),
+    'hourglass': ('hourglass',), 'bar': ('bar', 'plank')}
+TEXTURES = {
+    'plain': ('plain', 'solid'), 'striped': ('striped', 'lined'), 'dotted': ('dotted', 'spotted'),
+    'checkered': ('checkered', 'chequered'), 'ringed': ('ringed',), 'zigzag': ('zigzag', 'jagged'),
+    'gridded': ('gridded', 'netted'), 'split': ('split', 'halved')}
+PARTS = ('none', 'band', 'belt', 'eye')     # captions never name them: a label that only pixels can teach
+COLOURS = {
+    'red': (214, 48, 40), 'orange': (240, 140, 30), 'yellow': (240, 215, 50), 'green': (60, 165, 65),
+    'cyan': (60, 200, 205), 'blue': (50, 85, 200), 'purple': (135, 60, 175), 'pink': (240, 130, 175),
+    'white': (238, 238, 235), 'black': (35, 35, 40)}
+STUFF = {
+    'sand': (186, 172, 140), 'grass': (118, 146, 104), 'water': (112, 140, 164), 'brick': (168, 122, 108),
+    'sky': (160, 178, 196), 'wood': (152, 124, 98), 'stone': (134, 134, 132), 'snow': (200, 204, 208),
+    'tile': (164, 158, 164), 'soil': (112, 98, 86)}
+# Every kind is outlined, and every texture drawn, in a colour of its own: cues that a 4-pixel patch can
+# show. With silhouettes alone a small ViT knows a fifth of the kinds after 40,000 images.
+OUTLINES = (
+    (250, 250, 250), (15, 15, 15), (255, 225, 0), (255, 115, 0), (200, 0, 0), (255, 0, 200), (255, 165, 200),
+    (110, 0, 160), (0, 0, 225), (0, 160, 255), (0, 235, 235), (120, 120, 120), (0, 170, 90), (140, 225, 40),
+    (120, 70, 20), (0, 80, 80))
+SECOND_COLOURS = (
+    (128, 128, 128), (255, 255, 255), (0, 0, 0), (90, 90, 90), (255, 240, 190), (40, 20, 90), (110, 60, 20),
+    (190, 190, 190))
+COUNTS = {  # of objects in each layout: at least, in steps of, so many choices
+    'single': (1, 0, 1), 'free': (2, 1, 4), 'row': (3, 1, 3),
+    'ring': (4, 1, 3), 'grid': (4, 2, 2), 'mirror': (2, 2, 3)}
+LAYOUTS = tuple(COUNTS)
+# What happens in clips: each of eight motions, and the same backwards in time. A frame alone cannot tell
+# which of the two it is from, except in the last: there the small object follows the large one.
+ACTIONS = (
+    'move right', 'move left', 'move down', 'move up', 'turn right', 'turn left', 'grow', 'shrink',
+    'meet', 'part', 'appear', 'vanish', 'circle right', 'circle left', 'lead right', 'lead left')
 NUM_HIDDEN = 14         # actions that one frame does not show
-NUM_KINDS, NUM_TEXTURES, NUM_PARTS, NUM_COLOURS, NUM_STUFF = 16, 8, 4, 10, 10
-NUM_FINE = 240          # 15 of the 32 (texture, part) pairs of each kind, of Zipf frequency: the long-tailed vocabulary
+NUM_KINDS, NUM_TEXTURES, NUM_PARTS = map(len, (KINDS, TEXTURES, PARTS))          # 16, 8, 4
+NUM_COLOURS, NUM_STUFF = map(len, (COLOURS, STUFF))                                # 10, 10
+NUM_FINE = 240          # 15 of the 32 (texture, part) pairs of each kind, long-tailed by Zipf's law
 NUM_SCENE_TYPES = 32
-CELLS, RADIUS, OUTLINE = 128, 51, 8     # a shape's table: 128 x 128 cells, 51 of them an object's radius
-TILE = 64                   # a ground's texture repeats every 64 cells, which are 384 of the 1024
+CELLS = 128             # a shape's table has 128 x 128 cells, of which
+RADIUS = 51             # are an object's radius, and
+OUTLINE = 8             # its outline's width
+TILE = 64               # a ground's texture repeats every 64 cells, which are 384 of the 1024
 
 
-# Whether points lie inside a shape of radius 1: x to the right, y down, r and a their polar form, angle 0 pointing up.
+def heart(x, y):
+    """The sextic curve; here y points up."""
+    return (x * x + y * y - 1) ** 3 < x * x * y ** 3
+
+
+def star(r, a):
+    """Inside the lines from each of five points at radius 1 to inner corners at .42, 36 degrees on."""
+    a = abs((a + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5)
+    x = .42 * math.sin(math.pi / 5)
+    y = .42 * math.cos(math.pi / 5)
+    return r * (np.cos(a) * x + np.sin(a) * (1 - y)) < x
+
+
+def wave(phase):
+    """A sine of period 1."""
+    return np.sin(2 * math.pi * phase)
+
+
+def bands(phase):
+    """A square wave with soft edges, 0 to 1."""
+    return np.clip(.5 + 1.6 * wave(phase), 0, 1)
+
+
+# Whether points lie inside a shape of radius 1: x to the right, y down; r and a polar, angle 0 up.
 SHAPES = {
     'disc':      lambda x, y, r, a: r < .92,
     'square':    lambda x, y, r, a: np.maximum(abs(x), abs(y)) < .8,
@@ -120,42 +188,6 @@ SHAPES = {
     'hourglass': lambda x, y, r, a: (abs(x) < .12 + .75 * abs(y)) & (abs(y) < .85),
     'bar':       lambda x, y, r, a: (abs(x) < .97) & (abs(y) < .33),
 }
-
-
-def heart(x, y):
-    """The sextic curve; here y points up."""
-    return (x * x + y * y - 1) ** 3 < x * x * y ** 3
-
-
-def star(r, a):
-    """Inside the lines from each of five points at radius 1 to the inner corners at .42, 36 degrees further."""
-    a = abs((a + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5)
-    x, y = .42 * math.sin(math.pi / 5), .42 * math.cos(math.pi / 5)
-    return r * (np.cos(a) * x + np.sin(a) * (1 - y)) < x
-
-
-def signed_distance(inside):
-    """Exact Euclidean distance to the outline in cells, negative inside. inside: [n, n] bool array."""
-    n = len(inside)
-    gaps = (np.arange(n)[:, None] - np.arange(n)) ** 2          # squared distance between two rows or columns
-    far = 4 * n * n
-
-    def to(cells):      # separable: first within columns, then over columns
-        columns = np.where(cells[None], gaps[:, :, None], far).min(1)                      # [n, n]
-        return np.sqrt((columns[:, None, :] + gaps[None]).min(2).astype(np.float64))
-    return np.where(inside, .5 - to(~inside), to(inside) - .5)
-
-
-def wave(phase):
-    """A sine of period 1."""
-    return np.sin(2 * math.pi * phase)
-
-
-def bands(phase):
-    """A square wave with soft edges, 0 to 1."""
-    return np.clip(.5 + 1.6 * wave(phase), 0, 1)
-
-
 # How much of the second colour a surface shows, 0 to 1, at points of an object of radius 1.
 SURFACES = {
     'plain':     lambda x, y: 0 * x,
@@ -189,27 +221,7 @@ GROUNDS = {
 }
 
 
-@functools.lru_cache(maxsize=4)
-def world_tables(device):
-    """What rendering looks up, made once a process: shapes' signed distances [16 * CELLS^2] in cells, surfaces'
-    palette codes [8 * 4 * CELLS^2] (0..15 between the colours, 16 the mark), grounds' textures [10 * TILE^2]."""
-    c = (np.arange(CELLS) + .5 - CELLS / 2) / RADIUS
-    x, y = np.meshgrid(c, c)
-    shapes = np.stack([signed_distance(inside(x, y, np.hypot(x, y), np.arctan2(x, -y))) for inside in SHAPES.values()])
-    surfaces = np.stack([np.where(mark(x, y), 16, np.round(15 * surface(x, y)))
-                         for surface in SURFACES.values() for mark in MARKS.values()])
-    noise = uniform(WORLD_SEED, 'noise', torch.arange(TILE * TILE), 1).view(TILE, TILE).double().numpy()
-    for _ in range(6):      # smooth, wrapping around, then stretch back to 0..1
-        noise = sum(np.roll(noise, (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1)) / 9
-    noise = np.clip((noise - noise.mean()) / noise.std() / 4 + .5, 0, 1)
-    tx, ty = np.meshgrid(np.arange(TILE), np.arange(TILE))
-    grounds = np.stack([ground(tx, ty, noise) for ground in GROUNDS.values()])
-    return (torch.tensor(shapes, dtype=torch.float32).flatten().to(device),
-            torch.tensor(surfaces).long().flatten().to(device),
-            torch.tensor(grounds, dtype=torch.float32).flatten().to(device))
-
-
-# ---- the world: the grammar -------------------------------------------------------------------------------------
+# ---- the world: the grammar ---------------------------------------------------------------------
 
 def choose(u, cumulative_weights):
     """Index drawn in proportion to integer weights. u [...], cumulative_weights [..., n] or [n]."""
@@ -217,59 +229,91 @@ def choose(u, cumulative_weights):
     return (level.unsqueeze(-1) >= cumulative_weights).sum(-1)
 
 
+def next_wanted(wanted):
+    """For each kind and colour the first colour from there on, around the circle, that is wanted.
+    wanted bool [kinds, colours] -> [kinds, colours]."""
+    colour = torch.arange(NUM_COLOURS)
+    ahead = (colour[:, None] + colour) % NUM_COLOURS                # [colours, steps]
+    return (colour + wanted[:, ahead].int().argmax(-1)) % NUM_COLOURS
+
+
 @functools.lru_cache(maxsize=8)
-def grammar(device, classes, uniform_classes):
-    """The fixed vocabulary and its statistics: which fine classes there are, how often each occurs in each type of
-    scene, which colours and grounds go with it, and the 24 of 160 (kind, colour) pairs held out of training."""
-    draw = lambda stream, rows, num: uniform(WORLD_SEED, stream, torch.arange(rows), num)
-    pairs = draw('fine', NUM_KINDS, NUM_TEXTURES * NUM_PARTS).argsort(1)[:, :NUM_FINE // NUM_KINDS]     # [16, 15]
-    order = draw('rank', 1, NUM_FINE).argsort(1)[0]         # fine class of each rank
-    kind, pair = order % NUM_KINDS, pairs[order % NUM_KINDS, order // NUM_KINDS]
-    fine = torch.stack([kind, pair // NUM_PARTS, pair % NUM_PARTS], 1)[:classes]        # [240, (kind, texture, part)]
-    rank = torch.arange(1, len(fine) + 1)
-    frequency = torch.full_like(rank, 1000) if uniform_classes else 100_000 // (rank + 4)
-    boost = torch.where(draw('boost', NUM_SCENE_TYPES, len(fine)) < .15, 12, 1)         # a scene type's own classes
-    if uniform_classes:
-        boost.fill_(1)
-    palette = torch.where(draw('palette', NUM_SCENE_TYPES, NUM_COLOURS).argsort(1) < 3, 10, 1)      # 3 colours of 10
-    layouts = torch.tensor([4, 3, 4, 3, 3, 4]) * torch.where(draw('layouts', NUM_SCENE_TYPES, 6).argsort(1) < 2, 4, 1)
-    grounds = draw('grounds', NUM_SCENE_TYPES, NUM_STUFF).argsort(1)[:, :3]             # three different ones
+def grammar(device, fine=0):
+    """The fixed vocabulary and its statistics: which fine classes there are, how often each occurs in each
+    type of scene, which colours and grounds go with it, and which (kind, colour) pairs training never shows.
+    fine: only so many classes, all equally frequent; 0: all."""
+    def draw(stream, rows, num):
+        return uniform(WORLD_SEED, stream, torch.arange(rows), num)
+
+    # fine classes by falling frequency; each type of scene has its own that it shows more often
+    order = draw('rank', 1, NUM_FINE).argsort(1)[0]
+    kind = order % NUM_KINDS
+    pair = draw('fine', NUM_KINDS, NUM_TEXTURES * NUM_PARTS).argsort(1)[kind, order // NUM_KINDS]
+    vocabulary = torch.stack([kind, pair // NUM_PARTS, pair % NUM_PARTS], 1)        # [240, 3]
+    own = draw('boost', NUM_SCENE_TYPES, NUM_FINE) < .15
+    frequency = 100_000 // (torch.arange(NUM_FINE) + 5) * torch.where(own, 12, 1)   # [types, 240]
+    if fine:
+        vocabulary = vocabulary[:fine]
+        frequency = torch.full((NUM_SCENE_TYPES, fine), 1000)
+
+    # each type of scene prefers three colours and two layouts, and has three grounds
+    palette = torch.where(draw('palette', NUM_SCENE_TYPES, NUM_COLOURS).argsort(1) < 3, 10, 1)
+    preferred = draw('layouts', NUM_SCENE_TYPES, len(LAYOUTS)).argsort(1) < 2
+    layouts = torch.tensor([4, 3, 4, 3, 3, 4]) * torch.where(preferred, 4, 1)
+    grounds = draw('grounds', NUM_SCENE_TYPES, NUM_STUFF).argsort(1)[:, :3]
+    scene_types = 10_000 // (torch.arange(NUM_SCENE_TYPES) + 3)
+
+    # one or two colours of each kind are held out: 24 of 160 = 15% of the pairs
+    kinds = torch.arange(NUM_KINDS)
     held_out = torch.zeros(NUM_KINDS, NUM_COLOURS, dtype=torch.bool)
-    for k in range(NUM_KINDS):      # one or two colours of each kind: 24 of 160 = 15% of the pairs
-        held_out[k, (3 * k) % NUM_COLOURS] = True
-        held_out[k, (3 * k + 4) % NUM_COLOURS] |= k % 2 == 1
-    steps = torch.arange(NUM_COLOURS)
-    swap = lambda wanted: torch.stack([torch.stack([(c + steps)[wanted[k, (c + steps) % NUM_COLOURS]][0] % NUM_COLOURS
-                                                    for c in range(NUM_COLOURS)]) for k in range(NUM_KINDS)])
-    turn = [(round(1024 * math.cos(i * math.pi / 32)), round(1024 * math.sin(i * math.pi / 32))) for i in range(64)]
-    tables = dict(fine=fine, classes=(frequency * boost).cumsum(-1), palette=palette.cumsum(-1), grounds=grounds,
-                  layouts=layouts.cumsum(-1), scene_types=(10_000 // (torch.arange(NUM_SCENE_TYPES) + 3)).cumsum(-1),
-                  held_out=held_out, allowed=swap(~held_out), forbidden=swap(held_out), turn=torch.tensor(turn),
-                  colours=torch.tensor(list(COLOURS.values())), stuff=torch.tensor(list(STUFF.values())),
-                  outlines=torch.tensor(OUTLINES), second=torch.tensor(SECOND_COLOURS))
+    held_out[kinds, 3 * kinds % NUM_COLOURS] = True
+    held_out[kinds[1::2], (3 * kinds[1::2] + 4) % NUM_COLOURS] = True
+
+    angle = torch.arange(64).double() * (math.pi / 32)
+    turn = (1024 * torch.stack([angle.cos(), angle.sin()], 1)).round().long()
+    tables = dict(
+        fine=vocabulary, classes=frequency.cumsum(-1), scene_types=scene_types.cumsum(-1), turn=turn,
+        palette=palette.cumsum(-1), layouts=layouts.cumsum(-1), counts=torch.tensor(list(COUNTS.values())),
+        grounds=grounds, held_out=held_out, allowed=next_wanted(~held_out), forbidden=next_wanted(held_out),
+        colours=torch.tensor(list(COLOURS.values())), stuff=torch.tensor(list(STUFF.values())),
+        outlines=torch.tensor(OUTLINES), second=torch.tensor(SECOND_COLOURS))
     return {name: table.to(device) for name, table in tables.items()}
 
 
 def pose(turn, size, height, flip=1):
-    """From places to cells of a shape's table: [..., 4] of turn [..., (cos, sin)], the radii across and down [...]."""
+    """From places to cells of a shape's table: matrices [..., 4].
+    turn [..., (cos, sin)]; size and height, the radii across and down [...]."""
     cos, sin = turn.unbind(-1)
-    return torch.stack([flip * cos, sin, flip * -sin, cos], -1) * (4 * RADIUS) // torch.stack(
-        [size, size, height, height], -1)
+    matrix = torch.stack([flip * cos, sin, flip * -sin, cos], -1)
+    return matrix * (4 * RADIUS) // torch.stack([size, size, height, height], -1)
 
 
+def by_layout(layout, options):
+    """For each scene the option of its own layout. layout [B, 1]; options {layout: tensors [B, n]}."""
+    chosen = next(iter(options.values()))
+    for name, option in options.items():
+        here = layout == LAYOUTS.index(name)
+        chosen = [torch.where(here, new, old) for new, old in zip(option, chosen)]
+    return chosen
+
+
+@dataclass(eq=False)
 class World:
-    """The built-in world as a data set without end. options: unique=N (only N scenes, visited again and again),
-    classes=N (only the N most frequent fine classes, all equally frequent: the poor control), objects=1 (one each).
-    split: 'train', 'val', or 'heldout' (only attribute pairs that training never shows). frames=N: clips of ACTIONS."""
-    reads_files, KNOBS = False, ('unique', 'classes', 'objects')
+    """The built-in world as a data set without end."""
+    split: str = 'train'        # train, val, or heldout: only attribute pairs that training never shows
+    unique: int = 0             # only so many scenes, visited again and again
+    fine: int = 0               # only so many fine classes, all equally frequent: the poor control
+    objects: int = MAX_OBJECTS  # 1: one in each scene
+    frames: int = 0             # clips of ACTIONS, of so many frames
+    reads_files = False
+    BOUNDS = {'unique': (0, 2 ** 33), 'fine': (0, NUM_FINE), 'objects': (1, MAX_OBJECTS)}
 
-    def __init__(self, split='train', unique=0, classes=0, objects=MAX_OBJECTS, frames=0):
-        for name, value, low, high in (('unique', unique, 0, 2 ** 33), ('classes', classes, 0, NUM_FINE),
-                                       ('objects', objects, 1, MAX_OBJECTS)):
-            if not low <= value <= high:
-                raise ValueError(f'shapes:{name}={value} is outside {low} to {high}')
-        self.split, self.unique, self.num_fine, self.max_objects = split, unique, classes, objects
-        self.frames, self.has_captions, self.classes = frames, not frames, list(ACTIONS if frames else KINDS)
+    def __post_init__(self):
+        for name, (low, high) in self.BOUNDS.items():
+            if not low <= getattr(self, name) <= high:
+                raise Refused(f'shapes:{name}={getattr(self, name)} is outside {low} to {high}')
+        self.has_captions = not self.frames
+        self.classes = list(ACTIONS if self.frames else KINDS)
         self.label_names = self.classes
         self.broken = set()         # as in Folder: nothing drawn is ever unreadable
 
@@ -277,9 +321,11 @@ class World:
         return self.unique if self.unique and self.split == 'train' else 2 ** 40
 
     def index(self, position, seed):
-        """Which scenes stand at these positions of a run (position = step * batch_size + place), int64 [B]."""
-        if self.split != 'train':
-            return position + (VAL_START if self.split == 'val' else HELDOUT_START)
+        """Which scenes stand at these positions (step * batch_size + place) of a run, int64 [B]."""
+        if self.split == 'val':
+            return position + VAL_START
+        if self.split == 'heldout':
+            return position + HELDOUT_START
         if self.unique:
             return sample_index(position, self.unique, seed)
         return (position + (seed << 33)) % 2 ** 40
@@ -288,408 +334,568 @@ class World:
         """Captions of the first scenes, from which a tokenizer learns its vocabulary."""
         return self.batch(torch.arange(num), 0, want=('captions',))['captions']
 
-    def batch(self, position, image_size, seed=0, device='cpu', scale=None, flip=False, augment='',
-              want=('images', 'captions')):
-        """dict of the scenes at these positions: position, index, every field of scenes(), labels among them (kind of
-        the largest object), unnamed (its part pattern); as wanted images uint8 [B, 3, H, W] on device, captions (list
-        of B), semantic [B, H, W] (grounds, then 10 + kind), and of what is visible boxes [B, 6, 4] (xyxy, pixels),
-        masks [B, 6, H, W] and num_visible [B, 6]. Of clips: images [B, T, 3, H, W], labels (actions), position, index.
-        A world without end needs no augmentation: scale, flip and augment are for real images."""
+    def batch(self, position, image_size, seed=0, device='cpu', train=True, want=('images', 'captions')):
+        """dict of the scenes at these positions: position, index, every field of scenes(), and as wanted
+        captions (list of B), images uint8 [B, 3, H, W], semantic, boxes, num_visible, masks (see annotate).
+        Of clips: images [B, T, 3, H, W], labels (actions), position, index.
+        A world without end needs no augmentation: train changes nothing."""
         index = self.index(position.to(device), seed)
+        batch = dict(position=position, index=index)
         if self.frames:
             frames, labels = self.clips(index)
-            images = self.draw(frames, image_size)['images'].unflatten(0, (-1, self.frames))
-            return dict(images=images, labels=labels, position=position, index=index)
-        scenes = self.scenes(index)
-        largest = (scenes['radius'] * scenes['valid']).argmax(1, keepdim=True)
-        out = dict(scenes, position=position, index=index, unnamed=scenes['part'].gather(1, largest)[:, 0])
-        if {'images', 'semantic', 'boxes'} & set(want):
-            drawn = self.draw(scenes, image_size, annotate=bool({'semantic', 'boxes'} & set(want)))
-            out |= {name: x for name, x in drawn.items() if name != 'masks' or name in want}
-        if 'captions' in want:
-            out['captions'] = captions(scenes, index)
-        return out
+            images = draw_scenes(frames, image_size)[0].unflatten(0, (-1, self.frames))
+            return dict(batch, images=images, labels=labels)
 
-    def draw(self, scenes, image_size, annotate=False):
-        """render of any number of scenes, a few at a time."""
-        pixels = 2 ** 16 if scenes['x'].device.type == 'cpu' else 2 ** 24       # at once: what a CPU's cache holds
-        chunk = max(1, pixels // image_size ** 2)
-        parts = [self.render({k: v[i:i + chunk] for k, v in scenes.items()}, image_size, annotate)
-                 for i in range(0, len(scenes['x']), chunk)]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        scenes = self.scenes(index)
+        batch |= scenes
+        if set(want) != {'captions'}:
+            batch['images'], owner = draw_scenes(scenes, image_size)
+        if 'semantic' in want or 'boxes' in want:
+            batch |= annotate(scenes, owner)
+        if 'masks' not in want:
+            batch.pop('masks', None)
+        if 'captions' in want:
+            batch['captions'] = captions(scenes, index)
+        return batch
 
     def scenes(self, index):
-        """The scene of each index as integers, exact on every device: type, layout, rotation_step, ground, ... [B];
-        valid, kind, texture, part, fine, colour, x, y, radius [B, 6]; matrix [B, 6, 4], from places to table cells."""
-        g = grammar(index.device, self.num_fine or NUM_FINE, bool(self.num_fine))
-        u = uniform(WORLD_SEED, 'scene', index, 26).unbind(1)
+        """The scene of each index as integers, exact on every device.
+        [B]: type, layout, mode, rotation_step, contrast; labels, unnamed: the largest object's kind, part.
+        [B, 6]: valid, kind, texture, part, fine, colour, x, y, radius. matrix [B, 6, 4] leads from places
+        to table cells; jitter (of colours), grounds, ground, ground_colour, light are for drawing."""
+        g = grammar(index.device, self.fine)
+        u = uniform(WORLD_SEED, 'scene', index, 26).unsqueeze(-1).unbind(1)                     # each [B, 1]
         o = uniform(WORLD_SEED, 'objects', index, MAX_OBJECTS * 10).view(-1, MAX_OBJECTS, 10)
-        scene_type = choose(u[0], g['scene_types'])
-        layout = choose(u[1], g['layouts'][scene_type]) if self.max_objects > 1 else torch.zeros_like(index)
-        is_layout = lambda *names: sum(layout == LAYOUTS.index(name) for name in names).bool()
-        at = lambda options: torch.stack([x.expand(len(index), MAX_OBJECTS) for x in options]).gather(
-            0, layout[None, :, None].expand(1, -1, MAX_OBJECTS))[0]      # the entry of each scene's own layout
 
+        def drawn(slot, source):        # a number of each object's, or of the one that it repeats
+            return o[:, :, slot].gather(1, source)                                              # [B, 6]
+
+        # the type of the scene, how its objects are laid out, and how many there are
+        scene_type = choose(u[0], g['scene_types'])                                             # [B, 1]
+        layout = choose(u[1], g['layouts'][scene_type])
+        if self.objects == 1:
+            layout = torch.zeros_like(layout)                                                   # single
+        fewest, step, choices = g['counts'][layout].unbind(-1)
+        num = (fewest + step * pick(u[2], choices)).clamp(max=self.objects)
         i = torch.arange(MAX_OBJECTS, device=index.device)
-        big = pick(u[2], 2)
-        num = torch.stack([index * 0 + 1, 2 + pick(u[2], 4), 3 + pick(u[2], 3), 4 + pick(u[2], 3), 4 + 2 * big,
-                           2 + 2 * pick(u[2], 3)]).gather(0, layout[None])[0].clamp(max=self.max_objects)[:, None]
+        valid = i < num                                                                         # [B, 6]
 
-        # who repeats whom: rows, rings and grids show one class (or two in turn, or two colours); mirrors show pairs
-        repeats = is_layout('row', 'ring', 'grid')[:, None]
-        mode = pick(u[3], 4)[:, None] * repeats        # 0, 1: all alike; 2: class and colour in turn; 3: colour in turn
-        own = torch.where(is_layout('mirror')[:, None], i - i % 2, i)
-        class_of = torch.where(repeats, i % 2 * (mode == 2), own)
-        colour_of = torch.where(repeats, i % 2 * (mode >= 2), own)
+        # who repeats whom: rows, rings, grids show one class, or two in turn, or two colours; mirrors pairs
+        _, _, row, ring, grid, mirror = (layout == k for k in range(len(LAYOUTS)))
+        repeats = row | ring | grid
+        mode = pick(u[3], 4) * repeats      # 0, 1: all alike; 2: class and colour in turn; 3: colour in turn
+        odd = i % 2
+        own = torch.where(mirror, i - odd, i)
+        class_of = torch.where(repeats, odd * (mode == 2), own)
+        colour_of = torch.where(repeats, odd * (mode >= 2), own)
         leader = torch.where(repeats, 0, own)
-        drawn = lambda slot, source: o[:, :, slot].gather(1, source)
-        rank = choose(drawn(0, class_of), g['classes'][scene_type][:, None])
-        kind, texture, part = g['fine'][rank].unbind(-1)
-        wanted = choose(drawn(1, colour_of), g['palette'][scene_type][:, None])
-        colour = g['forbidden' if self.split == 'heldout' else 'allowed'][kind, wanted]
+
+        # classes and colours
+        fine = choose(drawn(0, class_of), g['classes'][scene_type])
+        kind, texture, part = g['fine'][fine].unbind(-1)
+        wanted = choose(drawn(1, colour_of), g['palette'][scene_type])
+        colours = g['forbidden'] if self.split == 'heldout' else g['allowed']
+        jitter = torch.stack([pick(drawn(slot, colour_of), 41) - 20 for slot in (7, 8, 9)], -1)
+
+        # a row along a line, a ring around the middle, a grid of 2 or 3 columns
+        gap = (SIDE - 80) // num
+        along = (2 * i - num + 1) * gap // 2
+        aside = pick(u[5], 401) - 200
+        direction = torch.tensor([0, 0, 16, 8, 24], device=index.device)[pick(u[4], 5)]
+        line_x, line_y = g['turn'][direction].unbind(-1)
+        orbit = 270 + pick(u[5], 60)
+        orbit_x, orbit_y = g['turn'][(pick(u[4], 64) + i * 64 // num) % 64].unbind(-1)
+        big = pick(u[2], 2)
+        cell = 380 - 60 * big
+        column = 2 * (i % (2 + big)) - (1 + big)
+        line = 2 * (i // (2 + big)) - 1
 
         # places and sizes
         a, b, c = (drawn(slot, leader) for slot in (2, 3, 4))
-        turn = g['turn']
-        line = turn[torch.tensor([0, 0, 16, 8, 24], device=index.device)[pick(u[4], 5)]][:, None]   # a row's direction
-        gap = (SIDE - 80) // num
-        along, across = (2 * i - num + 1) * gap // 2, pick(u[5], 401)[:, None] - 200
-        orbit, radius = turn[(pick(u[4], 64)[:, None] + i * 64 // num) % 64], 270 + pick(u[5], 60)[:, None]
-        columns = 2 + big[:, None]
-        cell = 380 - 60 * big[:, None]
         left = 90 + pick(a, 340)
-        x = at([332 + pick(a, 361), 110 + pick(a, 805), 512 + (along * line[..., 0] - across * line[..., 1]) // 1024,
-                512 + radius * orbit[..., 0] // 1024, 512 + (2 * (i % columns) - columns + 1) * cell // 2,
-                torch.where(i % 2 == 0, left, SIDE - 1 - left)])
-        y = at([332 + pick(b, 361), 110 + pick(b, 805), 512 + (along * line[..., 1] + across * line[..., 0]) // 1024,
-                512 + radius * orbit[..., 1] // 1024, 512 + (2 * (i // columns) - 1) * cell // 2, 110 + pick(b, 805)])
-        size = at([320 + pick(c, 180), 170 + pick(c, 180), gap * 9 // 16, 175 + pick(c, 40), cell * 9 // 16,
-                   170 + pick(c, 150)])
-        growth = (pick(u[6], 3)[:, None] - 1) * is_layout('row', 'ring')[:, None]
-        size = size * (32 + 3 * growth * (2 * i - num + 1)) // 32
-        rotation_step = pick(u[7], 4) * repeats[:, 0]       # 0, 22.5, 45 or 90 degrees from one to the next
-        steps = torch.tensor([0, 4, 8, 16], device=index.device)[rotation_step]
-        rotation = (pick(drawn(5, leader), 13) - 6 + i * steps[:, None]) % 64
-        height = size * (13 + pick(drawn(6, class_of), 4)) // 16
-        flip = torch.where(is_layout('mirror')[:, None] & (i % 2 == 1), -1, 1)
-        matrix = pose(turn[rotation], size, height, flip)
+        x, y, size = by_layout(layout, {
+            'single': (332 + pick(a, 361), 332 + pick(b, 361), 320 + pick(c, 180)),
+            'free':   (110 + pick(a, 805), 110 + pick(b, 805), 170 + pick(c, 180)),
+            'row':    (512 + (along * line_x - aside * line_y) // 1024,
+                       512 + (along * line_y + aside * line_x) // 1024, gap * 9 // 16),
+            'ring':   (512 + orbit * orbit_x // 1024, 512 + orbit * orbit_y // 1024, 175 + pick(c, 40)),
+            'grid':   (512 + column * cell // 2, 512 + line * cell // 2, cell * 9 // 16),
+            'mirror': (torch.where(odd > 0, SIDE - 1 - left, left), 110 + pick(b, 805), 170 + pick(c, 150))})
 
-        grounds = g['grounds'][scene_type]                                                              # [B, 3]
-        tilt = turn[(torch.where(u[8] < .75, 16, 0) + pick(u[9], 7) - 3) % 64]
+        # along a row or a ring objects may grow or shrink, and turn
+        growth = (pick(u[6], 3) - 1) * (row | ring)
+        size = size * (32 + 3 * growth * (2 * i - num + 1)) // 32
+        rotation_step = pick(u[7], 4) * repeats             # 0, 22.5, 45 or 90 degrees from one to the next
+        steps = torch.tensor([0, 4, 8, 16], device=index.device)[rotation_step]
+        rotation = (pick(drawn(5, leader), 13) - 6 + i * steps) % 64
+        height = size * (13 + pick(drawn(6, class_of), 4)) // 16
+        flip = torch.where(mirror & (odd == 1), -1, 1)
+
+        # grounds, parted by two lines: where these are, their tilt, waves and shifts; colours and light
+        grounds = g['grounds'][scene_type[:, 0]]                                                # [B, 3]
+        tilt = g['turn'][(torch.where(u[8] < .75, 16, 0) + pick(u[9], 7) - 3) % 64]
         first = 180 + pick(u[10], 400)
-        ground = torch.stack([first, first + 150 + pick(u[11], 500), tilt[:, 0], tilt[:, 1], pick(u[12], 64),
-                              pick(u[13], 3), pick(u[14], 60), pick(u[15], TILE), pick(u[16], TILE)], 1)
-        tint = torch.stack([torch.stack([pick(u[17 + r], 41) - 20 + pick(u[20 + c], 25) - 12 for c in range(3)], 1)
-                            for r in range(3)], 1)                                                      # [B, 3, 3]
-        return dict(type=scene_type, layout=layout, mode=mode[:, 0], rotation_step=rotation_step, valid=i < num,
-                    kind=kind, texture=texture, part=part, fine=rank, colour=colour, x=x, y=y, radius=size,
-                    matrix=matrix, grounds=grounds, ground=ground, ground_colour=g['stuff'][grounds] + tint,
-                    contrast=16 + pick(u[23], 20), light=torch.stack([pick(u[24], 61) - 30, pick(u[25], 61) - 30], 1),
-                    jitter=torch.stack([pick(drawn(slot, colour_of), 41) - 20 for slot in (7, 8, 9)], -1),
-                    labels=kind.gather(1, (size * (i < num)).argmax(1, keepdim=True))[:, 0])
+        second = first + 150 + pick(u[11], 500)
+        waves = [pick(u[12], 64), pick(u[13], 3), pick(u[14], 60), pick(u[15], TILE), pick(u[16], TILE)]
+        ground = torch.cat([first, second, tilt[:, 0], *waves], 1)                              # [B, 9]
+        shade = pick(torch.cat(u[17:20], 1), 41) - 20                                           # of each
+        tint = pick(torch.cat(u[20:23], 1), 25) - 12                                            # of all
+        ground_colour = g['stuff'][grounds] + shade[:, :, None] + tint[:, None]                 # [B, 3, 3]
+
+        largest = (size * valid).argmax(1, keepdim=True)
+        fields = dict(
+            type=scene_type, layout=layout, mode=mode, rotation_step=rotation_step,
+            contrast=16 + pick(u[23], 20), labels=kind.gather(1, largest), unnamed=part.gather(1, largest))
+        fields = {name: field[:, 0] for name, field in fields.items()}
+        return dict(
+            fields, valid=valid, kind=kind, texture=texture, part=part, fine=fine,
+            colour=colours[kind, wanted], jitter=jitter, x=x, y=y, radius=size,
+            matrix=pose(g['turn'][rotation], size, height, flip), grounds=grounds, ground=ground,
+            ground_colour=ground_colour, light=pick(torch.cat(u[24:], 1), 61) - 30)
 
     def clips(self, index):
-        """The scenes of each index's clip, frame after frame, fields [B * T, ...], and its action [B]. Grounds, kinds
-        and colours are the scene's; what moves is drawn apart from them, so that looks say nothing of the action. The
-        last object moves, in some motions with the one before it; the first rests."""
-        scenes, turn = self.scenes(index), grammar(index.device, NUM_FINE, False)['turn']
-        u = [x[:, None] for x in uniform(WORLD_SEED, 'action', index, 6).unbind(1)]                     # each [B, 1]
+        """The scenes of each index's clip, frame after frame, fields [B * T, ...], and its action [B].
+        Grounds, kinds and colours are the scene's. What moves is drawn apart from them, so that looks
+        say nothing of the action. The last object moves, in some motions with the one before it."""
+        turn = grammar(index.device)['turn']
+        u = uniform(WORLD_SEED, 'action', index, 6).unsqueeze(-1).unbind(1)             # each [B, 1]
         action = pick(u[0], len(ACTIONS))
-        motion = lambda *motions: sum(action // 2 == m for m in motions)                # 1 if it is one of them
+        moves, sinks, turns, grows, meets, appears, circles, leads = (action // 2 == m for m in range(8))
         sign = 1 - 2 * (action % 2)
-        time = (2 * torch.arange(self.frames, device=index.device) + 1) * 512 // self.frames - 512
-        time = time * sign                                                              # [B, T], within -512 to 512
-        x, y, size = 362 + pick(u[1], 301), 362 + pick(u[2], 301), 150 + pick(u[3], 80)
-        way, rotation = time * 300 // 512, pick(u[5], 64) + motion(2) * time * 12 // 512
-        cos, sin = turn[(pick(u[4], 64) + motion(6) * time * 24 // 512) % 64].unbind(-1)
-        reach = motion(4) * (120 + (512 - time) * 250 // 1024) + motion(6) * 260        # of the mover, from (x, y)
-        across, down = reach * cos // 1024, reach * sin // 1024                         # [B, T]
-        hidden = motion(5) * (time < pick(u[5], 513) - 256)
-        mover = (x + across + motion(0, 7) * way, y + down + motion(1) * way,
-                 size * (1024 + motion(3) * time * 6 // 5) // 1024, 1 - hidden)
-        other = (x - motion(4) * across + motion(7) * (way - 260 * sign), y - motion(4) * down,
-                 size * 5 // 8, motion(4, 6, 7))
+        frame = torch.arange(self.frames, device=index.device)
+        time = sign * ((2 * frame + 1) * 512 // self.frames - 512)          # [B, T], from -512 to 512
+
+        # the mover goes straight on, or turns around (x, y) at a distance, or comes near
+        x = 362 + pick(u[1], 301)
+        y = 362 + pick(u[2], 301)
+        size = 150 + pick(u[3], 80)
+        way = time * 300 // 512
+        rotation = pick(u[5], 64) + turns * time * 12 // 512
+        cos, sin = turn[(pick(u[4], 64) + circles * time * 24 // 512) % 64].unbind(-1)
+        reach = meets * (120 + (512 - time) * 250 // 1024) + circles * 260
+        across = reach * cos // 1024
+        down = reach * sin // 1024
+        hidden = appears & (time < pick(u[5], 513) - 256)
+
+        def pair(other, mover):
+            return torch.stack(torch.broadcast_tensors(other, mover), -1).flatten(0, 1)     # [B * T, 2]
+
+        radius = pair(size * 5 // 8, size * (1024 + grows * time * 6 // 5) // 1024)
+        moving = dict(
+            x=pair(x - meets * across + leads * (way - 260 * sign), x + across + (moves | leads) * way),
+            y=pair(y - meets * down, y + down + sinks * way),
+            radius=radius,
+            valid=pair(meets | circles | leads, ~hidden),
+            matrix=pose(turn[rotation.reshape(-1, 1) % 64], radius, radius * 15 // 16))
+
+        # the first object of the scene rests, the others are not there
+        scenes = self.scenes(index)
         frames = {name: field.repeat_interleave(self.frames, 0) for name, field in scenes.items()}
-        x, y, size, there = (torch.stack([a.expand_as(time), b.expand_as(time)], -1).flatten(0, 1)
-                             for a, b in zip(other, mover))                             # each [B * T, 2]
-        matrix = pose(turn[rotation.expand_as(time).reshape(-1, 1) % 64], size, size * 15 // 16)
         frames['valid'][:, 1:] = False
-        for name, field in dict(x=x, y=y, radius=size, valid=there > 0, matrix=matrix).items():
+        for name, field in moving.items():
             frames[name][:, -2:] = field
         return frames, action[:, 0]
 
-    def render(self, s, size, annotate=False):
-        """Draws scenes: dict(images uint8 [B, 3, H, W]) and, if asked, semantic [B, H, W], boxes, num_visible.
-        What lies where is integer arithmetic (in float32, below 2^24), so masks and boxes are exact on every device."""
-        shapes, surfaces, stuff = world_tables(s['x'].device)
-        g = grammar(s['x'].device, NUM_FINE, False)
-        pixels = (2 * torch.arange(size, device=s['x'].device) + 1) * (SIDE // 2) // size       # their centres
-        canvas, owner = self.ground(s, pixels, stuff)                                       # [B, H, W, 3], [B, H, W]
-        owner = owner if annotate else None
 
-        b, k = s['valid'].nonzero(as_tuple=True)                                                # M objects
-        m = s['matrix'][b, k].float() / 4096
-        dx = (pixels - s['x'][b, k][:, None]).float()[:, None, :]                               # [M, 1, W]
-        dy = (pixels - s['y'][b, k][:, None]).float()[:, :, None]                               # [M, H, 1]
-        across, down = ((dx * m[:, None, None, i] + dy * m[:, None, None, i + 1]).floor_().add_(CELLS // 2)
-                        .clamp_(0, CELLS - 1) for i in (0, 2))
-        cell = down.mul_(CELLS).add_(across).long()                                             # [M, H, W]
-        distance = shapes.take(cell + (s['kind'][b, k] * CELLS ** 2)[:, None, None])
-        surface = surfaces.take(cell.add_(((s['texture'] * NUM_PARTS + s['part'])[b, k] * CELLS ** 2)[:, None, None]))
-        main = g['colours'][s['colour'][b, k]].float() + s['jitter'][b, k]                      # [M, 3]
-        second = .3 * main + .7 * g['second'][s['texture'][b, k]]
-        mark = torch.where(main.mean(1, keepdim=True) > 60, .4 * main, main + 90)       # a shade of the colour itself
-        outline = g['outlines'][s['kind'][b, k]].float()
-        blend = torch.linspace(0, 1, 16, device=main.device)[:, None]
-        palette = torch.cat([main[:, None] + blend * (second - main)[:, None], mark[:, None], outline[:, None]], 1)
-        surface[distance > -OUTLINE] = 17
-        surface += 18 * torch.arange(len(b), device=b.device)[:, None, None]             # into palette [M, 18, 3]
-        paint = palette.flatten(0, 1)[surface.flatten()].view(*surface.shape, 3)                # [M, H, W, 3]
-        edge = s['radius'][b, k].float() * size / (RADIUS * SIDE)                               # pixels per cell
-        alpha = distance.mul(-edge[:, None, None]).add_(.5).clamp_(0, 1)
-        for layer in range(MAX_OBJECTS):                    # painters' order: later objects hide earlier ones
-            here = k == layer
-            images = b[here]
-            canvas[images] = torch.lerp(canvas[images], paint[here], alpha[here].unsqueeze(-1))
-            if annotate:
-                owner[images] = torch.where(distance[here] <= 0, NUM_STUFF + layer, owner[images])
-        light = (s['light'][:, None, None, 0] * (pixels - 512)[None, None, :]
-                 + s['light'][:, None, None, 1] * (pixels - 512)[None, :, None]).float() / (512 * 200)      # +-30%
-        canvas *= 1 + light.unsqueeze(-1)
-        out = dict(images=canvas.round_().clamp_(0, 255).to(torch.uint8).permute(0, 3, 1, 2).contiguous())
-        return out | self.annotations(s, owner) if annotate else out
+# ---- the world: images and captions -------------------------------------------------------------
 
-    def ground(self, s, pixels, stuff):
-        """Up to three grounds, parted by two wavy lines: colours [B, H, W, 3] and stuff classes [B, H, W]."""
-        first, second, cos, sin, phase, frequency, swing, shift_x, shift_y = s['ground'][..., None, None].unbind(1)
-        mirror = (s['layout'] == LAYOUTS.index('mirror'))[:, None, None]
-        x, y = pixels[None, None, :], pixels[None, :, None]
-        x = torch.where(mirror, torch.minimum(x, SIDE - 1 - x), x)                              # [B, 1, W]
-        depth = ((x - 512) * cos + (y - 512) * sin) // 1024 + 512                               # [B, H, W]
-        side = ((y - 512) * cos - (x - 512) * sin) // 1024 + 512
-        turn = grammar(x.device, NUM_FINE, False)['turn'][:, 1]
-        depth += turn[(side * (frequency + 1) // 16 + phase) % 64] * swing // 1024
-        region = (depth > first).long() + (depth > second)                                      # [B, H, W] in 0, 1, 2
-        owner = s['grounds'].gather(1, region.flatten(1)).view_as(region)
-        place = ((y // 6 + shift_y) % TILE) * TILE + (x // 6 + shift_x) % TILE
-        brightness = stuff.take(owner * TILE ** 2 + place) * s['contrast'][:, None, None]
-        rows = region + 3 * torch.arange(len(region), device=region.device)[:, None, None]
-        colour = s['ground_colour'].float().flatten(0, 1)[rows.flatten()].view(*region.shape, 3)
-        return colour.add_(brightness.unsqueeze(-1)), owner
+def distance_to(cells):
+    """Euclidean distance from every cell to the nearest of these cells. bool array [n, n] -> [n, n]."""
+    n = len(cells)
+    gaps = (np.arange(n)[:, None] - np.arange(n)) ** 2              # squared, between two rows or columns
+    far = 4 * n * n
+    columns = np.where(cells[None], gaps[:, :, None], far).min(1)   # separable: first within columns
+    return np.sqrt((columns[:, None, :] + gaps[None]).min(2).astype(np.float64))
 
-    def annotations(self, s, owner):
-        """Semantic map and boxes from who owns each pixel. owner [B, H, W]: a stuff class, or 10 + the object's row."""
-        kinds = torch.cat([torch.arange(NUM_STUFF, device=owner.device).expand(len(owner), -1),
-                           NUM_STUFF + s['kind']], 1)                                           # [B, 10 + 6]
-        semantic = kinds.gather(1, owner.flatten(1)).view_as(owner)
-        visible = owner[:, None] == NUM_STUFF + torch.arange(MAX_OBJECTS, device=owner.device)[:, None, None]
-        columns, rows = visible.any(2), visible.any(3)                                          # [B, 6, W], [B, 6, H]
-        first = lambda seen: seen.int().argmax(-1)
-        last = lambda seen: seen.shape[-1] - first(seen.flip(-1))
-        boxes = torch.stack([first(columns), first(rows), last(columns), last(rows)], -1)
-        num_visible = visible.flatten(2).sum(-1)
-        boxes = boxes * (num_visible > 0)[..., None]
-        return dict(semantic=semantic, boxes=boxes, num_visible=num_visible, masks=visible)
+
+@functools.lru_cache(maxsize=4)
+def world_tables(device):
+    """What drawing looks up, made once a process.
+    shapes [16 * CELLS^2]: signed distances to the outline in cells, negative inside.
+    surfaces [8 * 4 * CELLS^2]: palette codes, 0..15 between the two colours, 16 the mark.
+    grounds [10 * TILE^2]: brightness."""
+    centre = (np.arange(CELLS) + .5 - CELLS / 2) / RADIUS
+    x, y = np.meshgrid(centre, centre)
+    shapes = []
+    for is_inside in SHAPES.values():
+        inside = is_inside(x, y, np.hypot(x, y), np.arctan2(x, -y))
+        shapes.append(np.where(inside, .5 - distance_to(~inside), distance_to(inside) - .5))
+    surfaces = [np.where(mark(x, y), 16, np.round(15 * surface(x, y)))
+                for surface in SURFACES.values() for mark in MARKS.values()]
+
+    # noise that wraps around, smoothed six times, then stretched back to 0..1
+    noise = uniform(WORLD_SEED, 'noise', torch.arange(TILE * TILE), 1).view(TILE, TILE).double().numpy()
+    for _ in range(6):
+        noise = sum(np.roll(noise, (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1)) / 9
+    noise = np.clip((noise - noise.mean()) / noise.std() / 4 + .5, 0, 1)
+    x, y = np.meshgrid(np.arange(TILE), np.arange(TILE))
+    grounds = [ground(x, y, noise) for ground in GROUNDS.values()]
+
+    def flat(tables, dtype):
+        return torch.tensor(np.stack(tables)).to(dtype).flatten().to(device)
+    return flat(shapes, torch.float32), flat(surfaces, torch.long), flat(grounds, torch.float32)
+
+
+def draw_scenes(scenes, image_size):
+    """Any number of scenes, a few at a time -> images uint8 [B, 3, H, W], owner [B, H, W]; see render."""
+    pixels = 2 ** 16 if scenes['x'].device.type == 'cpu' else 2 ** 24       # what a CPU's cache holds
+    num = max(1, pixels // image_size ** 2)
+    parts = []
+    for start in range(0, len(scenes['x']), num):
+        some = {name: field[start:start + num] for name, field in scenes.items()}
+        parts.append(render(SimpleNamespace(**some), image_size))
+    images, owners = zip(*parts)
+    return torch.cat(images), torch.cat(owners)
+
+
+def render(scenes, image_size):
+    """Images uint8 [B, 3, H, W], and who owns each pixel [B, H, W]: a stuff class, or 10 + the object's row.
+    scenes: the fields of World.scenes. Places are integers (in float32, below 2^24): exact on every device."""
+    device = scenes.x.device
+    shapes, surfaces, _ = world_tables(device)
+    g = grammar(device)
+    pixels = (2 * torch.arange(image_size, device=device) + 1) * (SIDE // 2) // image_size  # their centres
+    canvas, owner = render_ground(scenes, pixels)                           # [B, H, W, 3], [B, H, W]
+
+    # the M objects that are there, and for each the table cell under every pixel
+    b, row = scenes.valid.nonzero(as_tuple=True)
+    names = 'x', 'y', 'radius', 'matrix', 'kind', 'texture', 'part', 'colour', 'jitter'
+    objects = SimpleNamespace(**{name: getattr(scenes, name)[b, row] for name in names})
+    matrix = (objects.matrix.float() / 4096)[..., None, None].unbind(1)     # four of [M, 1, 1]
+    dx = (pixels - objects.x[:, None]).float()[:, None, :]                  # [M, 1, W]
+    dy = (pixels - objects.y[:, None]).float()[:, :, None]                  # [M, H, 1]
+    across = (dx * matrix[0] + dy * matrix[1]).floor_().add_(CELLS // 2).clamp_(0, CELLS - 1)
+    down = (dx * matrix[2] + dy * matrix[3]).floor_().add_(CELLS // 2).clamp_(0, CELLS - 1)
+    cell = down.mul_(CELLS).add_(across).long()                             # [M, H, W]
+    surface = objects.texture * NUM_PARTS + objects.part
+    distance = shapes.take(cell + (objects.kind * CELLS ** 2)[:, None, None])
+    code = surfaces.take(cell.add_((surface * CELLS ** 2)[:, None, None]))
+    code[distance > -OUTLINE] = 17
+
+    # each object's palette: 16 colours from the first to the second, its mark, its outline
+    main = g['colours'][objects.colour].float() + objects.jitter            # [M, 3]
+    other = .3 * main + .7 * g['second'][objects.texture]
+    mark = torch.where(main.mean(1, keepdim=True) > 60, .4 * main, main + 90)       # a shade of the first
+    outline = g['outlines'][objects.kind].float()
+    blend = torch.linspace(0, 1, 16, device=device)[:, None]
+    between = main[:, None] + blend * (other - main)[:, None]
+    palette = torch.cat([between, mark[:, None], outline[:, None]], 1).flatten(0, 1)        # [M * 18, 3]
+    code += 18 * torch.arange(len(b), device=device)[:, None, None]
+    paint = palette[code.flatten()].view(*code.shape, 3)                    # [M, H, W, 3]
+
+    # painters' order: later objects hide earlier ones
+    inside = distance <= 0
+    pixels_per_cell = objects.radius.float() * image_size / (RADIUS * SIDE)
+    alpha = distance.mul(-pixels_per_cell[:, None, None]).add_(.5).clamp_(0, 1)
+    for layer in range(MAX_OBJECTS):
+        here = row == layer
+        images = b[here]
+        canvas[images] = torch.lerp(canvas[images], paint[here], alpha[here].unsqueeze(-1))
+        owner[images] = torch.where(inside[here], NUM_STUFF + layer, owner[images])
+
+    # light falls off by up to 30% along a slope
+    light_x, light_y = scenes.light[..., None, None].unbind(1)              # each [B, 1, 1]
+    light = (light_x * (pixels - 512) + light_y * (pixels - 512)[:, None]).float() / (512 * 200)
+    canvas *= 1 + light.unsqueeze(-1)
+    images = canvas.round_().clamp_(0, 255).to(torch.uint8)
+    return images.permute(0, 3, 1, 2).contiguous(), owner
+
+
+def render_ground(scenes, pixels):
+    """Up to three grounds, parted by two wavy lines: colours [B, H, W, 3] and stuff classes [B, H, W]."""
+    ground = scenes.ground[..., None, None].unbind(1)                                       # each [B, 1, 1]
+    first, second, cos, sin, phase, frequency, swing, shift_x, shift_y = ground
+    mirror = (scenes.layout == LAYOUTS.index('mirror'))[:, None, None]
+    x = torch.where(mirror, torch.minimum(pixels, SIDE - 1 - pixels), pixels)               # [B, 1, W]
+    y = pixels[:, None]                                                                     # [H, 1]
+
+    # which of the three is where
+    depth = ((x - 512) * cos + (y - 512) * sin) // 1024 + 512                               # [B, H, W]
+    side = ((y - 512) * cos - (x - 512) * sin) // 1024 + 512
+    sine = grammar(x.device)['turn'][:, 1]
+    depth += sine[(side * (frequency + 1) // 16 + phase) % 64] * swing // 1024
+    region = (depth > first).long() + (depth > second)                                      # in 0, 1, 2
+    owner = scenes.grounds.gather(1, region.flatten(1)).view_as(region)
+
+    # its colour and texture
+    place = ((y // 6 + shift_y) % TILE) * TILE + (x // 6 + shift_x) % TILE
+    textures = world_tables(x.device)[2]
+    brightness = textures.take(owner * TILE ** 2 + place) * scenes.contrast[:, None, None]
+    rows = region + 3 * torch.arange(len(region), device=x.device)[:, None, None]
+    colour = scenes.ground_colour.float().flatten(0, 1)[rows.flatten()].view(*region.shape, 3)
+    return colour.add_(brightness.unsqueeze(-1)), owner.to(torch.uint8)
+
+
+def annotate(scenes, owner):
+    """What owner [B, H, W] (see render) says: semantic [B, H, W] (grounds, then 10 + kind), and of what is
+    visible masks [B, 6, H, W], boxes [B, 6, 4] (xyxy, pixels; zeros if nothing is), num_visible [B, 6]."""
+    grounds = torch.arange(NUM_STUFF, device=owner.device).expand(len(owner), -1)
+    class_of = torch.cat([grounds, NUM_STUFF + scenes['kind']], 1)                          # [B, 10 + 6]
+    semantic = class_of.gather(1, owner.flatten(1).long()).view(owner.shape)
+    objects = torch.arange(MAX_OBJECTS, device=owner.device)
+    masks = owner[:, None] == NUM_STUFF + objects[:, None, None]                            # [B, 6, H, W]
+    num_visible = masks.flatten(2).sum(-1)
+    x1, x2 = first_and_last(masks.any(2))
+    y1, y2 = first_and_last(masks.any(3))
+    boxes = torch.stack([x1, y1, x2, y2], -1) * (num_visible > 0)[..., None]
+    return dict(semantic=semantic, boxes=boxes, num_visible=num_visible, masks=masks)
+
+
+def first_and_last(seen):
+    """Where the first True is, and the last, plus one. bool [..., n] -> [...], [...]."""
+    first = seen.int().argmax(-1)
+    last = seen.shape[-1] - seen.flip(-1).int().argmax(-1)
+    return first, last
 
 
 NUMBERS = ('no', 'one', 'two', 'three', 'four', 'five', 'six')
-PHRASES = {'row': ('{} in a row', 'a row of {}', '{} in a line'), 'ring': ('{} around a centre', 'a round of {}'),
-           'grid': ('a grid of {}', '{} in rows and columns'), 'mirror': ('{} and the same mirrored', '{}, seen twice')}
+PHRASES = {
+    'row': ('{} in a row', 'a row of {}', '{} in a line'),
+    'ring': ('{} around a centre', 'a round of {}'),
+    'grid': ('a grid of {}', '{} in rows and columns'),
+    'mirror': ('{} and the same mirrored', '{}, seen twice')}
+PLURALS = {
+    'leaf': 'leaves', 'box': 'boxes', 'cross': 'crosses', 'hourglass': 'hourglasses', 'plus': 'pluses',
+    'rhombus': 'rhombuses'}
 
 
 def captions(scenes, index):
-    """What a person would say of each scene: names of kinds, textures and colours, the layout, often the grounds;
-    attributes are left out at random. Parts and rotations are never named."""
+    """What a person would say of each scene: names of kinds, textures and colours, the layout, often the
+    grounds; attributes are left out at random. Parts and rotations are never named."""
     names = ('layout', 'mode', 'valid', 'kind', 'texture', 'colour', 'x', 'y', 'radius', 'grounds')
     fields = {name: scenes[name].tolist() for name in names}
-    draws = uniform(WORLD_SEED, 'caption', index, 24).tolist()
-    return [caption({k: v[n] for k, v in fields.items()}, iter(draws[n])) for n in range(len(draws))]
+    found = []
+    for n, u in enumerate(uniform(WORLD_SEED, 'caption', index, 24).tolist()):
+        scene = SimpleNamespace(**{name: field[n] for name, field in fields.items()})
+        found.append(caption(scene, iter(u)))
+    return found
 
 
-def caption(s, draw):
-    """One scene's caption. s: the scene's fields as lists; draw: an iterator of uniform numbers."""
-    choice = lambda options: options[int(next(draw) * len(options))]
-    word = lambda names: names[-1] if next(draw) < .2 else names[0]     # a synonym now and then
-
-    def noun(i, count=1):
-        words = []
-        if next(draw) < .75:
-            words.append(list(COLOURS)[s['colour'][i]])
-        if next(draw) < (.55 if s['texture'][i] else .2):
-            words.append(word(list(TEXTURES.values())[s['texture'][i]]))
-        kind = word(list(KINDS.values())[s['kind'][i]])
-        words.append(kind if count == 1 else plural(kind))
-        article = ('an' if words[0][0] in 'aeiou' else 'a') if count == 1 else NUMBERS[count] if count else ''
-        return ' '.join([article] * bool(article) + words)
-
-    count, layout = sum(s['valid']), LAYOUTS[s['layout']]
+def caption(scene, draw):
+    """One scene's caption. scene: its fields as lists; draw: an iterator of uniform numbers."""
+    count = sum(scene.valid)
+    layout = LAYOUTS[scene.layout]
     if layout == 'single' or count == 1:
-        text = noun(0)
+        text = describe(scene, 0, draw)
     elif layout == 'free':
-        i, j = sorted(range(count), key=lambda n: -s['radius'][n])[:2]       # the two largest
-        dx, dy = s['x'][j] - s['x'][i], s['y'][j] - s['y'][i]
-        relation = ('left of' if dx > 0 else 'right of') if abs(dx) > abs(dy) else ('above' if dy > 0 else 'below')
-        text = f'{noun(i)} {relation if next(draw) < .7 else "and"} {noun(j)}'
-    elif layout == 'mirror':
-        text = choice(PHRASES[layout]).format(' and '.join(noun(i) for i in range(0, min(count, 4), 2)))
-    elif s['mode'] >= 2:
-        text = choice(PHRASES[layout]).format(f'{noun(0, 0)} and {noun(1, 0)} in turn')
+        i, j = sorted(range(count), key=lambda n: -scene.radius[n])[:2]         # the two largest
+        dx = scene.x[j] - scene.x[i]
+        dy = scene.y[j] - scene.y[i]
+        relation = 'above' if dy > 0 else 'below'
+        if abs(dx) > abs(dy):
+            relation = 'left of' if dx > 0 else 'right of'
+        text = describe(scene, i, draw)
+        text += f' {relation} ' if next(draw) < .7 else ' and '
+        text += describe(scene, j, draw)
     else:
-        text = choice(PHRASES[layout]).format(noun(0, count))
+        phrases = PHRASES[layout]
+        phrase = phrases[int(next(draw) * len(phrases))]
+        if layout == 'mirror':
+            text = ' and '.join(describe(scene, i, draw) for i in range(0, min(count, 4), 2))
+        elif scene.mode >= 2:
+            first = describe(scene, 0, draw, count=0)
+            text = f'{first} and {describe(scene, 1, draw, count=0)} in turn'
+        else:
+            text = describe(scene, 0, draw, count)
+        text = phrase.format(text)
+
     if next(draw) < .75:
-        names = [list(STUFF)[stuff] for stuff in s['grounds'][:2]]
-        text += f' on {names[0]}' + (f' and {names[1]}' if next(draw) < .7 else '')
+        names = list(STUFF)
+        text += ' on ' + names[scene.grounds[0]]
+        if next(draw) < .7:
+            text += ' and ' + names[scene.grounds[1]]
     return text
 
 
-def plural(word):
-    return {'leaf': 'leaves', 'box': 'boxes', 'cross': 'crosses', 'hourglass': 'hourglasses', 'plus': 'pluses',
-            'rhombus': 'rhombuses'}.get(word, word + 's')
+def describe(scene, i, draw, count=1):
+    """'a red striped disc', 'four red discs'; no number where count is 0. Object i of the scene."""
+    words = []
+    if next(draw) < .75:
+        words.append(list(COLOURS)[scene.colour[i]])
+    if next(draw) < (.55 if scene.texture[i] else .2):
+        words.append(synonym(TEXTURES, scene.texture[i], draw))
+    kind = synonym(KINDS, scene.kind[i], draw)
+    if count == 1:
+        words.append(kind)
+        words.insert(0, 'an' if words[0][0] in 'aeiou' else 'a')
+    else:
+        words.append(PLURALS.get(kind, kind + 's'))
+        if count:
+            words.insert(0, NUMBERS[count])
+    return ' '.join(words)
 
 
-# ---- words to numbers ------------------------------------------------------------------------------------------
+def synonym(names, k, draw):
+    """The name of class k, now and then another word for it."""
+    words = list(names.values())[k]
+    return words[-1] if next(draw) < .2 else words[0]
+
+
+# ---- words to numbers ---------------------------------------------------------------------------
 
 CLIP_MERGES = 'https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz'
 CLIP_MERGES_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
-NUM_CLIP_MERGES = 48894         # 49,408 ids = 256 bytes + 256 bytes that end a word + 48,894 merges + 2 specials
-START, END = '<|startoftext|>', '<|endoftext|>'
-WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
-                     regex.IGNORECASE)
+NUM_CLIP_MERGES = 48894         # 49,408 ids = 256 bytes + 256 that end a word + 48,894 merges + 2 specials
+START = '<|startoftext|>'
+END = '<|endoftext|>'
+WORD = regex.compile(
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
 def byte_letters():
-    """{byte: the printable character that stands for it}, in the order of CLIP's ids: a merge table is plain text."""
+    """{byte: the printable character that stands for it}, in the order of CLIP's ids."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    letters = {byte: chr(byte) for byte in printable}
+    others = [byte for byte in range(256) if byte not in letters]
+    return letters | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def clean(text):
-    """CLIP's cleaning. ftfy and html.unescape leave printable ASCII without '&' alone, and most captions are that."""
+    """CLIP's cleaning. It leaves printable ASCII without '&' alone, and most captions are that."""
     if text.isascii() and text.isprintable() and '&' not in text:
         return text.lower()
-    return regex.sub(r'\s+', ' ', html.unescape(html.unescape(ftfy.fix_text(text))).strip()).strip().lower()
+    import ftfy
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return regex.sub(r'\s+', ' ', text.strip()).strip().lower()
 
 
 def merge_pair(symbols, pair, merged):
     """The list with every adjacent (a, b) == pair, from the left, replaced by merged."""
-    result, i = [], 0
+    result = []
+    i = 0
     while i < len(symbols):
-        found = symbols[i] == pair[0] and i + 1 < len(symbols) and symbols[i + 1] == pair[1]
-        result.append(merged if found else symbols[i])
-        i += 2 if found else 1
+        if tuple(symbols[i:i + 2]) == pair:
+            result.append(merged)
+            i += 2
+        else:
+            result.append(symbols[i])
+            i += 1
     return result
 
 
 class Tokenizer:
-    """CLIP's byte-level BPE. Ids: 256 bytes, the same 256 ending a word ('</w>'), one per merge, start, end (highest).
-    merges: list of 'a b' by falling priority; all that a checkpoint needs to store."""
+    """CLIP's byte-level BPE. merges: list of 'a b' by falling priority; all that a checkpoint must store.
+    Ids: 256 bytes, the same 256 ending a word ('</w>'), one per merge, start, end (highest)."""
 
     def __init__(self, merges, context=77):
-        self.merges, self.context, self.cache, self.letters = list(merges), context, {}, byte_letters()
-        self.pieces = [letter + end for end in ('', '</w>') for letter in self.letters.values()]       # by id
+        self.merges = list(merges)
+        self.context = context
+        self.letters = byte_letters()
+        letters = list(self.letters.values())
+        self.pieces = letters + [letter + '</w>' for letter in letters]         # by id
         self.ids = {piece: i for i, piece in enumerate(self.pieces)}
         self.ranks = {}                                     # (id, id) -> (priority, id of the two together)
         for rank, line in enumerate(self.merges):
             pair = line.split()
             if len(pair) != 2 or not self.ids.keys() >= set(pair):
-                raise ValueError(f'merge {rank + 1} is {line[:80]!r}; expected two pieces that earlier lines made')
-            merged = self.ids.setdefault(''.join(pair), len(self.pieces))
-            self.pieces.append(''.join(pair))
+                raise Refused(f'merge {rank + 1} is {line[:80]!r}; expected two pieces of earlier lines')
+            piece = ''.join(pair)
+            merged = self.ids.setdefault(piece, len(self.pieces))
+            self.pieces.append(piece)
             self.ranks[self.ids[pair[0]], self.ids[pair[1]]] = rank, merged
-        self.start, self.end = len(self.pieces), len(self.pieces) + 1
+
+        self.start = len(self.pieces)
+        self.end = self.start + 1
+        self.special = {START: [self.start], END: [self.end]}
         self.pieces += [START, END]
         self.vocab_size = len(self.pieces)
+        self.encode = functools.lru_cache(1 << 17)(self.encode)             # some 30 MB
 
     def __call__(self, texts):
-        """Captions (or one) -> ids [B, context] int64: start, words, end, zeros. Too long: cut, and the last is end."""
+        """Captions (or one) -> ids [B, context] int64: start, words, end, zeros. Too long: end is the last."""
         texts = [texts] if isinstance(texts, str) else texts
         result = np.zeros((len(texts), self.context), dtype=np.int64)
         for row, text in zip(result, texts):
             ids = [self.start]
             for chunk in clean(text).split(' '):            # no match of WORD crosses a space
-                ids += self.cache.get(chunk) or self.encode(chunk)
+                ids += self.encode(chunk)
             ids = ids[:self.context - 1] + [self.end]
             row[:len(ids)] = ids
         return torch.from_numpy(result)
 
     def encode(self, chunk):
         """Ids of cleaned text without spaces, remembered by chunk ('dog.') and by word ('dog')."""
-        if chunk not in self.cache:
-            words = WORD.findall(chunk)
-            ids = self.merge(chunk) if words == [chunk] else [i for word in words for i in self.encode(word)]
-            if len(self.cache) >= 1 << 17:                  # some 30 MB; the web never runs out of new words
-                self.cache.clear()
-            self.cache[chunk] = ids
-        return self.cache[chunk]
+        words = WORD.findall(chunk)
+        if words == [chunk]:
+            return self.merge(chunk)
+        return [i for word in words for i in self.encode(word)]
 
     def spell(self, word):
         """'cat' -> ['c', 'a', 't</w>']: one letter per byte of UTF-8."""
         letters = [self.letters[byte] for byte in word.encode('utf-8', 'replace')]
-        return letters[:-1] + [letters[-1] + '</w>']
+        letters[-1] += '</w>'
+        return letters
 
     def merge(self, word):
         """Ids of one word: the merge of highest priority first, until none applies."""
-        if word in (START, END):
-            return [self.start if word == START else self.end]
+        if word in self.special:
+            return self.special[word]
         ids = [self.ids[letter] for letter in self.spell(word)]
-        while found := [(self.ranks[pair], pair) for pair in zip(ids, ids[1:]) if pair in self.ranks]:
-            (_, merged), pair = min(found)
-            ids = merge_pair(ids, pair, merged)
+        while found := [pair for pair in zip(ids, ids[1:]) if pair in self.ranks]:
+            best = min(found, key=self.ranks.get)
+            _, merged = self.ranks[best]
+            ids = merge_pair(ids, best, merged)
         return ids
 
     def decode(self, ids):
-        """Text of a list or tensor of ids, a space after each word, as CLIP's (to which padding, id 0, is '!' too)."""
+        """Text of a list or tensor of ids, a space after each word, as CLIP's."""
         byte_of = {letter: byte for byte, letter in self.letters.items()}
         text = ''.join(self.pieces[i] for i in torch.as_tensor(ids).tolist())
-        return bytes(byte_of[letter] for letter in text).decode('utf-8', errors='replace').replace('</w>', ' ')
+        raw = bytes(byte_of[letter] for letter in text)
+        return raw.decode('utf-8', errors='replace').replace('</w>', ' ')
 
     @classmethod
     def from_file(cls, path):
-        """CLIP's merge table, bpe_simple_vocab_16e6.txt.gz or the same unpacked: a header line, then 'a b' lines."""
+        """CLIP's bpe_simple_vocab_16e6.txt.gz, or the same unpacked: a header line, then 'a b' lines."""
         try:
             with open(path, 'rb') as file:
                 raw = file.read()
-            lines = (gzip.decompress(raw) if raw[:2] == b'\x1f\x8b' else raw).decode('utf-8').split('\n')
+            if raw[:2] == b'\x1f\x8b':
+                raw = gzip.decompress(raw)
+            lines = raw.decode('utf-8').split('\n')
             if '#version' not in lines[0]:
                 raise ValueError("the first line lacks '#version'")
             return cls([line for line in lines[1:NUM_CLIP_MERGES + 1] if line.strip()])
         except (OSError, EOFError, zlib.error, ValueError) as error:
-            raise ValueError(f'{path}: no BPE merge table ({error}); expected bpe_simple_vocab_16e6.txt.gz') from error
+            expected = 'expected bpe_simple_vocab_16e6.txt.gz'
+            raise Refused(f'{path}: no BPE merge table ({error}); {expected}') from None
 
     @classmethod
     def openai(cls, path='', folder='out'):
-        """CLIP's tokenizer: from the file given, an installed package, or the download (once, checked, into folder)."""
-        if path:
-            return cls.from_file(path)
-        specs = [importlib.util.find_spec(name) for name in ('clip', 'open_clip', 'eva_clip')]   # imports nothing
-        places = [place for spec in specs if spec for place in spec.submodule_search_locations or []] + [folder]
-        paths = [os.path.join(place, os.path.basename(CLIP_MERGES)) for place in places]
-        path = next((path for path in paths if os.path.exists(path)), None)
-        return cls.from_file(path or fetch(CLIP_MERGES, CLIP_MERGES_SHA256, paths[-1],
-                                         'pass --bpe FILE with a copy of bpe_simple_vocab_16e6.txt.gz'))
+        """CLIP's tokenizer: from the file given, or from the download (once, checked, into folder)."""
+        table = os.path.join(folder, os.path.basename(CLIP_MERGES))
+        advice = 'pass --bpe FILE with a copy of bpe_simple_vocab_16e6.txt.gz'
+        return cls.from_file(path or fetch(CLIP_MERGES, CLIP_MERGES_SHA256, table, advice))
 
     @classmethod
     def learn(cls, captions, num_merges=1000, context=77):
-        """A small vocabulary of the same form from the 5,000 most frequent words: each merge is the most frequent pair
-        (ties: the last in the alphabet). Fewer merges when every word has become one piece."""
-        bare, merges, words = cls([]), [], Counter()
+        """A small vocabulary of the same form from the 5,000 most frequent words: each merge is the most
+        frequent pair (ties: the last in the alphabet), until every word has become one piece."""
+        bare = cls([])
+        counts = Counter()
         for caption in captions:
-            words.update(WORD.findall(clean(caption)))
-        words = [(bare.spell(word), count) for word, count in words.most_common(5000)]
+            counts.update(WORD.findall(clean(caption)))
+        words = [(bare.spell(word), count) for word, count in counts.most_common(5000)]
+
         pairs = Counter()
-        for pieces, count in words:
+
+        def count_pairs(pieces, count):
             for pair in zip(pieces, pieces[1:]):
                 pairs[pair] += count
+
+        for pieces, count in words:
+            count_pairs(pieces, count)
+
+        merges = []
         while len(merges) < num_merges and pairs:
             best = max(pairs, key=lambda pair: (pairs[pair], pair))
             merges.append(' '.join(best))
             for i, (pieces, count) in enumerate(words):
                 if best[0] in pieces and best[1] in pieces:
-                    words[i] = merge_pair(pieces, best, ''.join(best)), count
-                    for symbols, change in ((pieces, -count), (words[i][0], count)):
-                        for pair in zip(symbols, symbols[1:]):
-                            pairs[pair] += change
+                    count_pairs(pieces, -count)
+                    pieces = merge_pair(pieces, best, ''.join(best))
+                    count_pairs(pieces, count)
+                    words[i] = pieces, count
             pairs = +pairs                                  # drops those that are no more
         return cls(merges, context)
 
@@ -702,9 +908,10 @@ def fetch(url, sha256, path, advice):
         with urllib.request.urlopen(url, timeout=20) as reply:
             raw = reply.read()
     except (OSError, http.client.HTTPException) as error:   # URLError and timeouts are OSErrors
-        raise ValueError(f'{url} could not be fetched ({error}); {advice}') from error
+        raise Refused(f'{url} could not be fetched ({error}); {advice}') from error
     if hashlib.sha256(raw).hexdigest() != sha256:
-        raise ValueError(f'{url} gave {len(raw):,} bytes that are not the known file; {advice}')
+        raise Refused(f'{url} gave {len(raw):,} bytes that are not the known file; {advice}')
+
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     with open(f'{path}.{os.getpid()}', 'wb') as file:       # several processes may fetch at once
         file.write(raw)
@@ -712,45 +919,60 @@ def fetch(url, sha256, path, advice):
     return path
 
 
-# ---- images from files ------------------------------------------------------------------------------------------
+# ---- images from files --------------------------------------------------------------------------
 
 SUFFIXES = tuple('.jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .jp2 .tga'.split())
-TURNS = dict(zip(range(2, 9), (Image.Transpose[name] for name in (      # EXIF orientation -> what makes it upright
-    'FLIP_LEFT_RIGHT', 'ROTATE_180', 'FLIP_TOP_BOTTOM', 'TRANSPOSE', 'ROTATE_270', 'TRANSVERSE', 'ROTATE_90'))))
+ORIENTATION = 0x0112            # EXIF's note of how the camera was held
+UPRIGHT = Image.Transpose       # what undoes it; from 5 on width and height change places
+TURNS = {2: UPRIGHT.FLIP_LEFT_RIGHT, 3: UPRIGHT.ROTATE_180, 4: UPRIGHT.FLIP_TOP_BOTTOM, 5: UPRIGHT.TRANSPOSE,
+         6: UPRIGHT.ROTATE_270, 7: UPRIGHT.TRANSVERSE, 8: UPRIGHT.ROTATE_90}
 NUM_CROP = 23                   # uniform numbers a crop takes: 10 tries of (area, aspect), top, left, flip
-NUM_AUGMENT = 10                # what follows them: RandAugment's or jitter's; then when a clip's frames are taken
+NUM_AUGMENT = 10                # what follows them: those of AUGMENTS; then when a clip's frames are taken
+FILL = (123, 117, 104)          # what comes in from beyond the border: CLIP's mean colour
+
+
+@dataclass(frozen=True)
+class Views:
+    """How the images of files are seen."""
+    crop: tuple = (.2, 1.)      # in training: a random part, so much of the area
+    flip: bool = True           # mirrored half of the time
+    augment: str = ''           # and changed: one of AUGMENTS
+    share: float = 224 / 256    # in evaluation: the central square, so much of the shorter side; CLIP's is 1
 
 
 def to_rgb(image):
     """Any PIL mode -> 'RGB': deep pixels scaled to 8 bits (PIL would clip them), transparency over white."""
     if image.mode.startswith('I') or image.mode == 'F':
-        pixels = np.nan_to_num(np.asarray(image).astype(np.float64))
-        tops = (65535,) if ';16' in image.mode else (1, 255, 65535)     # 32-bit pixels do not say what their white is
-        top = next((top for top in tops if pixels.max() <= top), pixels.max())
-        return Image.fromarray((pixels.clip(0) * (255 / top)).round().astype(np.uint8)).convert('RGB')
+        pixels = np.nan_to_num(np.asarray(image).astype(np.float64)).clip(0)
+        tops = (65535,) if ';16' in image.mode else (1, 255, 65535)     # 32 bits do not say what is white
+        white = min((top for top in tops if pixels.max() <= top), default=pixels.max())
+        image = Image.fromarray((pixels * (255 / white)).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-    if image.mode == 'RGB':
-        image.load()
-        return image
     return image.convert('RGB')
 
 
-def read_part(path, box_of, size=None):
-    """-> (PIL 'RGB' image, box_of(width, height) of the upright image). Where the box is at least 4 x size, a JPEG is
-    decoded at 1/2, 1/4 or 1/8, which is much faster, and the box is scaled with it. OSError if it cannot be."""
+def read_part(path, box_of, size=math.inf):
+    """-> (upright PIL 'RGB' image, box_of(width, height) in it, whether it was decoded smaller than it is).
+    Where the box is at least 4 x size, a JPEG is decoded at 1/2, 1/4 or 1/8, which is much faster, and the
+    box is scaled with it. OSError if the image cannot be read."""
     try:
         with Image.open(path) as image:
-            turn = image.getexif().get(0x0112, 1)
-            box = box_of(*(image.size[::-1] if turn in (5, 6, 7, 8) else image.size))
-            if size and (shrink := min(box[2] - box[0], box[3] - box[1]) / (2 * size)) >= 2:
-                width, height = image.size
-                drafted = image.draft('RGB', (math.ceil(width / shrink), math.ceil(height / shrink)))
-                box = [side * drafted[1][2] / width for side in box] if drafted else box
+            width, height = image.size
+            turn = image.getexif().get(ORIENTATION, 1)
+            box = box_of(height, width) if turn in (5, 6, 7, 8) else box_of(width, height)
+
+            shrink = min(box[2] - box[0], box[3] - box[1]) / (2 * size)
+            smaller = None
+            if shrink >= 2:
+                smaller = image.draft('RGB', (math.ceil(width / shrink), math.ceil(height / shrink)))
+            if smaller:
+                box = [side * smaller[1][2] / width for side in box]
+
             image = to_rgb(image)
-            return image.transpose(TURNS[turn]) if turn in TURNS else image, box
-    except Exception as error:  # decoders raise SyntaxError, ValueError, struct.error and more for damaged files
+            return image.transpose(TURNS[turn]) if turn in TURNS else image, box, bool(smaller)
+    except Exception as error:  # decoders raise SyntaxError, ValueError, struct.error and more
         raise OSError(f'{path} cannot be read: {error}') from error
 
 
@@ -759,55 +981,58 @@ def read_image(path):
     return read_part(path, lambda width, height: (0, 0, width, height))[0]
 
 
-def crop_box(u, width, height, scale=(.2, 1), ratio=(3 / 4, 4 / 3)):
-    """torchvision's random resized crop from NUM_CROP given uniform numbers: (left, top, right, bottom), whole pixels.
-    Ten tries of (share of the area, aspect), then the largest central box whose aspect is within ratio."""
-    low, high = math.log(ratio[0]), math.log(ratio[1])
+def to_tensor(image):
+    """PIL 'RGB' -> uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def crop_box(u, crop, width, height):
+    """torchvision's random resized crop from NUM_CROP uniform numbers: (left, top, right, bottom), integers.
+    Ten tries of (share of the area, aspect), then the largest central box of aspect 3/4 to 4/3."""
+    low = math.log(3 / 4)
+    high = math.log(4 / 3)
     for area, aspect in zip(u[0:20:2], u[1:20:2]):
-        area, aspect = scale[0] + (scale[1] - scale[0]) * area, math.exp(low + (high - low) * aspect)
-        area *= width * height
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        area = (crop[0] + (crop[1] - crop[0]) * area) * (width * height)
+        aspect = math.exp(low + (high - low) * aspect)
+        w = round(math.sqrt(area * aspect))
+        h = round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            top, left = int(u[20] * (height - h + 1)), int(u[21] * (width - w + 1))
+            top = int(u[20] * (height - h + 1))
+            left = int(u[21] * (width - w + 1))
             return left, top, left + w, top + h
-    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
-    left, top = (width - w) // 2, (height - h) // 2
+
+    w = min(width, round(height * (4 / 3)))
+    h = min(height, round(width / (3 / 4)))
+    left = (width - w) // 2
+    top = (height - h) // 2
     return left, top, left + w, top + h
 
 
-def central_box(width, height, share=224 / 256, place=.5):
-    """The evaluation view: shorter side to 256/224 of the size, centre crop = the central square of 7/8 of it. CLIP's
-    has a share of 1. place: of the square along the longer side, from 0 to 1."""
-    side = min(width, height) * share
-    left, top = (width - side) * (place if width > height else .5), (height - side) * (place if height > width else .5)
-    return left, top, left + side, top + side
-
-
-def load_box(path, image_size, box_of):
-    """The part box_of(width, height) of one image -> uint8 [3, S, S], bicubic."""
-    image, box = read_part(path, box_of, image_size)
-    if isinstance(box[0], float):       # maybe parts of pixels: the evaluation view, and what was decoded smaller
-        image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def load_crop(path, image_size, u, crop=(.2, 1)):
+    """A random crop of one image, bicubic: uint8 [3, S, S]. u: NUM_CROP uniform numbers."""
+    image, box, smaller = read_part(path, functools.partial(crop_box, u, crop), image_size)
+    if smaller:                 # the box may cut through pixels
+        return to_tensor(image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box))
     # torch takes a third of PIL's time, and rarely differs by 1 or 2
-    part = torch.from_numpy(np.array(image.crop(box))).permute(2, 0, 1)[None]
+    part = to_tensor(image.crop(box))[None]
     return F.interpolate(part, size=(image_size, image_size), mode='bicubic', antialias=True)[0]
 
 
-def load_crop(path, image_size, u=None, scale=(.2, 1), flip=True, share=224 / 256):
-    """One image -> uint8 [3, S, S]. u: NUM_CROP uniform numbers; None for the evaluation view, the central square of
-    that share of the shorter side."""
+def load_view(path, image_size, share=224 / 256, place=.5):
+    """The evaluation view of one image, bicubic: uint8 [3, S, S], a square of that share of the shorter side.
+    224 / 256: resize the shorter side to 256, crop 224. place: where on the longer side, 0 to 1."""
     def box_of(width, height):
-        return central_box(width, height, share) if u is None else crop_box(u, width, height, scale)
-    image = load_box(path, image_size, box_of)
-    return image.flip(-1) if u is not None and flip and u[22] < .5 else image
-
-
-FILL = 123, 117, 104            # what comes in from beyond the border: CLIP's mean colour
+        side = min(width, height) * share
+        left = (width - side) * (place if width > height else .5)
+        top = (height - side) * (place if height > width else .5)
+        return left, top, left + side, top + side
+    image, box, _ = read_part(path, box_of, image_size)
+    return to_tensor(image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box))
 
 
 def moved(image, *matrix):
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=FILL)
+    affine = Image.Transform.AFFINE
+    return image.transform(image.size, affine, matrix, Image.Resampling.BICUBIC, fillcolor=FILL)
 
 
 def enhanced(kind):
@@ -823,8 +1048,8 @@ RAND_AUGMENT = {
     'posterize':    lambda x, m, sign: ImageOps.posterize(x, max(1, 4 - int(4 * m))),
     'solarize':     lambda x, m, sign: ImageOps.solarize(x, 256 - int(256 * m)),
     'solarize_add': lambda x, m, sign: x.point(lambda v: min(255, v + int(110 * m)) if v < 128 else v),
-    'color': enhanced('Color'), 'contrast': enhanced('Contrast'), 'brightness': enhanced('Brightness'),
-    'sharpness': enhanced('Sharpness'),
+    'color': enhanced('Color'), 'contrast': enhanced('Contrast'),
+    'brightness': enhanced('Brightness'), 'sharpness': enhanced('Sharpness'),
     'shear_x':      lambda x, m, sign: moved(x, 1, sign * .3 * m, 0, 0, 1, 0),
     'shear_y':      lambda x, m, sign: moved(x, 1, 0, 0, sign * .3 * m, 1, 0),
     'translate_x':  lambda x, m, sign: moved(x, 1, 0, sign * .45 * m * x.width, 0, 1, 0),
@@ -833,36 +1058,43 @@ RAND_AUGMENT = {
 
 
 def rand_augment(image, u):
-    """RandAugment (arXiv:1909.13719), timm's m9-mstd0.5-inc1: two of the fifteen, each done half of the time, with a
-    magnitude of 9 +- .5 of 10. image uint8 [3, S, S]; u: 10 uniform numbers."""
+    """RandAugment (arXiv:1909.13719), timm's m9-mstd0.5-inc1: two of the fifteen, each done half of the time,
+    at a magnitude of 9 +- .5 of 10. image uint8 [3, S, S]; u: 10 uniform numbers."""
     image = Image.fromarray(image.permute(1, 2, 0).numpy())
     for which, does, sign, a, b in (u[0:5], u[5:10]):
-        normal = math.sqrt(-2 * math.log(1 - a)) * math.cos(2 * math.pi * b)
         if does < .5:
+            normal = math.sqrt(-2 * math.log(1 - a)) * math.cos(2 * math.pi * b)
+            magnitude = min(1, max(0, .9 + .05 * normal))
             change = list(RAND_AUGMENT.values())[int(which * len(RAND_AUGMENT))]
-            image = change(image, min(1, max(0, .9 + .05 * normal)), 1 if sign < .5 else -1)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            image = change(image, magnitude, 1 if sign < .5 else -1)
+    return to_tensor(image)
 
 
-def jitter(images, u):
-    """EVA's for videos: brightness, contrast and saturation change with a chance of .8 (by up to .4, which is ours),
-    and all turns grey with .2; every frame alike. images uint8 [..., 3, S, S]; u: 5 uniform numbers."""
-    grey = lambda x: (x * torch.tensor([.299, .587, .114]).view(3, 1, 1)).sum(-3, keepdim=True)
+def to_grey(images):
+    """float [..., 3, H, W] -> [..., 1, H, W]."""
+    return (images * torch.tensor([.299, .587, .114]).view(3, 1, 1)).sum(-3, keepdim=True)
+
+
+def change_colours(images, u):
+    """EVA's for videos: brightness, contrast and saturation change with a chance of .8 (by up to .4: ours),
+    and all turns grey with .2. images uint8 [..., 3, S, S], frames alike; u: 5 uniform numbers."""
     x = images.float()
     if u[0] < .8:
         x = x * (.6 + .8 * u[1])
-        x = torch.lerp(grey(x).mean().expand_as(x), x, .6 + .8 * u[2])
-        x = torch.lerp(grey(x).expand_as(x), x, .6 + .8 * u[3])
+        x = torch.lerp(to_grey(x).mean().expand_as(x), x, .6 + .8 * u[2])
+        x = torch.lerp(to_grey(x).expand_as(x), x, .6 + .8 * u[3])
     if u[4] < .2:
-        x = grey(x).expand_as(x)
+        x = to_grey(x).expand_as(x)
     return x.round().clamp(0, 255).to(torch.uint8)
 
 
-AUGMENTS = {'rand': rand_augment, 'jitter': jitter}
+AUGMENTS = {'rand': rand_augment, 'colour': change_colours}
 
+
+# ---- folders, clips and shards ------------------------------------------------------------------
 
 def list_files(root):
-    """-> (images, texts): sorted paths below root of images, relative, with '/'; of .txt files, without their suffix.
+    """-> (images, texts): sorted paths of images below root, with '/'; those of .txt files, without suffix.
     What begins with a dot is left out."""
     names = [name.replace(os.sep, '/') for name in glob.iglob('**/*', root_dir=root, recursive=True)]
     texts = {name[:-4] for name in names if name.endswith('.txt')}
@@ -870,134 +1102,276 @@ def list_files(root):
 
 
 def split_by_hash(paths):
-    """5% of the paths, by each one's hash, are validation; at least one, and not all (a single image is both)."""
+    """5% of the paths, by each one's hash, are validation; at least one, and not all (one image is both)."""
     value = {path: hashlib.blake2b(os.fsencode(path), digest_size=8).digest() for path in paths}
     num = sum(int.from_bytes(value[path], 'big') < .05 * 2 ** 64 for path in paths)
     val = set(sorted(paths, key=value.get)[:max(1, min(num, len(paths) - 1))])
-    return {'train': [path for path in paths if path not in val] or paths, 'val': sorted(val)}
+    train = [path for path in paths if path not in val]
+    return {'train': train or paths, 'val': sorted(val)}
+
+
+def find_split(path, split):
+    """(folder of a split, folder of the other): train/ and val/, maybe below images/; else (path, '')."""
+    names = ('train', 'val') if split == 'train' else ('val', 'train')
+    for base in (path, os.path.join(path, 'images')):
+        here, other = (os.path.join(base, name) for name in names)
+        if os.path.isdir(here) and os.path.isdir(other):
+            return here, other
+    return path, ''
 
 
 def class_names(paths):
-    """The class of each path: its first folder below those that all share; [] unless every image lies in such a one."""
+    """The class of each path: its first folder below those that all share; [] unless every image has one."""
     parts = [path.split('/')[:-1] for path in paths]
     depth = len(os.path.commonprefix(parts))                # takes any sequences, not only strings
     return [part[depth] for part in parts] if all(len(part) > depth for part in parts) else []
 
 
-class Folder:
-    """Any folder of images, flat or nested. train/ and val/ (or images/train, images/val) are the splits if both exist,
-    else split_by_hash. 'test' is val/ or, without it, every image: for sets that nothing was trained on. Class folders
-    give labels and 'a photo of a ...'; a .txt beside an image is its caption."""
-    reads_files, frames = True, 0       # worker processes help
+def to_text(raw, name, broken):
+    """Bytes of a caption as text; what is not UTF-8 in them becomes U+FFFD, noted in broken."""
+    text = raw.decode('utf-8', 'replace').strip()
+    if '\ufffd' in text and '\ufffd'.encode() not in raw:
+        broken.append(('captions are not UTF-8', name))
+    return text
 
-    def __init__(self, path, split='train'):
-        bases = [base for base in (path, os.path.join(path, 'images'))
-                 if os.path.isdir(os.path.join(base, 'train')) and os.path.isdir(os.path.join(base, 'val'))]
-        split = 'val' if bases and split == 'test' else split
-        self.root = os.path.join(bases[0], split) if bases else path
-        (files, texts), others = self.find(self.root), []
-        if bases:               # the other split's classes count too, so that both give the same ids
-            others, _ = self.find(os.path.join(bases[0], 'val' if split == 'train' else 'train'))
-        self.paths = files if bases or split == 'test' else split_by_hash(files)[split]
-        if not self.paths:
-            raise ValueError(f'{self.root}: no images in it or below; looked for {" ".join(SUFFIXES)} and .tar shards '
-                             '(json lists and the like are not read: unpack them)')
-        names = class_names(files + others)
-        self.classes = self.label_names = sorted(set(names))
-        class_of, ids = dict(zip(files, names)), {name: i for i, name in enumerate(self.classes)}
-        self.labels = [ids[class_of[path]] for path in self.paths] if names else None
-        self.texts = {path for path in self.paths if os.path.splitext(path)[0] in texts}   # images with a caption file
-        self.has_captions = bool(names) or len(self.texts) == len(self.paths)
-        self.broken = set()     # (what, name) of what could not be read, met so far
-        self.sample(0, 8, None, 1., False, [])              # ValueError unless some image can be read
 
-    def find(self, root):
-        """(samples, those with a caption) below root; see list_files."""
-        return list_files(root)
+class Unfit(OSError):
+    """A file that can be read and is no sample; what is said begins with its path."""
+
+
+class Files:
+    """What readers of files share: samples at paths below root, in batches.
+    A reader has sample(i, image_size, u, broken): a dict of sample i as seen in training, from uniform
+    numbers u, or, where u is None, as judged. It raises OSError if it cannot."""
+    reads_files = True          # worker processes help
+    frames = 0
 
     def __len__(self):
         return len(self.paths)
 
+    def index(self, position, seed):
+        """Which samples stand at these positions [B] of a run: a list."""
+        return sample_index(position, len(self), seed).tolist()
+
+    def first_readable(self, first, image_size, u, broken, most=None):
+        """Sample `first`, or the next that can be read of all (or of most); others' names go to broken."""
+        num = len(self.paths)
+        tries = most or num
+        for i in range(first, first + tries):
+            i = i % num
+            try:
+                return self.sample(i, image_size, u, broken)
+            except OSError as error:
+                name = str(error) if isinstance(error, Unfit) else self.paths[i]
+                broken.append((f'of {num:,} images could not be read and were replaced', name))
+                last = error
+        raise Refused(f'{self.root}: none of {tries:,} images can be used; the last: {last}')
+
+    def batch(self, position, image_size, seed=0, device='cpu', train=True):
+        """The samples at these positions [B] as one dict, tensors stacked, other things in lists; and position,
+        broken. train: as seen in training, else as judged."""
+        broken = []
+        numbers = uniform(seed, 'crop', position, NUM_CROP + NUM_AUGMENT + self.frames).tolist()
+        samples = [self.first_readable(first, image_size, u if train else None, broken)
+                   for first, u in zip(self.index(position, seed), numbers)]
+
+        batch = {name: [sample[name] for sample in samples] for name in samples[0]}
+        for name, values in batch.items():
+            if torch.is_tensor(values[0]):
+                batch[name] = torch.stack(values).contiguous()
+        return to_device(dict(batch, position=position, broken=broken), device)
+
+
+class Folder(Files):
+    """Any folder of images, flat or nested. train/ and val/ (or images/train, images/val) are the splits if
+    both exist, else split_by_hash. 'test' is val/ or, without it, every image: nothing was trained on it.
+    Class folders give labels and 'a photo of a ...'; a .txt beside an image is its caption."""
+
+    def __init__(self, path, split='train', views=Views()):
+        self.views = views
+        self.broken = set()     # (what, name) of what could not be read, met so far
+        self.root, other = find_split(path, split)
+        files, texts = self.find(self.root)
+        others, _ = self.find(other) if other else ([], [])
+        self.paths = files if other or split == 'test' else split_by_hash(files)[split]
+        if not self.paths:
+            raise Refused(f'{self.root}: no images in it or below; looked for {" ".join(SUFFIXES)} and .tar '
+                          'shards (json lists and the like are not read: unpack them)')
+
+        # the other split's classes count too, so that both give the same ids
+        names = class_names(files + others)
+        self.classes = sorted(set(names))
+        self.label_names = self.classes
+        class_of = dict(zip(files, names))
+        ids = {name: i for i, name in enumerate(self.classes)}
+        self.labels = [ids[class_of[path]] for path in self.paths] if names else None
+        self.texts = {path for path in self.paths if os.path.splitext(path)[0] in texts}
+        self.has_captions = bool(names) or len(self.texts) == len(self.paths)
+        self.first_readable(0, 8, None, [])             # refused unless some image can be read
+
+    def find(self, root):
+        """(samples below root, those with a caption without their suffix); see list_files."""
+        return list_files(root)
+
     def some_captions(self, num):
         """Captions of the first num images, from which a tokenizer learns its vocabulary."""
-        return [self.caption(i) for i in range(min(num, len(self)))]
+        return [self.caption(i, []) for i in range(min(num, len(self)))]
 
-    def caption(self, i, broken=None):
+    def caption(self, i, broken):
         """The .txt beside image i, else its class in a sentence, else ''."""
         if self.paths[i] in self.texts:
             path = os.path.join(self.root, os.path.splitext(self.paths[i])[0] + '.txt')
             with open(path, 'rb') as file:
-                return as_text(file.read(), path, broken)
-        return f'a photo of a {self.classes[self.labels[i]].replace("_", " ")}' if self.classes else ''
+                return to_text(file.read(), path, broken)
+        return 'a photo of a ' + self.classes[self.labels[i]].replace('_', ' ') if self.classes else ''
 
     def image(self, i):
         """What PIL can open of image i: a path, or its bytes as a file."""
         return os.path.join(self.root, self.paths[i])
 
-    def load(self, i, image_size, u, scale, flip):
-        """Image i; scale as in batch."""
-        view = dict(u=u, scale=scale, flip=flip) if isinstance(scale, tuple) else dict(share=scale)
-        return load_crop(self.image(i), image_size, **view)
+    def train_view(self, i, image_size, u):
+        return load_crop(self.image(i), image_size, u, self.views.crop)
 
-    def sample(self, first, image_size, u, scale, flip, broken):
-        """-> (index, image [3, S, S], caption) of image first or the next that can be read; others' names to broken."""
-        for offset in range(len(self)):
-            i = (first + offset) % len(self)
-            try:
-                caption = self.caption(i, broken)           # 'left of the house' is untrue of the mirror image
-                turnable = flip and not re.search(r'\b(left|right)', caption, re.IGNORECASE)
-                return i, self.load(i, image_size, u, scale, turnable), caption
-            except OSError as error:
-                broken.append((f'of {len(self):,} images could not be read and were replaced', self.paths[i]))
-                last = error
-        raise ValueError(f'{self.root}: none of its {len(self):,} images can be decoded; the last: {last}')
+    def eval_view(self, i, image_size):
+        return load_view(self.image(i), image_size, self.views.share)
 
-    def batch(self, position, image_size, seed, device='cpu', scale=(.2, 1), flip=True, augment=''):
-        """position [B] int64 -> dict: images uint8 [B, 3, S, S], position and index [B], labels [B], captions, broken.
-        scale: from and to which share of the area a random crop takes; a number: central_box's, for evaluation.
-        augment: one of AUGMENTS."""
-        index, broken = sample_index(position, len(self), seed).tolist(), []
-        u = uniform(seed, 'crop', position, NUM_CROP + NUM_AUGMENT + self.frames).tolist()
-        samples = [self.sample(i, image_size, row, scale, flip, broken) for i, row in zip(index, u)]
-        index, images, captions = zip(*samples)
-        if augment:
-            images = [AUGMENTS[augment](image, row[NUM_CROP:]) for image, row in zip(images, u)]
-        batch = dict(images=torch.stack(images).contiguous(), position=position, index=torch.tensor(index))
+    def sample(self, i, image_size, u, broken):
+        """dict of sample i: images [3, S, S], index, labels if there are any, captions if all have one."""
+        caption = self.caption(i, broken)
+        if u is None:
+            image = self.eval_view(i, image_size)
+        else:
+            image = self.train_view(i, image_size, u)
+            has_sides = re.search(r'\b(left|right)', caption, re.IGNORECASE)    # untrue of the mirror image
+            if self.views.flip and u[22] < .5 and not has_sides:
+                image = image.flip(-1)
+            if self.views.augment:
+                image = AUGMENTS[self.views.augment](image, u[NUM_CROP:])
+        sample = dict(images=image, index=torch.tensor(i))
         if self.labels is not None:
-            batch['labels'] = torch.tensor([self.labels[i] for i in index])
+            sample['labels'] = torch.tensor(self.labels[i])
         if self.has_captions:
-            batch['captions'] = list(captions)
-        return to_device(batch, device) | {'broken': broken}
+            sample['captions'] = caption
+        return sample
 
 
-def as_text(raw, name, broken=None):
-    """Bytes of a caption as text; what is not UTF-8 in them becomes U+FFFD, noted in broken."""
-    text = raw.decode('utf-8', 'replace').strip()
-    if broken is not None and '\ufffd' in text and '\ufffd'.encode() not in raw:
-        broken.append(('captions are not UTF-8', name))
-    return text
+class Clips(Folder):
+    """A folder of clips, each a folder of frames in the order of their names; splits, classes as Folder's.
+    T frames of each are seen, one from every T-th of it: [T, 3, S, S]. Judged are 4 choices of frames times
+    3 squares along the longer side: [12, T, 3, S, S]."""
+    TIMES = (.125, .375, .625, .875)
+    PLACES = (0, .5, 1)
+
+    def __init__(self, path, split='train', frames=8, views=Views()):
+        self.frames = frames
+        super().__init__(path, split, views)
+
+    def find(self, root):
+        num_frames = Counter(os.path.dirname(name) for name in list_files(root)[0])
+        short = min(num_frames, key=num_frames.get, default='')
+        if num_frames[short] < self.frames:
+            raise Refused(f'{os.path.join(root, short)} has {num_frames[short]} frames, fewer than --frames '
+                          f'{self.frames}; each clip is a folder of its frames')
+        return sorted(num_frames), set()
+
+    def frame_paths(self, i, times):
+        """A frame from every T-th of clip i. times: T numbers from 0 to 1, where in its part each lies."""
+        folder = os.path.join(self.root, self.paths[i])
+        names = [name for name in os.listdir(folder) if name.lower().endswith(SUFFIXES) and name[0] != '.']
+        places = [int((t + time) * len(names) / self.frames) for t, time in enumerate(times)]
+        return [os.path.join(folder, sorted(names)[place]) for place in places]
+
+    def train_view(self, i, image_size, u):
+        paths = self.frame_paths(i, u[NUM_CROP + NUM_AUGMENT:])
+        return torch.stack([load_crop(path, image_size, u, self.views.crop) for path in paths])
+
+    def eval_view(self, i, image_size):
+        views = []
+        for time in self.TIMES:
+            paths = self.frame_paths(i, [time] * self.frames)
+            for place in self.PLACES:
+                frames = [load_view(path, image_size, self.views.share, place) for path in paths]
+                views.append(torch.stack(frames))
+        return torch.stack(views)
 
 
-def json_caption(text):
-    """The caption in img2dataset's JSON; '' if there is none."""
-    try:
-        return str(json.loads(text)['caption'] or '')
-    except (ValueError, LookupError, TypeError):
-        return ''
+class Shards(Folder):
+    """Samples in tar files, as img2dataset and webdataset write them: members of one basename are an image,
+    its caption (.txt, or "caption" in .json) and its class (.cls). 5% by hash of shard/basename are validation.
+    Headers are read once at the start; then a sample is read where it lies, in the order of a folder's."""
 
+    def __init__(self, paths, split='train', views=Views()):
+        self.views = views
+        self.shards = paths
+        self.root = os.path.commonpath(paths)
+        self.broken = set()
+        members = self.find_members()
+        if not members:
+            looked = 'looked for ' + ' '.join(SUFFIXES)
+            raise Refused(f'{self.root}: no images in {len(paths)} tar shards; {looked}')
 
-def expand(spec):
-    """'x/{00000..00003}.tar' -> the four paths; every range in it counts, outer first."""
-    found = re.search(r'\{(\d+)\.\.(\d+)\}', spec)
-    if not found:
-        return [spec]
-    first, last = found.groups()
-    return [path for n in range(int(first), int(last) + 1)
-            for path in expand(spec[:found.start()] + str(n).zfill(len(first)) + spec[found.end():])]
+        # a caption for each, or for none
+        described = {name for name, row in members.items() if 'txt' in row or 'json' in row}
+        self.has_captions = bool(described)
+        if described:
+            silent = members.keys() - described
+            self.broken |= {('images without a caption were left out', name) for name in silent}
+        names = sorted(described or members)
+        self.paths = names if split == 'test' else split_by_hash(names)[split]
+        kinds = ('image', 'txt', 'json')
+        rows = [[members[name].get(kind, (0, 0, 0)) for kind in kinds] for name in self.paths]
+        self.rows = np.array(rows)                                                  # [n, 3, 3] int64
+
+        # a class for each, or for none
+        self.labels = None
+        self.label_names = []
+        if all('cls' in row for row in members.values()):
+            class_of = {name: self.read(*row['cls']).decode().strip() for name, row in members.items()}
+            self.label_names = sorted(set(class_of.values()))
+            self.label_names.sort(key=lambda name: len(name) if name.isdecimal() else 0)        # 9 before 10
+            ids = {name: i for i, name in enumerate(self.label_names)}
+            self.labels = [ids[class_of[name]] for name in self.paths]
+        are_numbers = all(name.isdecimal() for name in self.label_names)
+        self.classes = [] if are_numbers else self.label_names
+        self.first_readable(0, 8, None, [])             # refused unless some image can be read
+
+    def find_members(self):
+        """{'shard/basename': {'image', 'txt', 'json' or 'cls': (shard, offset, size)}} of every image."""
+        rows = {}
+        for shard, path in enumerate(self.shards):
+            members, whole = tar_members(path)
+            if not whole:
+                self.broken.add(('shards are cut short or damaged', path))
+
+            for name, offset, size in members:
+                folder, file = os.path.split(name)
+                base, _, suffix = file.partition('.')
+                what = 'image' if f'.{suffix.lower()}' in SUFFIXES else suffix
+                key = f'{os.path.basename(path)}/{os.path.join(folder, base)}'
+                rows.setdefault(key, {})[what] = shard, offset, size
+        return {key: row for key, row in rows.items() if 'image' in row}
+
+    def read(self, shard, offset, size):
+        with open(self.shards[shard], 'rb') as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def caption(self, i, broken):
+        _, text, held = self.rows[i]
+        if text[2]:
+            return to_text(self.read(*text), f'{self.paths[i]}.txt', broken)
+        try:                    # img2dataset's json
+            held = json.loads(to_text(self.read(*held), f'{self.paths[i]}.json', broken))
+            return str(held['caption'] or '')
+        except (ValueError, LookupError, TypeError):
+            return ''
+
+    def image(self, i):
+        return io.BytesIO(self.read(*self.rows[i, 0]))
 
 
 def tar_members(path):
-    """-> ([(name, offset, size)] of a tar's files, whether it is whole). Of a damaged one: what comes before."""
+    """-> ([(name, offset, size)] of a tar's files, whether it is whole). Damaged: what comes before."""
     members = []
     try:
         with tarfile.open(path, 'r:') as archive:
@@ -1012,125 +1386,695 @@ def tar_members(path):
     return [member for member in members if member[1] + member[2] <= end], whole
 
 
-class Clips(Folder):
-    """A folder of clips, each a folder of frames in the order of their names; splits and classes as Folder's. T frames
-    of each are seen, one from every T-th of it: [T, 3, S, S]. In evaluation VIEWS[0] choices of frames times VIEWS[1]
-    squares along the longer side: [12, T, 3, S, S]."""
-    VIEWS = 4, 3
-
-    def __init__(self, path, split='train', frames=8):
-        self.frames = frames
-        super().__init__(path, split)
-
-    def find(self, root):
-        num_frames = Counter(os.path.dirname(name) for name in list_files(root)[0])
-        short = min(num_frames, key=num_frames.get, default='')
-        if num_frames[short] < self.frames:
-            raise ValueError(f'{os.path.join(root, short)} has {num_frames[short]} frames, fewer than --frames '
-                             f'{self.frames}; each clip is a folder of its frames')
-        return sorted(num_frames), set()
-
-    def load(self, i, image_size, u, scale, flip):
-        folder = os.path.join(self.root, self.paths[i])
-        names = sorted(name for name in os.listdir(folder) if name.lower().endswith(SUFFIXES) and name[0] != '.')
-        at = lambda places: [os.path.join(folder, names[int((t + place) * len(names) / self.frames)])
-                             for t, place in enumerate(places)]
-        if isinstance(scale, tuple):        # one crop for the whole clip
-            return torch.stack([load_crop(path, image_size, u, scale, flip) for path in at(u[NUM_CROP + NUM_AUGMENT:])])
-        (num_times, num_boxes), views = self.VIEWS, []
-        for time in range(num_times):
-            for place in range(num_boxes):
-                box = lambda *size: central_box(*size, scale, place / (num_boxes - 1))
-                views.append(torch.stack([load_box(path, image_size, box)
-                                          for path in at([(time + .5) / num_times] * self.frames)]))
-        return torch.stack(views)
-
-
-class Shards(Folder):
-    """Samples in tar files, as img2dataset and webdataset write them: members of one basename are an image, its caption
-    (.txt, or "caption" in .json) and its class (.cls). 5% by hash of shard and basename are validation. Every shard's
-    headers are read once at the start; after that a sample is read where it lies, in the order of a folder's."""
-
-    def __init__(self, paths, split='train'):
-        self.root, self.shards, self.broken = os.path.commonpath(paths) if len(paths) > 1 else paths[0], paths, set()
-        rows = {}               # 'shard/basename' -> {what: (shard, offset, size)}
-        for shard, path in enumerate(paths):
-            members, whole = tar_members(path)
-            if not whole:
-                self.broken.add(('shards are cut short or damaged', path))
-            for name, offset, size in members:
-                base, _, suffix = os.path.basename(name).partition('.')
-                what = 'image' if f'.{suffix.lower()}' in SUFFIXES else suffix
-                key = f'{os.path.basename(path)}/{os.path.join(os.path.dirname(name), base)}'
-                rows.setdefault(key, {})[what] = shard, offset, size
-        rows = {key: row for key, row in rows.items() if 'image' in row}
-        if not rows:
-            raise ValueError(f'{self.root}: no images in {len(paths)} tar shards; looked for {" ".join(SUFFIXES)}')
-        described = {key for key, row in rows.items() if 'txt' in row or 'json' in row}
-        self.has_captions = bool(described)
-        if described:           # a caption for each, or for none
-            self.broken |= {('images without a caption were left out', key) for key in rows.keys() - described}
-        paths = sorted(described or rows)
-        self.paths = paths if split == 'test' else split_by_hash(paths)[split]
-        self.rows = np.array([[rows[key].get(what, (0, 0, 0)) for what in ('image', 'txt', 'json', 'cls')]
-                              for key in self.paths])                                       # [n, 4, 3] int64
-        labelled = all('cls' in row for row in rows.values())
-        class_of = {key: self.read(*row['cls']).decode().strip() for key, row in rows.items()} if labelled else {}
-        names = sorted(set(class_of.values()), key=lambda name: (len(name) if name.isdecimal() else 0, name))
-        ids = {name: i for i, name in enumerate(names)}
-        self.labels = [ids[class_of[key]] for key in self.paths] if labelled else None
-        self.label_names = names
-        self.classes = [] if all(name.isdecimal() for name in names) else names     # numbers are no names
-        self.sample(0, 8, None, 1., False, [])              # ValueError unless some image can be read
-
-    def read(self, shard, offset, size):
-        with open(self.shards[shard], 'rb') as file:
-            file.seek(offset)
-            return file.read(size)
-
-    def caption(self, i, broken=None):
-        for what, place in zip(('txt', 'json'), self.rows[i, 1:3]):
-            if place[2]:
-                text = as_text(self.read(*place), f'{self.paths[i]}.{what}', broken)
-                return text if what == 'txt' else json_caption(text)
-        return ''
-
-    def image(self, i):
-        return io.BytesIO(self.read(*self.rows[i, 0]))
-
-
 def report_broken(dataset):
     """A line for each kind of trouble with the data, '' if there was none."""
     lines = []
-    for what in sorted({what for what, _ in dataset.broken}):
-        names = sorted(name.encode('utf-8', 'replace').decode() for kind, name in dataset.broken if kind == what)
-        lines.append(f'{len(names):,} {what}: {", ".join(names[:3])}' + ', ...' * (len(names) > 3))
+    for kind in sorted({what for what, _ in dataset.broken}):
+        names = sorted(name for what, name in dataset.broken if what == kind)
+        names = [name.encode('utf-8', 'replace').decode() for name in names]
+        more = ', ...' if len(names) > 3 else ''
+        lines.append(f'{len(names):,} {kind}: {", ".join(names[:3])}{more}')
     return '\n'.join(lines)
 
 
-# ---- loading ----------------------------------------------------------------------------------------------------
+# ---- masks --------------------------------------------------------------------------------------
+# A mask is kept as COCO does: the lengths of its runs down the columns, starting with one, perhaps empty,
+# of zeros. Boxes are [x1, y1, x2, y2] in pixels, a json's [x, y, width, height]; pixel i covers i to i + 1,
+# so a width is x2 - x1 and no 1 is ever added. All equals what COCO's own tools give.
 
-def permutation(index, length, seed, epoch):
-    """A bijection of [0, length) keyed by (seed, epoch), in no memory: index int64 tensor -> same shape. epoch: int or
-    tensor. A Feistel network on the next power of four, applied until the result is below length (cycle walking)."""
-    half = max(1, ((length - 1).bit_length() + 1) // 2)
-    key = mix(mix(torch.tensor((seed << 32) + zlib.crc32(b'order'), device=index.device)) + epoch)
-
-    def shuffle(x):
-        left, right = x >> half, x & ((1 << half) - 1)
-        for turn in range(1, 5):
-            left, right = right, left ^ (mix(right + key + (turn << 32)) & ((1 << half) - 1))
-        return left << half | right
-
-    x = shuffle(index)
-    while (x >= length).any():
-        x = torch.where(x < length, x, shuffle(x))
-    return x
+def encode_mask(mask):
+    """mask bool [H, W] -> run lengths."""
+    flat = np.asarray(mask, dtype=bool).T.ravel()
+    return edges_to_runs(np.flatnonzero(np.diff(flat, prepend=False)), flat.size)
 
 
-def sample_index(position, length, seed):
-    """Which sample is at a position (= step * batch_size + place) of the endless stream: each epoch its own order."""
-    return permutation(position % length, length, seed, position // length)
+def decode_mask(runs, size):
+    """Run lengths -> bool [H, W]. size: (height, width)."""
+    height, width = size
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def edges_to_runs(edges, total):
+    """Places where a mask of `total` pixels changes, in order -> run lengths; only the first may be 0."""
+    return np.diff(edges[edges < total], prepend=0, append=total)
+
+
+def runs_to_string(runs):
+    """COCO's compressed form: from the fourth on, a run's difference to the one two earlier; each number in
+    groups of 5 bits, lowest first, with a sixth bit where more follow, plus 48 as ASCII."""
+    runs = np.asarray(runs).tolist()
+    text = ''
+    for i, value in enumerate(runs):
+        if i > 2:
+            value -= runs[i - 2]
+        more = True
+        while more:
+            bits = value & 31
+            value >>= 5
+            more = value != (-1 if bits & 16 else 0)        # the highest group's bit 16 is the sign
+            text += chr(48 + bits + 32 * more)
+    return text
+
+
+def string_to_runs(text):
+    """The inverse of runs_to_string."""
+    codes = np.frombuffer(text.encode(), np.uint8).astype(np.int64) - 48
+    last = np.flatnonzero(codes < 32)                               # group of each number
+    first = np.concatenate(([0], last[:-1] + 1))
+    place = 5 * (np.arange(len(codes)) - np.repeat(first, last - first + 1))
+    numbers = np.add.reduceat((codes & 31) << place, first)
+    numbers -= np.where(codes[last] & 16, 1 << (place[last] + 5), 0)
+    numbers[1::2] = numbers[1::2].cumsum()
+    numbers[2::2] = numbers[2::2].cumsum()
+    return numbers
+
+
+def merge_masks(masks, at_least=1):
+    """Where at least so many of these masks are set: 1 gives the union, len(masks) the intersection."""
+    ends = np.concatenate([np.cumsum(runs) for runs in masks])
+    change = np.concatenate([1 - 2 * (np.arange(len(runs)) % 2) for runs in masks])     # rises after zeros
+    order = np.argsort(ends, kind='stable')
+    ends = ends[order]
+    last = np.append(ends[1:] != ends[:-1], True)                   # of those at the same place
+    inside = np.cumsum(change[order])[last] >= at_least
+    edges = ends[last][np.diff(inside, prepend=False)]
+    return edges_to_runs(edges, int(masks[0].sum()))
+
+
+def mask_area(runs):
+    return int(runs[1::2].sum())
+
+
+def mask_box(runs, height):
+    """The box around a mask, [x1, y1, x2, y2]; zeros if it is empty."""
+    first = np.cumsum(runs)[:-1:2]                                  # pixel of each run of ones
+    last = np.cumsum(runs)[1::2] - 1
+    first, last = first[last >= first], last[last >= first]
+    if not len(first):
+        return np.zeros(4)
+    split = first // height != last // height                       # a run past a column's end
+    top = np.where(split, 0, first % height).min()
+    bottom = np.where(split, height - 1, last % height).max()
+    return np.array([first[0] // height, top, last[-1] // height + 1, bottom + 1], dtype=np.float64)
+
+
+def fill_polygon(points, size):
+    """Run lengths of a polygon, bit for bit as COCO's tools fill it. points [n, 2] (x, y); size (height, width).
+    The outline is walked in fifths of a pixel; the fill changes where it passes the middle of a column."""
+    height, width = size
+    here = (5 * np.reshape(points, (-1, 2)).astype(np.float64) + .5).astype(np.int64)       # truncates, as C
+    there = np.roll(here, -1, axis=0)
+
+    # every edge is walked from its lower end along its longer side, one place a fifth
+    span = abs(there - here)                                        # [n, 2]
+    is_wide = span[:, 0] >= span[:, 1]
+    flip = np.where(is_wide, here[:, 0] > there[:, 0], here[:, 1] > there[:, 1])
+    low = np.where(flip[:, None], there, here)
+    high = np.where(flip[:, None], here, there)
+    steps = span.max(1)
+    slope = (high - low) / np.maximum(steps, 1)[:, None]
+    edge = np.repeat(np.arange(len(here)), steps + 1)
+    step = np.arange(len(edge)) - (np.cumsum(steps + 1) - steps - 1)[edge]
+    step = np.where(flip[edge], steps[edge] - step, step)
+    x, y = (low[edge] + slope[edge] * step[:, None] + .5).astype(np.int64).T
+
+    # where x changes in the middle of a column
+    turn = np.flatnonzero(x[1:] != x[:-1])
+    x = np.minimum(x[turn], x[turn + 1])
+    y = np.minimum(y[turn], y[turn + 1])
+    middle = (x % 5 == 2) & (x >= 0) & (x < 5 * width)
+    row = np.clip(-((2 - y[middle]) // 5), 0, height)               # the first pixel whose middle is below
+    places, times = np.unique(x[middle] // 5 * height + row, return_counts=True)
+    return edges_to_runs(places[times % 2 == 1], height * width)    # twice at one place changes nothing
+
+
+def fill_polygons(polygons, size):
+    """The union of an object's parts, each [x, y, x, y, ...]."""
+    return merge_masks([fill_polygon(part, size) for part in polygons])
+
+
+def read_segmentation(segmentation, size):
+    """Run lengths of what a COCO json holds: polygons, or RLE with its counts as a list or as a string."""
+    if isinstance(segmentation, list):
+        return fill_polygons(segmentation, size)
+    counts = segmentation['counts']
+    return string_to_runs(counts) if isinstance(counts, str) else np.array(counts)
+
+
+def clip_boxes(boxes, image_size):
+    """boxes [..., 4] cut at the borders of an image of (height, width)."""
+    height, width = image_size
+    return torch.minimum(boxes.clamp(min=0), boxes.new_tensor((width, height, width, height)))
+
+
+def has_area(boxes):
+    """boxes [..., 4] -> [...] bool."""
+    return (boxes[..., 2:] > boxes[..., :2]).all(-1)
+
+
+def pad_to(images, side):
+    """images [..., H, W] with zeros (the mean, once normalised) at right and bottom: [..., side, side]."""
+    return F.pad(images, (0, side - images.shape[-1], 0, side - images.shape[-2]))
+
+
+def nearest_part(pixels, whole, corner, size):
+    """The nearest pixels of a part of pixels [H, W] stretched to whole: [h, w]. All (width, height)."""
+    columns, rows = [((np.arange(n) + first + .5) * num / of).astype(int).clip(max=num - 1)
+                     for n, first, num, of in zip(size, corner, pixels.shape[::-1], whole)]
+    return pixels[rows][:, columns]
+
+
+def bilinear_part(image, whole, corner, size):
+    """The part of a PIL image stretched to whole, bilinear: PIL of size, from corner on."""
+    fraction = np.array(image.size) / whole
+    box = [*(corner * fraction), *((corner + size) * fraction)]
+    return image.resize(size.astype(int).tolist(), Image.Resampling.BILINEAR, box=box)
+
+
+# ---- images with objects ------------------------------------------------------------------------
+
+REPEAT = .001           # LVIS: images of classes in fewer of them than this share are shown more often
+SMALLEST = 8            # visible pixels of an object of the world that counts
+COCO_KEYS = {           # what we use of a json
+    'images': ('id', 'width', 'height'), 'annotations': ('image_id', 'category_id', 'bbox'),
+    'categories': ('id', 'name')}
+
+
+def is_lvis(truth):
+    """Whether a json's categories have LVIS's frequencies."""
+    return any('frequency' in category for category in truth['categories'])
+
+
+def find_json(spec, split):
+    """--data -> (path of a COCO or LVIS json, whether it holds both splits)."""
+    if spec.endswith('.json'):
+        return spec, True
+    names = f'{split}.json', f'annotations/instances_{split}*.json', f'annotations/lvis*_{split}.json'
+    for name in names:
+        for path in sorted(glob.glob(os.path.join(glob.escape(spec), name))):
+            return path, False
+    raise Refused(f'--data {spec}: no boxes; looked for {", ".join(names)} in it. Give a .json, a folder '
+                  "with train.json and val.json, COCO's own folder, or 'shapes', the built-in world")
+
+
+def read_json(path):
+    """A COCO or LVIS json, checked for what we use."""
+    try:
+        with open(path) as file:
+            held = json.load(file)
+    except (OSError, ValueError) as error:
+        raise Refused(f'{path} cannot be read as json ({first_line(error)})') from None
+    for name, keys in COCO_KEYS.items():
+        rows = held.get(name) if isinstance(held, dict) else None
+        is_list = isinstance(rows, list)
+        if not is_list or not all(isinstance(row, dict) and row.keys() >= set(keys) for row in rows):
+            raise Refused(f"{path} is not a COCO json: expected a list '{name}' of dicts with {', '.join(keys)}")
+    for row in held['images']:              # LVIS gives addresses, whose last two parts are COCO's path
+        row.setdefault('file_name', '/'.join(str(row.get('coco_url', '')).split('/')[-2:]))
+    return held
+
+
+def find_images(path, split, names):
+    """The folder of a json's images: the first of the usual places that has one of the first twenty."""
+    root = os.path.dirname(path)
+    beside = f'../{split}2017', f'../images/{split}', f'images/{split}', '..', '.'
+    places = [os.path.splitext(path)[0], *(os.path.join(root, place) for place in beside)]
+    for place in places:
+        if any(os.path.exists(os.path.join(place, name)) for name in names[:20]):
+            return place
+    return places[0]
+
+
+def check_annotation(row, size):
+    """-> (an annotation with what may be missing, and its box [x1, y1, x2, y2] cut at the borders of an image
+    of size (height, width); why it cannot be used, or '')."""
+    x, y, w, h = row['bbox'] if len(row['bbox']) == 4 else (0, 0, 0, 0)
+    box = clip_boxes(torch.tensor([x, y, x + w, y + h], dtype=torch.float32), size)
+    mask = row.get('segmentation') or [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    trouble = ''
+    if not has_area(box):
+        trouble = 'boxes have no area within their image'
+    elif isinstance(mask, dict) and tuple(mask.get('size', ())) != size:
+        trouble = 'masks are of another size than their image'
+    return dict(row, segmentation=mask, area=row.get('area', w * h), box=box), trouble
+
+
+class Instances(Files):
+    """Images with boxes and masks from a COCO or LVIS json. What cannot be used is left out and counted in
+    broken: images that are not there, annotations of unknown images or categories, boxes without area,
+    masks of another size than their image. Crowds are not learnt from, and judged as COCO does."""
+    coarse = None
+
+    def __init__(self, spec, split='train', images='', scale_jitter=(1., 1.)):
+        path, has_both = find_json(spec, split)
+        held = read_json(path)
+        self.scale_jitter = scale_jitter
+        self.categories = sorted(held['categories'], key=lambda row: row['id'])     # ids may have gaps
+        self.label_of = {row['id']: k for k, row in enumerate(self.categories)}
+        self.classes = [row['name'] for row in self.categories]
+        self.lvis = is_lvis(held)
+
+        # the split's images that are there
+        names = sorted(row['file_name'] for row in held['images'])
+        if has_both and names:
+            names = split_by_hash(names)[split]
+        self.root = images or find_images(path, split, names)
+        there = {name for name in names if os.path.exists(os.path.join(self.root, name))}
+        self.broken = {('images of the json are not there', name) for name in names if name not in there}
+        self.images = [row for row in held['images'] if row['file_name'] in there]
+        self.paths = [row['file_name'] for row in self.images]
+        if not self.images:
+            raise Refused(f'{path}: none of its {len(names):,} images is in {self.root}; use --images DIR')
+
+        self.rows = self.usable_rows(held)
+        repeats = self.repeats() if split == 'train' else np.ones(len(self.images))
+        self.shares = np.cumsum(repeats)
+
+    def usable_rows(self, held):
+        """{image id: its annotations that can be used}."""
+        sizes = {row['id']: (row['height'], row['width']) for row in held['images']}
+        rows = {row['id']: [] for row in self.images}
+        for n, row in enumerate(held['annotations']):
+            image = row['image_id']
+            trouble = ''
+            if image not in sizes or row['category_id'] not in self.label_of:
+                trouble = 'annotations name an unknown image or category'
+            elif image in rows:             # others are of the other split, or not there
+                row, trouble = check_annotation(row, sizes[image])
+                if not trouble:
+                    rows[image].append(row)
+            if trouble:
+                self.broken.add((trouble + ' and were left out', f"annotation {row.get('id', n)}"))
+        return rows
+
+    def frequencies(self):
+        """In how many images each class is [K]."""
+        counts = Counter()
+        for rows in self.rows.values():
+            counts.update({row['category_id'] for row in rows})
+        return torch.tensor([float(counts[row['id']]) for row in self.categories])
+
+    def repeats(self):
+        """How often an epoch shows each image [images]: once, but LVIS sqrt(REPEAT / share of the images) times
+        for the rarest of its classes (arXiv:1908.03195)."""
+        if not self.lvis:
+            return np.ones(len(self.images))
+        share = self.frequencies().numpy() / len(self.images)
+        factor = np.sqrt(REPEAT / share.clip(1e-9)).clip(1)
+        times = []
+        for image in self.images:
+            labels = [self.label_of[row['category_id']] for row in self.rows[image['id']]]
+            times.append(factor[labels].max(initial=1.))
+        return np.array(times)
+
+    def __len__(self):
+        return round(self.shares[-1])
+
+    def index(self, position, seed):
+        """Which images stand at these positions [B]: each epoch has its own order, and shows each image as often
+        as it should, rounded up or down."""
+        u = uniform(seed, 'repeat', position // len(self), 1)[:, 0]
+        place = (sample_index(position, len(self), seed) + u.double()).numpy() * self.shares[-1] / len(self)
+        return self.shares.searchsorted(place, 'right').clip(max=len(self.images) - 1).tolist()
+
+    def sample(self, i, image_size, u, broken):
+        """dict of images uint8 [3, S, S] (zeros at right and bottom), sizes (height, width of what is no
+        padding), targets (boxes [n, 4], labels [n], masks), index. In training with large-scale jitter
+        (arXiv:2012.07177), else the whole image, as large as fits."""
+        image = read_image(os.path.join(self.root, self.paths[i]))
+        original = np.array([self.images[i]['width'], self.images[i]['height']])
+        low, high = self.scale_jitter
+        scale = 1. if u is None else low + (high - low) * u[0]
+        whole = (original * scale * image_size / original.max()).round().clip(1)        # (width, height)
+        size = np.minimum(whole, image_size)
+        corner = np.zeros(2) if u is None else np.floor((whole - size) * u[1:3])
+        pixels = to_tensor(bilinear_part(image, whole, corner, size))
+
+        # boxes move with it, and objects of which nothing is left go
+        rows = [row for row in self.rows[self.images[i]['id']] if not row.get('iscrowd')]
+        boxes = torch.stack([row['box'] for row in rows]) if rows else torch.zeros(0, 4)
+        boxes = boxes * boxes.new_tensor(whole / original).repeat(2) - boxes.new_tensor(corner).repeat(2)
+        height, width = pixels.shape[1:]
+        boxes = clip_boxes(boxes, (height, width))
+        kept = has_area(boxes)
+        boxes = boxes[kept]
+        rows = [row for row, keep in zip(rows, kept.tolist()) if keep]
+        labels = torch.tensor([self.label_of[row['category_id']] for row in rows], dtype=torch.long)
+
+        # so do masks; then the mirror image
+        mirror = u is not None and u[3] < .5
+        masks = [move_mask(row['segmentation'], original, whole, corner, size, mirror) for row in rows]
+        if mirror:
+            pixels = pixels.flip(-1)
+            x1, y1, x2, y2 = boxes.unbind(1)
+            boxes = torch.stack((width - x2, y1, width - x1, y2), 1)
+        target = dict(boxes=boxes, labels=labels, masks=masks)
+        return dict(images=pad_to(pixels, image_size), sizes=(height, width), targets=target, index=i)
+
+    def truth(self, batch):
+        """A COCO json's images of a batch, each with the list of its annotations, crowds too."""
+        images = [self.images[i] for i in batch['index']]
+        return [(image, self.rows[image['id']]) for image in images]
+
+
+def move_mask(mask, original, whole, corner, size, mirror):
+    """An object's polygons, or its RLE as bool [h, w], in a part of an image of `original` stretched to whole:
+    size, from corner on, maybe mirrored. All (width, height)."""
+    if isinstance(mask, list):
+        parts = [np.reshape(part, (-1, 2)) * (whole / original) - corner for part in mask]
+        if mirror:
+            parts = [part * (-1, 1) + (size[0], 0) for part in parts]
+        return [part.ravel().tolist() for part in parts]
+    shape = original[::-1].tolist()
+    part = nearest_part(decode_mask(read_segmentation(mask, shape), shape), whole, corner, size)
+    return torch.from_numpy(part[:, ::-1].copy() if mirror else part)
+
+
+class WorldInstances:
+    """The built-in world as images with objects: coarse classes are its kinds, fine ones its combinations of
+    kind, texture and part, by falling frequency; a third each are called frequent, common and rare."""
+    reads_files = False
+
+    def __init__(self, world, vocabulary='coarse'):
+        self.world = world
+        self.broken = world.broken
+        self.lvis = vocabulary == 'fine'
+        self.classes = kinds = list(KINDS)
+        self.coarse = None                              # of fine classes: which coarse class each belongs to
+        if self.lvis:
+            textures = list(TEXTURES)
+            fine = grammar('cpu')['fine'].tolist()
+            self.coarse = [k for k, _, _ in fine]
+            self.classes = [f'{textures[t]} {kinds[k]} {PARTS[p]}' for k, t, p in fine]
+        self.categories = [dict(id=k, name=name) for k, name in enumerate(self.classes)]
+        if self.lvis:
+            for k, row in enumerate(self.categories):
+                row['frequency'] = 'fcr'[3 * k // NUM_FINE]
+
+    def __len__(self):
+        return len(self.world)
+
+    def frequencies(self):
+        """How often each class occurs, up to a factor [K]."""
+        return 1000 / (torch.arange(NUM_FINE) + 5) if self.lvis else torch.ones(NUM_KINDS)
+
+    def batch(self, position, image_size, seed=0, device='cpu', train=True):
+        """As Instances.batch. Objects of fewer than SMALLEST visible pixels do not count."""
+        drawn = self.world.batch(position, image_size, seed, device, want=('images', 'boxes', 'masks'))
+        labels = drawn['fine'] if self.lvis else drawn['kind']
+        targets = []
+        for n, seen in enumerate(drawn['num_visible'] >= SMALLEST):
+            boxes = drawn['boxes'][n, seen].float()
+            targets.append(dict(boxes=boxes, labels=labels[n, seen], masks=list(drawn['masks'][n, seen])))
+        return dict(images=drawn['images'], sizes=[(image_size, image_size)] * len(targets), targets=targets,
+                    index=drawn['index'].tolist(), position=position)
+
+    def truth(self, batch):
+        """As Instances.truth."""
+        found = []
+        names = list(range(len(self.classes)))
+        for name, (height, width), target in zip(batch['index'], batch['sizes'], batch['targets']):
+            rows = []
+            objects = zip(target['boxes'].tolist(), target['labels'].tolist(), target['masks'])
+            for (x1, y1, x2, y2), label, mask in objects:
+                runs = encode_mask(mask.cpu())
+                rows.append(dict(image_id=name, category_id=label, area=mask_area(runs),
+                                 bbox=[x1, y1, x2 - x1, y2 - y1], segmentation=dict(counts=runs)))
+            image = dict(id=name, height=height, width=width)
+            image.update(neg_category_ids=names, not_exhaustive_category_ids=[])        # LVIS's
+            found.append((image, rows))
+        return found
+
+
+# ---- images with a class for every pixel --------------------------------------------------------
+
+IGNORED = -1            # a pixel's class where there is none to learn
+UNKNOWN = -2            # what a value means that label maps must not hold
+LARGEST_SHARE = .75     # of a crop that one class may have, if ten tries find another
+PLACES = (  # where images and label maps of a split lie; {} is the split's name
+    ('images/{}', 'annotations/{}'), ('{}', '{}annot'), ('{}/images', '{}/labels'),
+    ('{}/images', '{}/annotations'), ('images/{}', 'labels/{}'))
+ADE = ('training', 'validation')        # the names of ADE20K's splits, and COCO-Stuff's
+COCO = ('train2017', 'val2017')
+SPLITS = {'train': ('train', ADE[0], COCO[0]), 'val': ('val', ADE[1], COCO[1])}
+LABEL_SUFFIXES = ('', '_labelTrainIds', '_L')       # after an image's name: COCO-Stuff's, CamVid's
+STUFF_GAPS = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)       # COCO-Stuff's values that are no class
+NUM_ADE = 150
+
+
+def find_places(root, split):
+    """(folder of images, folder of label maps) of a split, by the names that data sets use."""
+    for images, labels in PLACES:
+        for name in SPLITS[split]:
+            found = os.path.join(root, images.format(name)), os.path.join(root, labels.format(name))
+            if all(map(os.path.isdir, found)):
+                return found
+    looked = ', '.join(f'{a.format("train")} + {b.format("train")}' for a, b in PLACES)
+    raise Refused(f"--data {root}: no label maps for {split}; looked for folders {looked}, and the same with "
+                  "val (ADE20K's and COCO's names of splits too). Or use 'shapes', the built-in world")
+
+
+def name_values(root, classes, folder, label):
+    """Names of the values 0, 1, ... of label maps, '-' where one is none: the lines of the file `classes`, or
+    of the data's classes.txt. Without either, the name of the folder of images tells of ADE20K and
+    COCO-Stuff, and that of a label map which of COCO-Stuff's two numberings it has."""
+    split = os.path.basename(folder)
+    path = classes or os.path.join(root, 'classes.txt')
+    if classes or os.path.exists(path):
+        try:
+            with open(path) as file:
+                names = file.read().splitlines()
+        except OSError as error:
+            raise Refused(f'--classes {path} cannot be read ({error.strerror}); expected a file of names, '
+                          "a line for each value of the label maps, '-' where one is none") from None
+    elif split in ADE:
+        names = [str(k) for k in range(NUM_ADE)]
+    elif '_labelTrainIds' in label:
+        names = [str(k) for k in range(182 - len(STUFF_GAPS))]
+    elif split in COCO:
+        names = ['-' if k in STUFF_GAPS else str(k) for k in range(182)]
+    else:
+        raise Refused(f'--data {root}: which classes are there? Give --classes FILE, a line for each name')
+    if split in ADE and len(names) == NUM_ADE:      # its lists of names leave out the value 0, which is none
+        names = ['-'] + names
+    return names
+
+
+def label_table(names):
+    """What each value of a label map means, int16 [65536]: a class, IGNORED, or UNKNOWN. Classes count from 0.
+    names: of the values 0, 1, ..., '-' where one is none; 255 is always ignored."""
+    there = np.array([name != '-' for name in names])
+    table = np.full(65536, UNKNOWN, dtype=np.int16)
+    table[:len(names)] = np.where(there, there.cumsum() - 1, IGNORED)
+    table[255] = IGNORED
+    return table
+
+
+class LabelMaps(Files):
+    """Images with label maps: PNGs of the same name with 8 or 16 bits a pixel, grey or with a palette. What
+    cannot be used is left out and counted in broken: images without a label map, or with one of another
+    size or that holds values that are no class."""
+
+    def __init__(self, spec, split='train', classes='', scale_jitter=(.5, 2.)):
+        self.root, labels = find_places(spec, split)
+        self.scale_jitter = scale_jitter
+        label_of = {}                       # an image's name without suffix -> its label map's path
+        for name in list_files(labels)[0]:
+            stem = os.path.splitext(name)[0]
+            for suffix in LABEL_SUFFIXES:
+                if stem.endswith(suffix):
+                    label_of[stem.removesuffix(suffix)] = os.path.join(labels, name)
+
+        found = {name: label_of.get(os.path.splitext(name)[0]) for name in list_files(self.root)[0]}
+        self.paths = [name for name in found if found[name]]
+        alone = [name for name in found if not found[name]]
+        self.broken = {('images have no label map and were left out', name) for name in alone}
+        self.labels = [found[name] for name in self.paths]
+        if not self.paths:
+            raise Refused(f'{labels}: none of the {len(found):,} images in {self.root} has a label map here, a '
+                          'PNG of its name')
+
+        names = name_values(spec, classes, self.root, self.labels[0])
+        self.table = label_table(names)
+        self.classes = [name for name in names if name != '-']
+        most = min(8, len(self.paths))                          # eight that cannot be used are no accident
+        self.first_readable(0, 8, [0.] * 32, [], most)
+
+    def read(self, i):
+        """Image i, PIL, and its classes, int16 [H, W]. OSError if they cannot be used."""
+        image = read_image(os.path.join(self.root, self.paths[i]))
+        path = self.labels[i]
+        try:
+            with Image.open(path) as file:
+                values = np.array(file)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise Unfit(f'{path} cannot be read: {first_line(error)}') from None
+        if values.ndim != 2:
+            raise Unfit(f'{path} has {values.shape[2]} channels; a label map has one, each pixel a class')
+        height, width = values.shape
+        if (width, height) != image.size:
+            image_is = f'{image.width} x {image.height}'
+            raise Unfit(f'{path} is of {width} x {height} pixels, its image of {image_is}')
+
+        classes = self.table[values.astype(np.int64).clip(0, len(self.table) - 1)]
+        unknown = values[classes == UNKNOWN]
+        if unknown.size:
+            raise Unfit(f'{path} holds the value {unknown.max()}, which is none of the {len(self.classes)} '
+                        'classes; see --classes')
+        return image, classes
+
+    def sample(self, i, image_size, u, broken):
+        """dict of images uint8 [3, S, S] and labels int64 [S, S], to learn from; truth is for judging."""
+        image, labels = crop_maps(*self.read(i), image_size, self.scale_jitter, u)
+        return dict(images=image, labels=labels)
+
+    def truth(self, positions, device):
+        """Yields each image that can be used, uint8 [1, 3, H, W], with its classes [1, H, W]."""
+        for i in positions:
+            try:
+                image, classes = self.read(i)
+            except OSError as error:
+                self.broken.add(('images or label maps could not be used and were left out', str(error)))
+                continue
+            yield to_tensor(image)[None].to(device), torch.from_numpy(classes).long()[None].to(device)
+
+
+def crop_maps(image, labels, S, scale_jitter, u):
+    """To learn from: a PIL image at a random scale (1: its shorter side is S), a random square of it, its
+    colours changed, maybe mirrored. labels [H, W]; u: uniform numbers.
+    -> uint8 [3, S, S] filled up with the mean, int64 [S, S] filled up with IGNORED."""
+    low, high = scale_jitter
+    scale = (low + (high - low) * u[0]) * S / min(image.size)
+    whole = np.array([max(1, round(side * scale)) for side in image.size])          # (width, height)
+    size = np.minimum(whole, S)
+
+    # a square that is not mostly of one class, if ten tries find one
+    for top, left in zip(u[1:21:2], u[2:22:2]):
+        corner = ((whole - size + 1) * (left, top)).astype(int)
+        part = nearest_part(labels, whole, corner, size)
+        counts = np.bincount(part[part != IGNORED])
+        if (counts > 0).sum() > 1 and counts.max() < LARGEST_SHARE * counts.sum():
+            break
+
+    part = torch.from_numpy(part.astype(np.int64))
+    pixels = distort(bilinear_part(image, whole, corner, size), u[21:29])
+    if u[29] < .5:
+        pixels = pixels.flip(-1)
+        part = part.flip(-1)
+    w, h = size.tolist()
+    canvas = torch.tensor(FILL, dtype=torch.uint8)[:, None, None].repeat(1, S, S)
+    canvas[:, :h, :w] = pixels
+    return canvas, F.pad(part, (0, S - w, 0, S - h), value=IGNORED)
+
+
+def distort(image, u):
+    """Photometric distortion (arXiv:1512.02325), each with a chance of a half: brightness by up to 32,
+    contrast and saturation by .5 to 1.5, hue by up to 36 degrees. PIL, 8 uniform numbers -> uint8 [3, H, W]."""
+    pixels = np.asarray(image).astype(np.float32)
+    contrast = .5 + u[3] if u[2] < .5 else 1.
+    if u[0] < .5:
+        pixels = pixels + (64 * u[1] - 32)
+    pixels = pixels.clip(0, 255)
+    if u[4] < .5:               # before hue and saturation, or after
+        pixels = (pixels * contrast).clip(0, 255)
+    if u[5] < .75:              # 1 - 1/2 * 1/2: one of the two or both
+        hsv = np.array(Image.fromarray(pixels.astype(np.uint8)).convert('HSV')).astype(np.float32)
+        if u[5] < .5:
+            hsv[..., 1] = (hsv[..., 1] * (.5 + u[6])).clip(0, 255)
+        if u[5] >= .25:
+            hsv[..., 0] = (hsv[..., 0] + (2 * u[7] - 1) * 25.6) % 256
+        pixels = np.asarray(Image.fromarray(hsv.astype(np.uint8), 'HSV').convert('RGB')).astype(np.float32)
+    if u[4] >= .5:
+        pixels = (pixels * contrast).clip(0, 255)
+    return torch.from_numpy(pixels.round().astype(np.uint8)).permute(2, 0, 1)
+
+
+class WorldMaps:
+    """The built-in world's semantic maps: 10 grounds and 16 kinds of objects."""
+    reads_files = False
+    classes = [*STUFF, *KINDS]
+
+    def __init__(self, world, image_size):
+        self.world = world
+        self.image_size = image_size
+        self.broken = world.broken
+
+    def __len__(self):
+        return len(self.world)
+
+    def batch(self, position, image_size, seed=0, device='cpu', train=True):
+        """As LabelMaps.batch."""
+        drawn = self.world.batch(position, image_size, seed, device, want=('images', 'semantic'))
+        return dict(images=drawn['images'], labels=drawn['semantic'])
+
+    def truth(self, positions, device):
+        """As LabelMaps.truth, several at once."""
+        for n in range(0, len(positions), 16):
+            yield tuple(self.batch(torch.tensor(positions[n:n + 16]), self.image_size, 0, device).values())
+
+
+# ---- loading ------------------------------------------------------------------------------------
+
+def open_data(spec, split='train', frames=0, views=Views()):
+    """--data -> a dataset: 'shapes' or 'shapes:unique=2000,objects=1' is the built-in World, else Shards or
+    Folder; with frames clips. split: train, val or test."""
+    name, _, knobs = spec.partition(':')
+    if name == 'shapes':
+        return World('val' if split == 'test' else split, frames=frames, **read_knobs(spec, knobs))
+    is_folder = os.path.isdir(spec)
+    shards = sorted(glob.glob(os.path.join(glob.escape(spec), '*.tar'))) if is_folder else expand(spec)
+    for path in shards:
+        if not os.path.exists(path):
+            raise Refused(f"--data {spec}: {path} does not exist; expected a folder of images, a folder of "
+                          ".tar shards or a range of them like {00000..00099}.tar, or 'shapes', the built-in world")
+    if frames:
+        return Clips(spec, split, frames, views)
+    return Shards(shards, split, views) if shards else Folder(spec, split, views)
+
+
+def read_knobs(spec, knobs):
+    """'unique=2000,objects=1' -> {'unique': 2000, 'objects': 1}."""
+    values = {}
+    for knob in filter(None, knobs.split(',')):
+        key, _, value = knob.partition('=')
+        if key == 'classes':
+            raise Refused(f'--data {spec}: classes=N is called fine=N now')
+        if key not in World.BOUNDS or not value.isdecimal():
+            raise Refused(f"--data {spec}: '{knob}' is not a knob; expected shapes:unique=N,fine=N,objects=N")
+        values[key] = int(value)
+    return values
+
+
+def expand(spec):
+    """'x/{00000..00003}.tar' -> the four paths; every range in it counts, outer first."""
+    found = re.search(r'\{(\d+)\.\.(\d+)\}', spec)
+    if not found:
+        return [spec]
+    first, last = found.groups()
+    numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+    specs = [spec[:found.start()] + number + spec[found.end():] for number in numbers]
+    return [path for spec in specs for path in expand(spec)]
+
+
+def open_instances(spec, split, images='', scale_jitter=(1., 1.), vocabulary='coarse'):
+    """--data of images with objects -> WorldInstances or Instances."""
+    check_scale_jitter(scale_jitter)
+    if spec.partition(':')[0] == 'shapes':
+        return WorldInstances(open_data(spec, split), vocabulary)
+    return Instances(spec, split, images, scale_jitter)
+
+
+def open_maps(spec, split, classes='', scale_jitter=(.5, 2.), image_size=0):
+    """--data of label maps -> WorldMaps, of image_size, or LabelMaps."""
+    check_scale_jitter(scale_jitter)
+    if spec.partition(':')[0] == 'shapes':
+        return WorldMaps(open_data(spec, split), image_size)
+    return LabelMaps(spec, split, classes, scale_jitter)
+
+
+def check_scale_jitter(scale_jitter):
+    if len(scale_jitter) != 2 or not 0 < scale_jitter[0] <= scale_jitter[1]:
+        raise Refused(f'--scale_jitter {scale_jitter} are not two shares of the size, the smaller first')
 
 
 def to_device(batch, device):
@@ -1138,69 +2082,42 @@ def to_device(batch, device):
     return {name: x.to(device, non_blocking=True) if torch.is_tensor(x) else x for name, x in batch.items()}
 
 
-class Batches(torch.utils.data.Dataset):
-    """Item t: dataset.batch of positions begins[t], begins[t] + 1, ...: num of them, fewer at end."""
-
-    def __init__(self, dataset, begins, num, end, options):
-        self.dataset, self.begins, self.num, self.end, self.options = dataset, begins, num, end, options
-
-    def __len__(self):
-        return len(self.begins)
-
-    def __getitem__(self, t):
-        begin = self.begins[t]
-        return self.dataset.batch(torch.arange(begin, min(begin + self.num, self.end)), **self.options)
-
-    def stream(self, device, workers):
-        """The items in order, on the device, read by worker processes where that helps; notes broken images."""
-        self.options['device'] = 'cpu' if self.dataset.reads_files else device
-        loader = (self[t] for t in range(len(self)))
-        if workers and self.dataset.reads_files:            # its own generator: leaves torch's global one alone
-            loader = torch.utils.data.DataLoader(self, batch_size=None, num_workers=workers,
-                                                 generator=torch.Generator(), pin_memory='cuda' in str(device))
-        for batch in loader:    # one pass; the workers end with it, or when the caller drops it
-            self.dataset.broken.update(map(tuple, batch.pop('broken', ())))
-            yield to_device(batch, device)
+def read_batch(dataset, num, end, options, begin):
+    """dataset.batch of num positions from begin on, below end."""
+    return dataset.batch(torch.arange(begin, min(begin + num, end)), **options)
 
 
-def batches(dataset, batch_size, image_size, start, steps, seed, device, workers=0, scale=(.2, 1), flip=True,
-            augment='', rank=0, world=1):
-    """The batches of steps start to steps - 1, dicts as of dataset.batch: a function of (seed, step) alone.
+def stream(dataset, begins, num, end, device, workers, **options):
+    """read_batch of each of begins, on the device, read by worker processes where that helps."""
+    if not dataset.reads_files:
+        options['device'] = device
+    read = functools.partial(read_batch, dataset, num, end, options)
+    loader = map(read, begins)
+    if workers and dataset.reads_files:
+        loader = torch.utils.data.DataLoader(
+            begins, batch_size=None, collate_fn=read, num_workers=workers, pin_memory='cuda' in str(device),
+            generator=torch.Generator())                # leaves torch's global one alone
+    for batch in loader:        # one pass; the workers end with it, or when the caller drops it
+        dataset.broken.update(map(tuple, batch.pop('broken', ())))
+        yield to_device(batch, device)
+
+
+def batches(dataset, batch_size, image_size, start, steps, seed, device, workers=0, rank=0, world=1):
+    """The batches of steps start to steps - 1, as seen in training: a function of (seed, step) alone.
     With several processes (world), each gets its rank's part of the global batch_size."""
     if batch_size % world:
-        raise ValueError(f'batch_size {batch_size} does not divide over {world} processes; use a multiple of {world}')
-    num, end = batch_size // world, steps * batch_size
-    options = dict(image_size=image_size, seed=seed, scale=scale, flip=flip, augment=augment)
+        raise Refused(f'batch_size {batch_size} does not divide over {world} processes; use a multiple of '
+                      f'{world}')
+    num = batch_size // world
+    end = steps * batch_size
     begins = range(start * batch_size + rank * num, end, batch_size)
-    return Batches(dataset, begins, num, end, options).stream(device, workers)
+    return stream(dataset, begins, num, end, device, workers, image_size=image_size, seed=seed, train=True)
 
 
-def eval_batches(dataset, batch_size, image_size, num, device, workers=0, share=224 / 256, rank=0, world=1):
-    """The first num samples, once each, in a fixed shuffled order, evaluation view; the last batch may be short. Of
-    several processes each has a part of the same length: positions from num on only fill the last."""
-    num, options = min(num, len(dataset)), dict(image_size=image_size, seed=0, scale=share, flip=False)
-    part = math.ceil(num / world)
-    begins, end = range(rank * part, (rank + 1) * part, batch_size), (rank + 1) * part
-    return Batches(dataset, begins, batch_size, end, options).stream(device, workers)
-
-
-def open_data(spec, split='train', frames=0):
-    """--data -> a dataset: 'shapes' or 'shapes:unique=2000,objects=1' is the built-in World, else Shards or Folder;
-    with frames clips."""
-    name, _, knobs = spec.partition(':')
-    if name == 'shapes':
-        pairs = [knob.partition('=')[::2] for knob in knobs.split(',') if knob]
-        if wrong := [f'{key}={value}' for key, value in pairs if key not in World.KNOBS or not value.isdecimal()]:
-            raise ValueError(f'--data {spec}: {wrong[0]!r} is not a knob; expected shapes:unique=N,classes=N,objects=N')
-        return World('val' if split == 'test' else split, **{key: int(value) for key, value in pairs}, frames=frames)
-    shards = sorted(glob.glob(os.path.join(glob.escape(spec), '*.tar'))) if os.path.isdir(spec) else expand(spec)
-    if absent := [path for path in shards if not os.path.exists(path)]:
-        raise ValueError(f"--data {spec}: {absent[0]} does not exist; expected a folder of images, a folder of .tar "
-                         "shards or a range of them like {00000..00099}.tar, or 'shapes', the built-in world")
-    if frames:
-        return Clips(spec, split, frames)
-    return Shards(shards, split) if shards else Folder(spec, split)
-
-
-if __name__ == '__main__':
-    runpy.run_path(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', 'world.py'), run_name='__main__')
+def eval_batches(dataset, batch_size, image_size, num, device, workers=0, rank=0, world=1):
+    """The first num samples, once each, in a fixed shuffled order, as judged; the last batch may be short.
+    Of several processes each has a part of the same length: positions from num on only fill the last."""
+    part = math.ceil(min(num, len(dataset)) / world)
+    end = (rank + 1) * part
+    begins = range(rank * part, end, batch_size)
+    return stream(dataset, begins, batch_size, end, device, workers, image_size=image_size, train=False)

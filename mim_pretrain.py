@@ -1,16 +1,16 @@
 """
-Stage 1, masked image modelling: the ViT sees 60% of an image's patches and regresses the CLIP features of the other
-40%. EVA, arXiv:2211.07636, section 2.2.
+Stage 1, masked image modelling: the ViT sees 60% of an image's patches and
+regresses the CLIP features of the other 40%. EVA, arXiv:2211.07636, section 2.2.
 
     python mim_pretrain.py                                 # laptop, minutes: trains its teacher first
     python mim_pretrain.py --image mine.jpg                # what the trained model makes of any picture
     torchrun --nproc_per_node=8 mim_pretrain.py --size g   # the paper's 1B model
 """
+import dataclasses
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,43 +18,45 @@ import torch.nn.functional as F
 import data
 import model as M
 import run
-from model import print0
-from run import option
+from run import option, print0
 
 
 @dataclass
 class Config(run.Run):
-    teacher: str = option('', "a CLIP's file; without it the built-in teacher, trained at first use")
+    teacher: str = option('', "a teacher's file; without it the built-in one, trained at first use")
     target: str = option('clip', "what is reconstructed: clip (EVA), tokens (k-means codes of its features), distill "
-                                 '(no mask), pixels (normalised, as MAE), untrained (random features)')
-    mask: str = option('block', "what is hidden: block (EVA's), random, or columns (half of all: EVA's validation)")
-    mask_ratio: float = option(105 / 256, 'share of the patches hidden: 105 of 256')
-    drop_path: float = option(.1, 'chance of skipping a residual branch in the last block, growing linearly with depth')
+                         '(no mask), pixels (normalised, as MAE), untrained (a random teacher)',
+                         choices=('clip', 'tokens', 'distill', 'pixels', 'untrained'))
+    target_layer: int = option(0, "the teacher's layer to regress: 0 its projected output (EVA), n its n-th block's")
+    mask: str = option('block', "what is hidden: block (EVA's), random, or columns (half of all: EVA's validation)",
+                       choices=('block', 'random', 'columns'))
+    mask_ratio: float = option(105 / 256, 'share of the patches hidden: 105 of 256', low=0., high=1.)
     init_gain: float = option(0., "initial weights' standard deviation times sqrt(width), before the cut; 0: EVA's")
+    micro_batch: int = option(0, 'images at once on a device; 0: as many as belong to it')
     warmup_steps: int = option(100, 'steps of linear warm-up')
-    min_lr: float = option(1e-5, 'learning rate at the last step')
     cooldown: int = option(0, 'steps at the end in which the rate falls linearly, constant before; 0: a cosine')
     branch: str = option('', 'folder of a like run of other length: start where its learning rate began to fall')
-    study: str = option('', 'only run a study of how it scales: sizes, data, targets, controls or transfer')
     weight_decay: float = option(.05, 'of matrices; vectors and positions have none')
-    betas: tuple = option((.9, .98), "AdamW's")
-    eps: float = option(1e-6, "AdamW's")
-    grad_clip: float = option(3., 'largest global gradient norm')
+    min_lr: float = option(1e-5, 'learning rate at the last step')
+    # constants of the paper's AdamW
+    betas: tuple = (.9, .98)
+    eps: float = 1e-6
+    grad_clip: float = 3.
 
 
+SMALL = dict(batch_size=64, steps=1600, save_every=400, init_gain=1.9)
 RECIPES = {  # differences from the defaults. g: the paper; ti to l: EVA-02's; the rest ours, tuned on two cores
-    'pico':  dict(batch_size=64, steps=1600, lr=6e-3, drop_path=0., save_every=400),
-    'nano':  dict(batch_size=64, steps=1600, lr=4e-3, drop_path=0., save_every=400),
-    'micro': dict(batch_size=64, steps=1600, lr=3e-3, drop_path=0., save_every=400),
-    'mini':  dict(batch_size=64, steps=1600, lr=2.5e-3, drop_path=0., save_every=400),
-    'ti':    dict(batch_size=4000, steps=852_000,   lr=3e-3,   drop_path=0., warmup_steps=3550),   # 240 epochs, IN-21K
-    's':     dict(batch_size=4000, steps=852_000,   lr=3e-3,   drop_path=0., warmup_steps=3550),
-    'b':     dict(batch_size=2048, steps=1_040_000, lr=1.5e-3, drop_path=0., warmup_steps=6934),     # 150 epochs
-    'l':     dict(batch_size=2048, steps=1_040_000, lr=1.5e-3, warmup_steps=6934),
-    'g':     dict(batch_size=4096, steps=1_086_300, lr=1e-3,   warmup_steps=14_484,    # 150 x 7,242
-                  checkpoint_activations=True),
+    'pico':  dict(SMALL, lr=6e-3),
+    'nano':  dict(SMALL, lr=4e-3),
+    'micro': dict(SMALL, lr=3e-3),
+    'mini':  dict(SMALL, lr=2.5e-3),
+    'ti':    dict(batch_size=4000, steps=852_000,   lr=3e-3,   warmup_steps=3550),      # 240 epochs, IN-21K
+    's':     dict(batch_size=4000, steps=852_000,   lr=3e-3,   warmup_steps=3550),
+    'b':     dict(batch_size=2048, steps=1_040_000, lr=1.5e-3, warmup_steps=6934),      # 150 epochs
+    'l':     dict(batch_size=2048, steps=1_040_000, lr=1.5e-3, warmup_steps=6934, drop_path=.1),
+    'g':     dict(batch_size=4096, steps=1_086_300, lr=1e-3,   warmup_steps=14_484, drop_path=.1,
+                  checkpoint_activations=True),                                         # 150 x 7,242
 }
-TARGETS = ('clip', 'tokens', 'distill', 'pixels', 'untrained')
 VIT_L_14 = ('https://openaipublic.azureedge.net/clip/models/'      # its SHA-256 is part of the address
             'b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt')
 NUM_CODES = 512         # k-means centres of --target tokens
@@ -64,390 +66,522 @@ BANK = 65_536           # training patches: the picture looks for the nearest am
 
 # ---- the idea ---------------------------------------------------------------------------------------------------
 
-def block_mask(index, grid, num_hidden, seed=0):
-    """Block-wise masks (BEiT's; EVA, section 2.2): rectangles until num_hidden of grid x grid patches are hidden, or
-    ten tries in a row fit nowhere, so a mask may fall a little short. index int64 [B] -> [B, N] bool, True = hidden."""
-    smallest = max(4, grid * grid // 16)                            # 16 of 256 patches
+def smallest_block(grid):
+    """Patches of a block at least: EVA's 16 from 14 x 14 patches on, a sixteenth of smaller grids."""
+    return 16 if grid >= 14 else max(4, grid * grid // 16)
+
+
+def block_mask(index, grid, num_hidden, seed=0, smallest=None):
+    """Block-wise masks (BEiT's; EVA, section 2.2): rectangles of at least `smallest` patches until
+    num_hidden of grid x grid are hidden, or ten tries in a row fit nowhere: some fall a little short.
+    index int64 [B], the samples' numbers -> [B, N] bool, True = hidden."""
+    smallest = smallest or smallest_block(grid)
     mask = torch.zeros(len(index), grid, grid, dtype=torch.bool)
-    hidden, failures, places = torch.zeros(len(index)), torch.zeros(len(index)), torch.arange(grid)
+    num = torch.zeros(len(index))                       # hidden so far
+    failures = torch.zeros(len(index))
+    active = num < num_hidden
     attempt = 0
-    while (active := (hidden < num_hidden) & (failures < 10)).any():
+
+    while active.any():
+        # one rectangle for each sample, its aspect log-uniform in .3 to 3.3
         u = data.uniform(seed, f'block {attempt}', index.cpu(), 4).double()
-        left_over = num_hidden - hidden
-        area = smallest + u[:, 0] * (left_over - smallest)      # the bounds cross when few are left, as in the original
-        aspect = torch.exp((2 * u[:, 1] - 1) * math.log(1 / .3))    # log-uniform in .3 to 3.3
-        height, width = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-        top, left = (u[:, 2] * (grid - height + 1)).floor(), (u[:, 3] * (grid - width + 1)).floor()
-        in_rows = (places >= top[:, None]) & (places < (top + height)[:, None])             # [B, grid]
-        in_columns = (places >= left[:, None]) & (places < (left + width)[:, None])
-        block = in_rows[:, :, None] & in_columns[:, None, :]
+        wanted = num_hidden - num
+        area = smallest + u[:, 0] * (wanted - smallest)         # crosses when few are wanted, as EVA's
+        aspect = torch.exp((2 * u[:, 1] - 1) * math.log(1 / .3))
+        height = (area * aspect).sqrt().round()
+        width = (area / aspect).sqrt().round()
+        top = (u[:, 2] * (grid - height + 1)).floor()
+        left = (u[:, 3] * (grid - width + 1)).floor()
+
+        # the patches inside it
+        rows = inside(grid, top, height)                        # [B, grid]
+        columns = inside(grid, left, width)
+        block = rows[:, :, None] & columns[:, None, :]          # [B, grid, grid]
+
+        # it is taken if it hides something new, and no more than wanted
         new = (block & ~mask).sum((1, 2))
-        taken = active & (height < grid) & (width < grid) & (new > 0) & (new <= left_over)
+        fits = (height < grid) & (width < grid)
+        taken = active & fits & (new > 0) & (new <= wanted)
         mask |= block & taken[:, None, None]
-        hidden += new * taken
+        num += new * taken
         failures = torch.where(taken, 0, failures + 1)
+        active = (num < num_hidden) & (failures < 10)
         attempt += 1
+
     return mask.flatten(1)
+
+
+def inside(grid, start, length):
+    """Which of grid rows, or columns, lie in start to start + length. Both [B] -> [B, grid] bool."""
+    place = torch.arange(grid)
+    start = start[:, None]
+    length = length[:, None]
+    return (place >= start) & (place < start + length)
 
 
 def make_mask(kind, index, grid, mask_ratio, seed=0):
     """[B, N] bool, True = hidden, for sample numbers index [B]: a function of (seed, index) alone."""
-    num_hidden = round(grid * grid * mask_ratio)                    # 105 of 256, 26 of 64
+    num_hidden = round(grid * grid * mask_ratio)        # 105 of 256, 26 of 64
     if kind == 'block':
         return block_mask(index, grid, num_hidden, seed)
+
     if kind == 'random':
-        return data.uniform(seed, 'mask', index.cpu(), grid * grid).argsort(1).argsort(1) < num_hidden
-    return (torch.arange(grid * grid) % 2 == 0).expand(len(index), -1)      # columns: every even token
+        u = data.uniform(seed, 'mask', index.cpu(), grid * grid)
+        return u.argsort(1).argsort(1) < num_hidden
+
+    # columns: every even patch
+    even = torch.arange(grid * grid) % 2 == 0
+    return even.expand(len(index), -1)
 
 
-def mim_loss(predictions, targets, mask):
-    """Mean negative cosine similarity over the hidden patches only, in fp32; neither side is centred or scaled.
-    predictions, targets [B, N, C]; mask [B, N] bool, True = hidden. EVA, section 2.2."""
-    predictions, targets = predictions[mask], targets[mask]         # [M, C]
-    return -F.cosine_similarity(predictions.float(), targets.float(), dim=-1).mean()
+def mim_loss(predictions, targets, mask, num_hidden):
+    """Mean negative cosine similarity over the hidden patches only; neither side is centred.
+    predictions, targets [B, N, C]; mask [B, N] bool, True = hidden;
+    num_hidden: of the global batch, so that parts of it add up. EVA, section 2.2."""
+    # in float32: bfloat16 has less than three digits
+    predictions = predictions.float()
+    targets = targets.float()
+    losses = -F.cosine_similarity(predictions, targets, dim=-1)                     # [B, N]
+    return (losses * mask).sum() / num_hidden
 
 
-def teacher_features(teacher, images, grid):
-    """The target: the projected features of all patches of the same crop, resized so that the teacher's grid is ours.
-    images uint8 [B, 3, H, W] -> [B, N, C]."""
-    size = grid * teacher.config['vision']['patch_size']
-    images = teacher.normalize(images)
-    if images.shape[-1] != size:
-        images = F.interpolate(images, size=(size, size), mode='bicubic', antialias=True)
-    return teacher.patch_features(images)
+class Features:
+    """The target: a frozen teacher's projected features of every patch. Its class token
+    is left out: what it says of the whole image has no place behind a patch's mask."""
 
-
-# ---- other targets: the pilot study -----------------------------------------------------------------------------
-
-def token_loss(predictions, targets, mask, codebook):
-    """Cross-entropy of each hidden patch's code, the centre nearest to its features: BEiT v2's way, which EVA's table 1
-    compares. predictions [B, N, K] logits; targets [B, N, C]; mask [B, N]; codebook [K, C] of unit length."""
-    codes = (targets[mask].float() @ codebook.T).argmax(-1)                     # [M]
-    return F.cross_entropy(predictions[mask].float(), codes)
-
-
-def normalized_patches(images, grid):
-    """Each patch's pixels with mean 0 and variance 1: MAE's target. uint8 [B, 3, H, W] -> [B, N, 3 * size * size]."""
-    size = images.shape[-1] // grid
-    patches = F.unfold(images.float() / 255, size, stride=size).transpose(1, 2)
-    return (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-
-
-class Target:
-    """One of TARGETS: what is reconstructed, with which loss, and how a prediction compares with it. EVA, table 1.
-    teacher: a CLIP, or None for pixels; codebook [NUM_CODES, C] for tokens."""
-
-    def __init__(self, kind, grid, teacher=None, codebook=None):
-        self.kind, self.grid, self.teacher, self.codebook = kind, grid, teacher, codebook
-        self.masked = kind != 'distill'         # distillation sees every patch, and regresses every one
+    def __init__(self, teacher, grid, layer=0, hides=True):
+        self.teacher = teacher
+        self.grid = grid
+        self.layer = layer
+        self.hides = hides              # distillation sees every patch, and regresses every one
 
     def of(self, images):
-        """images uint8 [B, 3, H, W] -> [B, N, C]; for tokens the features whose codes are predicted."""
-        if self.kind == 'pixels':
-            return normalized_patches(images, self.grid)
-        return teacher_features(self.teacher, images, self.grid)
+        """The same crop as the student's, resized so that the teacher's grid is the student's.
+        images uint8 [B, 3, H, W] -> [B, N, C]."""
+        size = self.grid * self.teacher.patch_size
+        images = self.teacher.normalize(images)
+        if images.shape[-1] != size:
+            images = F.interpolate(images, size=(size, size), mode='bicubic', antialias=True)
 
-    def loss(self, predictions, targets, mask):
-        """Mean over the patches of the mask [B, N], or of its places, which index without waiting for the device."""
-        if self.kind == 'tokens':
-            return token_loss(predictions, targets, mask, self.codebook)
-        if self.kind == 'pixels':
-            return F.mse_loss(predictions[mask].float(), targets[mask].float())     # MAE, arXiv:2111.06377
-        return mim_loss(predictions, targets, mask)
+        if not self.layer:
+            return self.teacher.patch_features(images)
+        return self.teacher.patch_features(images, self.layer)
 
-    def predict(self, model, images, mask):
-        """What the model says of every patch, as of(images) would: [B, N, C]; for tokens the centres' mean."""
-        x = model(model.normalize(images), mask if self.masked else None).float()
-        return x.softmax(-1) @ self.codebook if self.kind == 'tokens' else x
+    loss = staticmethod(mim_loss)
+
+    def width(self, images):
+        """How many numbers the model says of each patch."""
+        return self.of(images[:1]).shape[-1]
+
+    def read(self, predictions):
+        """Predictions as something to compare with `of`: [B, N, C]."""
+        return predictions.float()
+
+
+# ---- other targets: the pilot study, EVA's table 1 --------------------------------------------------------------
+
+class Tokens(Features):
+    """BEiT v2's way: the code of each patch, the k-means centre nearest to its features.
+    codebook [NUM_CODES, C] of unit length; stored with the run."""
+    codebook = None
+
+    def loss(self, predictions, targets, mask, num_hidden):
+        """Cross-entropy of the hidden patches' codes. predictions [B, N, NUM_CODES] logits."""
+        similarity = targets.float() @ self.codebook.T
+        codes = similarity.argmax(-1)                           # [B, N]
+
+        # torch wants the classes second
+        logits = predictions.float().transpose(1, 2)            # [B, K, N]
+        losses = F.cross_entropy(logits, codes, reduction='none')
+        return (losses * mask).sum() / num_hidden
+
+    def width(self, images):
+        return NUM_CODES
+
+    def read(self, predictions):
+        """The mean of the centres."""
+        return predictions.float().softmax(-1) @ self.codebook
+
+
+class Pixels(Features):
+    """MAE's target (arXiv:2111.06377): each patch's pixels with mean 0 and variance 1."""
+
+    def __init__(self, grid):
+        super().__init__(None, grid)
+
+    def of(self, images):
+        """uint8 [B, 3, H, W] -> [B, N, 3 * size * size]."""
+        size = images.shape[-1] // self.grid
+        patches = F.unfold(images.float() / 255, size, stride=size).transpose(1, 2)
+        mean = patches.mean(-1, keepdim=True)
+        variance = patches.var(-1, keepdim=True)
+
+        # a patch of one colour has no variance
+        return (patches - mean) / (variance + 1e-6).sqrt()
+
+    def loss(self, predictions, targets, mask, num_hidden):
+        # MAE's mean squared error
+        error = predictions.float() - targets.float()
+        losses = error.square().mean(-1)                        # [B, N]
+        return (losses * mask).sum() / num_hidden
+
+
+def in_parts(function, images, num=64):
+    """function of so many images at once, joined."""
+    return torch.cat([function(part) for part in images.split(num)])
+
+
+def learn_codebook(features, rounds=20):
+    """k-means by cosine of features [n, C]: centres of unit length [NUM_CODES, C]. A centre
+    that nothing is nearest to stays where it was."""
+    features = F.normalize(features.float(), dim=-1)
+    first = data.permutation(torch.arange(NUM_CODES) % len(features), len(features), seed=0, epoch=0)
+    centres = features[first.to(features.device)]
+
+    for _ in range(rounds):
+        nearest = in_parts(lambda part: (part @ centres.T).argmax(-1), features, 8192)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, features)
+        found = sums.norm(dim=-1, keepdim=True) > 0
+        centres = torch.where(found, F.normalize(sums, dim=-1), centres)
+    return centres
 
 
 # ---- measuring --------------------------------------------------------------------------------------------------
 
-class Validation(NamedTuple):
+@dataclass
+class Validation:
+    """The images that a run is judged on, and the cosines that it has to beat."""
     images: torch.Tensor        # uint8 [B, 3, H, W]
     mask: torch.Tensor          # bool [B, N], True = hidden
     targets: torch.Tensor       # [B, N, C]
-    position: torch.Tensor      # [B, N], cosine of the best constant vector per position
-    inpaint: torch.Tensor       # [B, N], cosine of features interpolated from what is visible
-
-
-def hidden_distance(mask, grid):
-    """Steps (chessboard king's) from each patch to the nearest visible one, 0 for visible patches: [B, N]."""
-    hidden = mask.view(-1, 1, grid, grid).float()
-    distance = torch.zeros_like(hidden)
-    for _ in range(grid):
-        distance += hidden
-        hidden = -F.max_pool2d(F.pad(-hidden, (1,) * 4, value=-1.), 3, 1)       # erode: beyond the border is hidden too
-    return distance.view_as(mask).long()
-
-
-def interpolate_hidden(features, mask, grid, sharpness):
-    """Fills hidden patches with the mean of the visible ones, weighted by exp(-sharpness * squared distance)."""
-    place = torch.arange(grid * grid, device=mask.device)
-    row, column = place // grid, place % grid
-    squared = (row[:, None] - row) ** 2 + (column[:, None] - column) ** 2                       # [N, N]
-    weights = (-sharpness * squared).float().expand(len(mask), -1, -1).masked_fill(mask[:, None, :], -torch.inf)
-    return weights.softmax(-1) @ features.float()                                               # [B, N, C]
+    baseline: float             # of the best constant vector for each position
+    inpaint: float              # of features interpolated from what is visible
 
 
 @torch.no_grad()
 def make_validation(cfg, dataset, target, image_size, num, device):
-    """Validation images, masks and targets, and the two baselines that any prediction has to beat."""
-    grid = target.grid
-    images = torch.cat([batch['images'] for batch in
-                        data.eval_batches(dataset, 64, image_size, num, device, cfg.workers)])
-    mask = make_mask(cfg.mask, torch.arange(len(images)), grid, cfg.mask_ratio, seed=-1).to(device)
-    targets = torch.cat([target.of(part) for part in images.split(64)])
-    # the sum of unit vectors points where their mean cosine is largest: no constant per position can do better
-    directions = F.normalize(targets.float(), dim=-1) * mask[..., None]
-    position = F.cosine_similarity(directions.sum(0).expand_as(targets), targets, dim=-1)
-    visible = torch.cat([target.of(paint_hidden(*part)) for part in zip(images.split(64), mask.split(64))])
-    inpaint = [F.cosine_similarity(interpolate_hidden(visible, mask, grid, sharpness), targets, dim=-1)
-               for sharpness in (.25, .5, 1., 2.)]
-    inpaint = max(inpaint, key=lambda cosine: cosine[mask].mean())      # the best of four kernels: a strict baseline
-    return Validation(images, mask, targets, position, inpaint)
+    """The first num validation images with their masks and targets, and the two baselines."""
+    batches = data.eval_batches(dataset, 64, image_size, num, device, cfg.workers)
+    images = torch.cat([batch['images'] for batch in batches])
+    numbers = torch.arange(len(images))
+    mask = make_mask(cfg.mask, numbers, target.grid, cfg.mask_ratio, seed=-1).to(device)
+    targets = in_parts(target.of, images).float()
+
+    # the sum of unit vectors points where their mean cosine is largest: no constant does better
+    directions = F.normalize(targets, dim=-1) * mask[..., None]
+    best = directions.sum(0).expand_as(targets)
+    baseline = hidden_cosine(best, targets, mask)
+
+    # the features of the image without its hidden patches, blurred over them: the best of four kernels
+    visible = in_parts(target.of, paint_hidden(images, mask))
+    kernels = [interpolate_hidden(visible, mask, target.grid, sharpness) for sharpness in (.25, .5, 1., 2.)]
+    inpaint = max(hidden_cosine(filled, targets, mask) for filled in kernels)
+    return Validation(images, mask, targets, baseline, inpaint)
 
 
-def paint_hidden(images, mask, value=128):
-    """Images with their hidden patches painted grey. images uint8 [B, 3, H, W], mask [B, N]."""
+def hidden_cosine(predictions, targets, mask):
+    """Mean cosine on the hidden patches, a number."""
+    return F.cosine_similarity(predictions, targets, dim=-1)[mask].mean().item()
+
+
+def paint_hidden(images, mask):
+    """Images with their hidden patches grey. images uint8 [B, 3, H, W], mask [B, N]."""
     grid = math.isqrt(mask.shape[1])
-    pixels = F.interpolate(mask.view(-1, 1, grid, grid).float(), size=images.shape[-2:], mode='nearest') > 0
-    return torch.where(pixels, value, images)
+    squares = mask.view(-1, 1, grid, grid).float()
+    pixels = F.interpolate(squares, size=images.shape[-2:], mode='nearest') > 0     # [B, 1, H, W]
+    return torch.where(pixels, 128, images)
+
+
+def interpolate_hidden(features, mask, grid, sharpness):
+    """Each patch's mean of the visible ones [B, N, C], weighted by exp(-sharpness * distance^2)."""
+    place = torch.arange(grid * grid, device=mask.device)
+    row, column = place // grid, place % grid
+    squared = (row[:, None] - row) ** 2 + (column[:, None] - column) ** 2           # [N, N]
+    logits = (-sharpness * squared).float().expand(len(mask), -1, -1)
+    logits = logits.masked_fill(mask[:, None, :], -torch.inf)
+    return logits.softmax(-1) @ features.float()
 
 
 @torch.no_grad()
 def evaluate(model, target, val, autocast):
-    """Cosine on the hidden validation patches, what the two baselines reach there, and skill = (cosine - baseline) /
-    (1 - baseline) over the position baseline; also by the distance to the nearest visible patch."""
-    cosine = []
-    for images, mask, targets in zip(val.images.split(64), val.mask.split(64), val.targets.split(64)):
+    """Cosine on the hidden validation patches beside the baselines', and
+    skill = (cosine - baseline) / (1 - baseline)."""
+    parts = []
+    for images, mask in zip(val.images.split(64), val.mask.split(64)):
         with autocast:
-            predictions = target.predict(model, images, mask)                       # [B, N, C]
-        cosine.append(F.cosine_similarity(predictions.float(), targets.float(), dim=-1))
-    cosine, distance = torch.cat(cosine), hidden_distance(val.mask, math.isqrt(val.mask.shape[1]))     # [B, N]
+            predictions = model(model.normalize(images), mask if target.hides else None)
+        parts.append(target.read(predictions))
+    cosine = hidden_cosine(torch.cat(parts), val.targets, val.mask)
 
-    def skill(cosine, patches):
-        baseline = val.position[patches].mean()
-        return ((cosine[patches].mean() - baseline) / (1 - baseline)).item()
-    metrics = {name: x[val.mask].mean().item()
-               for name, x in (('cosine', cosine), ('baseline', val.position), ('inpaint', val.inpaint))}
-    metrics |= dict(skill=skill(cosine, val.mask), inpaint_skill=skill(val.inpaint, val.mask))
-    for name, patches in (('1', distance == 1), ('2', distance == 2), ('3+', distance >= 3)):
-        if patches.any():
-            metrics[f'skill_distance_{name}'] = skill(cosine, patches)
-    return metrics
+    room = 1 - val.baseline
+    return dict(cosine=cosine, baseline=val.baseline, inpaint=val.inpaint,
+                skill=(cosine - val.baseline) / room,
+                inpaint_skill=(val.inpaint - val.baseline) / room)
 
 
 # ---- the picture ------------------------------------------------------------------------------------------------
 
+def principal_axes(features):
+    """A function that turns features [..., C] into RGB, 0 to 1: the three axes on which these differ most."""
+    features = features.flatten(0, -2).float().cpu()
+    mean = features.mean(0)
+    centred = features - mean
+    axes = torch.linalg.eigh(centred.T @ centred)[1][:, -3:].flip(1)                # [C, 3]
+    low, high = (centred @ axes).quantile(torch.tensor([.02, .98]), dim=0)
+
+    def rgb(x):
+        return (((x.float().cpu() - mean) @ axes - low) / (high - low)).clamp(0, 1)
+    return rgb
+
+
 @torch.no_grad()
-def draw_features(path, model, target, images, mask, bank_images):
-    """features.png, a row per image: input, masked input, the targets (the teacher's features), the prediction (hidden
-    patches only, the targets faded around them), and hidden patches filled with the training patch whose target is
-    nearest to the prediction."""
-    grid = math.isqrt(mask.shape[1])
+def draw_features(path, model, target, images, mask, bank):
+    """features.png, a row per image: input, masked input, the targets' main colours, the prediction
+    (only the hidden patches in full colour), and each hidden patch as the training patch of bank
+    [n, 3, H, W] whose target is nearest to the prediction."""
+    grid = target.grid
     size = images.shape[-1] // grid
-    targets_of = lambda x: torch.cat([target.of(part) for part in x.split(64)]).float()
-    targets, predictions = targets_of(images), target.predict(model, images, mask)              # [B, N, C]
-    predictions = F.normalize(predictions, dim=-1) * targets.norm(dim=-1).mean()        # only directions were learnt
-    rgb = M.principal_axes(targets)
-    bank = F.normalize(targets_of(bank_images), dim=-1).flatten(0, 1)                                # [BANK, C]
-    patches = F.unfold(bank_images.float(), size, stride=size).transpose(1, 2).flatten(0, 1)    # [BANK, 3 * size^2]
-    filled = F.unfold(images.float(), size, stride=size).transpose(1, 2)                        # [B, N, 3 * size^2]
-    for n in range(len(images)):
-        nearest = (F.normalize(predictions[n][mask[n]], dim=-1) @ bank.T).argmax(1)
-        filled[n, mask[n]] = patches[nearest]
+    targets = in_parts(target.of, images).float()                                   # [B, N, C]
+    predictions = target.read(model(model.normalize(images), mask if target.hides else None))
+    predictions = F.normalize(predictions, dim=-1)
+
+    # hidden patches filled with the nearest of the bank
+    bank_targets = F.normalize(in_parts(target.of, bank).float(), dim=-1).flatten(0, 1)
+    bank_patches = F.unfold(bank.float(), size, stride=size).transpose(1, 2).flatten(0, 1)
+    filled = F.unfold(images.float(), size, stride=size).transpose(1, 2)            # [B, N, 3 * size^2]
+    for patches, prediction, hidden in zip(filled, predictions, mask):
+        nearest = (prediction[hidden] @ bank_targets.T).argmax(1)
+        patches[hidden] = bank_patches[nearest]
     filled = F.fold(filled.transpose(1, 2), images.shape[-2:], size, stride=size)
-    as_image = lambda x: x.transpose(1, 2).unflatten(2, (grid, grid)) * 255             # [B, N, 3] -> [B, 3, h, w]
-    faded = .75 + .25 * rgb(targets)
-    columns = {'input': images, 'masked': paint_hidden(images, mask),
-               'target' if target.kind == 'pixels' else "teacher's features": as_image(rgb(targets)),
-               'prediction': as_image(torch.where(mask[..., None].cpu(), rgb(predictions), faded)),
-               'nearest patches': filled}
-    run.draw_sheet(path, columns)
+
+    # features as colours; only the predictions' directions were learnt
+    rgb = principal_axes(targets)
+    colours = rgb(targets)                                                          # [B, N, 3]
+    predicted = rgb(predictions * targets.norm(dim=-1).mean())
+    shown = torch.where(mask[..., None].cpu(), predicted, .75 + .25 * colours)
+
+    def as_image(x):
+        return x.transpose(1, 2).unflatten(2, (grid, grid)) * 255                   # [B, 3, h, w]
+
+    title = "teacher's features" if target.teacher else 'target'
+    run.draw_sheet(path, {'input': images, 'masked': paint_hidden(images, mask), title: as_image(colours),
+                          'prediction': as_image(shown), 'nearest patches': filled})
 
 
 # ---- the loop ---------------------------------------------------------------------------------------------------
 
 def find_teacher(cfg):
-    """The teacher's weights: --teacher; else EVA's for b, l and g on real images; else the built-in one, trained at
+    """The teacher's file: --teacher; else EVA's for b, l and g on real images; else the built-in one, trained at
     first use by clip_train.py's default command, the same for every size so that their skills compare."""
     if cfg.teacher:
         return cfg.teacher
-    if cfg.data.partition(':')[0] == 'shapes':
-        if cfg.size in ('l', 'g'):
-            print0(f'a rehearsal: {cfg.size} on the built-in world with its small teacher. For real: --data DIR')
-    elif cfg.size in ('b', 'l', 'g'):
+
+    on_world = cfg.data.partition(':')[0] == 'shapes'
+    if not on_world and cfg.size in ('b', 'l', 'g'):
         print0("teacher: OpenAI's ViT-L/14, fetched once into out/")
         return run.on_first(data.fetch, VIT_L_14, VIT_L_14.split('/')[-2], 'out/ViT-L-14.pt', 'pass --teacher FILE')
-    else:
+    if not on_world:
         print0('teacher: the built-in one, which has seen drawn scenes only. Train one on your own pictures with '
                '`python clip_train.py --data DIR`, and pass it with --teacher')
-    run.on_first(run.run_stage, 'clip_train.py', 'out/teacher', *(['--device', cfg.device] if cfg.device else []))
+    if on_world and cfg.size in ('l', 'g'):
+        print0(f'a rehearsal: {cfg.size} on the built-in world with its small teacher. For real: --data DIR')
+
+    flags = ['--device', cfg.device] if cfg.device else []
+    run.on_first(run.run_stage, 'clip_train.py', 'out/teacher', *flags)
     return 'out/teacher/model.pt'
 
 
-def find_target(cfg, grid, device, kind=None, codebook=None):
-    """The Target of a run: its teacher, if any, is a frozen CLIP, or for `untrained` that CLIP before it learnt."""
-    kind = kind or cfg.target
+def find_target(cfg, kind, grid, device, teacher=None):
+    """What is reconstructed. teacher: a module of the caller's, instead of --teacher's file."""
     if kind == 'pixels':
-        return Target(kind, grid)
-    teacher = M.load(find_teacher(cfg), M.CLIP)
+        return Pixels(grid)
+    if teacher is None:
+        teacher = M.load(find_teacher(cfg))
     if kind == 'untrained':
-        teacher = M.init_weights(M.CLIP(**teacher.config)).eval()
-    codebook = None if codebook is None else codebook.to(device)
-    return Target(kind, grid, run.to_device(teacher.requires_grad_(False), cfg, device), codebook)
+        teacher = M.init_weights(type(teacher)(teacher.config)).eval()
+    teacher = run.to_device(teacher.requires_grad_(False), cfg, device)
+    if kind == 'tokens':
+        return Tokens(teacher, grid, cfg.target_layer)
+    return Features(teacher, grid, cfg.target_layer, hides=kind != 'distill')
 
 
-def width_of(target, patch_size):
-    """How many numbers the model says of each patch."""
-    if target.kind == 'tokens':
-        return NUM_CODES if target.codebook is None else len(target.codebook)
-    return 3 * patch_size ** 2 if target.kind == 'pixels' else target.teacher.visual.config['head']
+def first_images(dataset, num, image_size, cfg, device):
+    """The first training images: the picture's bank of patches."""
+    batches = data.batches(dataset, num, image_size, 0, 1, cfg.seed, device)
+    return next(iter(batches))['images']
 
 
-def some_images(dataset, num, image_size, cfg, device):
-    """The first training images: among their patches the picture looks for the nearest."""
-    return next(iter(data.batches(dataset, num, image_size, 0, 1, cfg.seed, device)))['images']
+def teacher_config(target):
+    """The options of the teacher's ViT on our grid, of which FLOPs are counted; None if it is none of ours."""
+    vit = getattr(target.teacher, 'visual', target.teacher)
+    if not isinstance(vit, M.ViT):
+        return None
+    return dataclasses.replace(vit.config, image_size=target.grid * vit.patch_size)
 
 
-def look(cfg, train_set, val_set, device):
-    """--eval: what any checkpoint's frozen features and, if it predicts what the target is, its predictions are worth;
+def check(cfg, config):
+    """Refuses a mask ratio that a grid cannot have."""
+    M.check_grid(config.image_size, config.image_size, config.patch_size)
+    grid = config.image_size // config.patch_size
+    num_hidden = round(grid * grid * cfg.mask_ratio)
+    least = smallest_block(grid) if cfg.mask == 'block' else 1
+    if not least <= num_hidden < grid * grid:
+        raise M.Refused(f'--mask_ratio {cfg.mask_ratio} hides {num_hidden} of {grid * grid} patches; {cfg.mask} masks '
+                        f'hide {least} to {grid * grid - 1}. EVA hides .41')
+
+
+def apply_model(cfg, train_set, val_set, device):
+    """--eval: what any model's frozen features and, if it predicts what the target is, its predictions are worth;
     --image: its row of pictures for any photo."""
     path = cfg.init or f'{cfg.out_dir}/model.pt'
-    held = M.load(path)
-    model = (held.visual if isinstance(held, M.CLIP) else held).to(device)
-    size = model.image_size
-    predicts = model.config['head'] and not model.pool
-    if cfg.image or predicts:       # a model that predicts no patches needs no teacher
-        target = find_target(cfg, model.grid, device, held.extra.get('target', cfg.target), held.extra.get('codebook'))
-        width = width_of(target, model.patch_size)
-        predicts = predicts and model.config['head'] == width
+    model = M.load(path, M.ViT).to(device)
+    ours = 'target' in model.extra      # of a released file --teacher has to say what it predicts
+    predicts = model.config.head and not model.pool and (ours or cfg.teacher)
+    if cfg.image or predicts:
+        target = find_target(cfg, model.extra.get('target', cfg.target), model.grid, device)
+        if 'codebook' in model.extra:
+            target.codebook = model.extra['codebook'].to(device)
+        bank = first_images(train_set, max(8, BANK // model.grid ** 2), model.image_size, cfg, device)
+        width = target.width(bank)
+        predicts = model.config.head == width
     if cfg.image and not predicts:
-        raise ValueError(f"{path} predicts {model.config['head']} numbers a patch, the target has {width}; "
-                         'use the teacher it was trained with')
-    if cfg.eval:
-        metrics = run.probe(run.pooled_features(model), train_set, val_set, size, run.NUM_PROBE, cfg, device)
-        if predicts:
-            val = make_validation(cfg, val_set, target, size, NUM_EVAL, device)
-            metrics |= evaluate(model, target, val, run.autocast(device))
-        print0(run.table(metrics))
-        return run.report_broken(train_set, val_set)
-    images = data.load_crop(cfg.image, size)[None].to(device)
-    mask = make_mask(cfg.mask, torch.tensor([cfg.seed]), model.grid, cfg.mask_ratio).to(device)
-    os.makedirs(cfg.out_dir, exist_ok=True)
-    path = f'{cfg.out_dir}/{Path(cfg.image).stem}.features.png'
-    draw_features(path, model, target, images, mask, some_images(train_set, BANK // model.grid ** 2, size, cfg, device))
-    print0(path)
+        raise M.Refused(f'{path} predicts {model.config.head} numbers a patch, the target has {width}; '
+                        'use the teacher it was trained with')
 
+    if cfg.image:
+        images = data.load_view(cfg.image, model.image_size)[None].to(device)
+        mask = make_mask(cfg.mask, torch.tensor([cfg.seed]), model.grid, cfg.mask_ratio).to(device)
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        picture = f'{cfg.out_dir}/{Path(cfg.image).stem}.features.png'
+        draw_features(picture, model, target, images, mask, bank)
+        return print0(picture)
 
-def check(cfg):
-    """The student's options, or one line about what does not fit."""
-    config = run.size_config(cfg, drop_path=cfg.drop_path)
-    M.check_grid(config['image_size'], config['image_size'], config['patch_size'])
-    num_patches = (config['image_size'] // config['patch_size']) ** 2
-    if cfg.target not in TARGETS:
-        raise ValueError(f'target {cfg.target!r} is not one of {", ".join(TARGETS)}')
-    if cfg.mask not in ('block', 'random', 'columns'):
-        raise ValueError(f'mask {cfg.mask!r} is not one of block, random, columns')
-    num_hidden, smallest = round(num_patches * cfg.mask_ratio), max(4, num_patches // 16) if cfg.mask == 'block' else 1
-    if not smallest <= num_hidden < num_patches:
-        raise ValueError(f'mask_ratio {cfg.mask_ratio} hides {num_hidden} of {num_patches} patches; {cfg.mask} masks '
-                         f'hide {smallest} to {num_patches - 1}. EVA hides .41')
-    if cfg.drop_path >= 1:
-        raise ValueError(f'drop_path {cfg.drop_path} is not below 1')
-    return config
+    encode = run.pooled_features(model)
+    metrics = run.probe(encode, train_set, val_set, model.image_size, run.NUM_PROBE, cfg, device)
+    if predicts:
+        val = make_validation(cfg, val_set, target, model.image_size, NUM_EVAL, device)
+        metrics |= evaluate(model, target, val, run.autocast(device))
+    print0(run.table(metrics))
+    run.report_broken(train_set, val_set)
 
 
 def add_masks(batches, cfg, grid, depth, start, rank, world):
-    """Adds its samples' masks [B, N] and what decides on dropped paths [B, depth, 2]; on the CPU, where none wait."""
+    """Adds to each batch its samples' masks [B, N] and the random numbers of drop path [B, depth, 2]."""
     num = cfg.batch_size // world
     for step, batch in enumerate(batches, start):
         position = step * cfg.batch_size + rank * num + torch.arange(num)
-        batch['mask'] = make_mask(cfg.mask, position, grid, cfg.mask_ratio, cfg.seed) | (cfg.target == 'distill')
+        batch['mask'] = make_mask(cfg.mask, position, grid, cfg.mask_ratio, cfg.seed)
+        if cfg.target == 'distill':
+            batch['mask'] = torch.ones_like(batch['mask'])
         batch['drop'] = data.uniform(cfg.seed, 'drop', position, 2 * depth).unflatten(1, (-1, 2))
         yield batch
 
 
-def train(cfg):
-    """Pre-trains; leaves model.pt, features.png, loss.png, log.jsonl and result.json. --eval and --image only look."""
-    if cfg.study:
-        return run.study(cfg)
+def train(cfg, teacher=None):
+    """Pre-trains; leaves model.pt, features.png, loss.png, log.jsonl and result.json.
+    teacher: any module with normalize, patch_features and patch_size, instead of --teacher's file."""
     rank, world, device, mesh = run.setup(cfg)
     cfg.out_dir = cfg.out_dir or f'out/mim_pretrain-{cfg.size}'
-    config = check(cfg)
-    grid, image_size = config['image_size'] // config['patch_size'], config['image_size']
-    if cfg.plan or cfg.bench:
-        return run.costs('pretraining', cfg, config, device)
-    train_set, val_set = data.open_data(cfg.data, 'train'), data.open_data(cfg.data, 'val')
+    config = run.vit_config(cfg, drop_path=cfg.drop_path)
+    check(cfg, config)
+    grid = config.image_size // config.patch_size
+    train_set = data.open_data(cfg.data, 'train')
+    val_set = data.open_data(cfg.data, 'val')
     if cfg.eval or cfg.image:
-        return look(cfg, train_set, val_set, device)
+        return apply_model(cfg, train_set, val_set, device)
     if run.finished(cfg):
         return
     run.settle_steps(cfg, train_set)
     run.check_memory(cfg, config, device, world)
-    target = find_target(cfg, grid, device)
-    config |= dict(head=width_of(target, config['patch_size']), mask_token=target.masked)
-    model = (M.load(cfg.init, M.ViT, **config, pool=None) if cfg.init else
-             M.init_weights(M.ViT(**config), cfg.seed, cfg.init_gain))
+
+    # the target, and a student whose predictions are as wide
+    target = find_target(cfg, cfg.target, grid, device, teacher)
+    num_bank = max(8, BANK // grid ** 2)
+    bank = first_images(train_set, num_bank, config.image_size, cfg, device)
+    options = dict(head=target.width(bank), mask_token=target.hides)
+    config = dataclasses.replace(config, **options)
+    if cfg.init:
+        model = M.load(cfg.init, M.ViT, **options, pool=None, image_size=config.image_size,
+                       patch_size=config.patch_size, drop_path=cfg.drop_path)
+    else:
+        model = M.init_weights(M.ViT(config), cfg.seed, cfg.init_gain)
     model = run.to_device(model, cfg, device, mesh)
     optimizer = run.make_optimizer(model, cfg)
     start, constants = run.resume(cfg.out_dir, model, optimizer, cfg)
-    autocast, constants = run.autocast(device), {'target': cfg.target, **constants}
-    bank = some_images(train_set, max(8, BANK // grid ** 2), image_size, cfg, device)
+    constants = {'target': cfg.target, **constants}
     if cfg.target == 'tokens':
-        if 'codebook' not in constants:         # stored with the run
-            features = torch.cat([target.of(part) for part in bank.split(64)]).flatten(0, 1)
-            first = data.permutation(torch.arange(NUM_CODES) % len(features), len(features), seed=0, epoch=0)
-            constants['codebook'] = M.kmeans(features, features[first.to(device)]).cpu()
+        if 'codebook' not in constants:
+            features = in_parts(target.of, bank).flatten(0, 1)
+            constants['codebook'] = learn_codebook(features).cpu()
         target.codebook = constants['codebook'].to(device)
-    most = max(8, cfg.steps * cfg.batch_size)           # a rehearsal of one step is not judged on 1024 images
-    val = make_validation(cfg, val_set, target, image_size, min(NUM_EVAL, most), device)
-    baseline, inpaint = val.position[val.mask].mean().item(), val.inpaint[val.mask].mean().item()
-    print0(f'EVA {cfg.size}: {run.count_parameters(model) / 1e6:.2f}M parameters, {image_size} px, '
+
+    # what it is judged on; a rehearsal of one step is not judged on 1,024 images
+    most = max(8, cfg.steps * cfg.batch_size)
+    val = make_validation(cfg, val_set, target, config.image_size, min(NUM_EVAL, most), device)
+    autocast = run.autocast(device)
+
+    def measure():
+        metrics = evaluate(model, target, val, autocast)
+        encode = run.pooled_features(model)
+        num = min(run.NUM_PROBE, most)
+        return metrics | run.probe(encode, train_set, val_set, config.image_size, num, cfg, device)
+
+    def draw():
+        draw_features(f'{cfg.out_dir}/features.png', model, target, val.images[:8], val.mask[:8], bank)
+
+    print0(f'EVA {cfg.size}: {run.count_parameters(model) / 1e6:.2f}M parameters, {config.image_size} px, '
            f'{val.mask.sum(1).float().mean():.1f} of {grid * grid} patches hidden on average; '
            f'{cfg.steps:,} steps of {cfg.batch_size} images on {device}. '
-           f'Cosine to beat: {baseline:.3f} (position mean), {inpaint:.3f} (inpainting)')
-    measure = lambda: evaluate(model, target, val, autocast) | run.probe(
-        run.pooled_features(model), train_set, val_set, image_size, min(run.NUM_PROBE, most), cfg, device)
-    teacher = target.teacher and {**target.teacher.visual.config, 'image_size': grid * target.teacher.visual.patch_size}
-    log = run.Log(cfg, start, device, run.training_flops(config, teacher))
-    batches = data.batches(train_set, cfg.batch_size, image_size, start, cfg.steps, cfg.seed, device, cfg.workers,
-                           rank=rank, world=world)
-    batches = run.ahead(add_masks(batches, cfg, grid, len(model.blocks), start, rank, world), device)
+           f'Cosine to beat: {val.baseline:.3f} (position mean), {val.inpaint:.3f} (inpainting)')
+    flops = run.training_flops(config, teacher_config(target))
+    log = run.Log(cfg, start, device, flops)
+    batches = data.batches(train_set, cfg.batch_size, config.image_size, start, cfg.steps,
+                           cfg.seed, device, cfg.workers, rank=rank, world=world)
+    batches = add_masks(batches, cfg, grid, config.depth, start, rank, world)
+    batches = run.ahead(batches, device)
+
     for step, batch in zip(range(start, cfg.steps), batches):
+        lr = run.lr_at(step, cfg)
         for group in optimizer.param_groups:
-            group['lr'] = run.lr_at(step, cfg) * group['lr_scale']
-        parts = [batch[name].split(cfg.micro_batch or len(batch[name])) for name in ('images', 'mask', 'drop')]
-        num_hidden, loss = run.total(run.send(batch['mask'].sum(), device)), 0      # of the whole batch, all processes
-        for images, mask, drop in zip(*parts):                                      # uint8 [B, 3, H, W], [B, N], ...
-            hidden = tuple(run.send(place, device) for place in mask.nonzero(as_tuple=True))    # M rows, M patches
+            group['lr'] = lr * group['lr_scale']
+
+        images = batch['images']                                # uint8 [B, 3, H, W]
+        mask = run.send(batch['mask'], device)                  # [B, N], True = hidden
+        drop = run.send(batch['drop'], device)                  # [B, depth, 2]
+        num_hidden = run.sum_over_processes(mask.sum())         # of the global batch
+        size = cfg.micro_batch or len(images)
+        loss = 0.
+        for images, mask, drop in zip(images.split(size), mask.split(size), drop.split(size)):
             with torch.no_grad(), autocast:
-                targets = target.of(images)                                         # [B, N, C]
+                targets = target.of(images)                     # [B, N, C]
             with autocast:
-                predictions = model(model.normalize(images), run.send(mask, device) if target.masked else None,
-                                    drop=run.send(drop, device))                    # [B, N, C]
-            part = target.loss(predictions, targets, hidden) * (len(hidden[0]) / num_hidden)    # its share of the mean
-            (part * world).backward()                                               # FSDP divides by the processes
+                seen = mask if target.hides else None
+                predictions = model(model.normalize(images), seen, drop=drop)
+            part = target.loss(predictions, targets, mask, num_hidden)
+            (part * world).backward()                           # FSDP divides by the processes
             loss += part.detach()
+
         grad_norm = run.clip_gradients(model, cfg.grad_clip)
         if log.is_finite(grad_norm):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
         if log.due(step):
-            log.write(step, loss=run.total(loss), lr=optimizer.param_groups[0]['lr'], grad_norm=grad_norm)
-        done, stopping = step + 1, log.stopping()
+            log.write(step, loss=run.sum_over_processes(loss), lr=lr, grad_norm=grad_norm)
+        done = step + 1
+        stopping = log.stopping()
         if done < cfg.steps and (stopping or done % cfg.save_every == 0):
             run.save_checkpoint(cfg.out_dir, done, model, optimizer, cfg, constants)
             if stopping:
                 log.leave(done)
-            draw_features(f'{cfg.out_dir}/features.png', model, target, val.images[:8], val.mask[:8], bank)
+            draw()
             log.say(step, **measure())
-    metrics = measure()
+
     run.save_model(model, f'{cfg.out_dir}/model.pt', **constants)
-    draw_features(f'{cfg.out_dir}/features.png', model, target, val.images[:8], val.mask[:8], bank)
-    lines = {'position mean': -baseline, 'inpainting': -inpaint} if cfg.target in ('clip', 'untrained') else {}
-    log.finish(model, 'training loss', lines, **metrics)
+    draw()
+    cosine_loss = cfg.target in ('clip', 'distill', 'untrained')
+    lines = {'position mean': -val.baseline, 'inpainting': -val.inpaint} if cosine_loss else {}
+    log.finish(model, 'training loss', lines, **measure())
     run.report_broken(train_set, val_set)
 
 

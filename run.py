@@ -1,21 +1,21 @@
 """
-What every run needs once: options, processes and devices, optimizer, schedule, save and resume, log, curves, costs.
-The loops are in the stage files; they call these by name.
+What every run needs and no stage should write again: options, processes and sharding, optimizer and
+schedule, save and resume, the log. The loops are in the stage files; they call these functions by name.
 
-    python mim_pretrain.py                                 # one process: nothing here is distributed, tensors are plain
-    torchrun --nproc_per_node=8 mim_pretrain.py --size g   # weights, gradients and AdamW's state are sharded over eight
+    python mim_pretrain.py                                 # one process, plain tensors, nothing distributed
+    torchrun --nproc_per_node=8 mim_pretrain.py --size g   # weights and AdamW's state over eight GPUs
 """
 import argparse
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
 import pickle
 import re
 import resource
-import runpy
 import shlex
 import shutil
 import signal
@@ -27,107 +27,161 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict as dcp_state
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
-                                                     set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
 from torch.distributed.nn.functional import all_gather
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from model import SIZES, Block, ViT, first_line, get_rank, knn_accuracy, linear_probe, print0, save
+import model as M
+from model import Refused
 
 
-def option(default, help):
-    """A field of a Config; its flag and its line in --help are made from it."""
-    return dataclasses.field(default=default, metadata=dict(help=help))
+# ---- options ----------------------------------------------------------------------------------------
+
+def option(default, help, choices=None, low=0, high=1e12, below=None):
+    """A field of a Config that is a flag too: --help, the check and the refusal are made of this.
+    A string is one of choices; a number lies from low to high, or from low to just under `below`."""
+    # what it takes, in words
+    takes = ''
+    if choices:
+        takes = 'one of ' + ', '.join(choice for choice in choices if choice)
+    elif below is not None:
+        takes = f'{low:g} to below {below:g}'
+        high = math.nextafter(below, low)
+    elif type(default) in (int, float) or type(default) is tuple and default:
+        takes = f'{low:g} to {high:g}' if high < 1e12 else f'{low:g} or more'
+
+    def fits(value):
+        if choices:
+            return value in choices
+        parts = value if type(value) is tuple else (value,)
+        return all(low <= part <= high for part in parts if isinstance(part, (int, float)))
+
+    # its line in --help
+    brackets = '; '.join(str(part) for part in (default, takes) if part not in ('', None, ()))
+    help = f'{help} ({brackets})'.removesuffix(' ()')
+    return dataclasses.field(default=default, metadata=dict(help=help, takes=takes, fits=fits))
 
 
 @dataclass
 class Run:
-    """What means the same in every stage."""
-    size: str = option('nano', 'row of SIZES in model.py')
-    data: str = option('shapes', 'the built-in world (shapes:unique=N,classes=N,objects=N), images in a folder or .tar')
+    """What every stage honours. Fields without option(...) are a recipe's constants, no flags."""
+    size: str = option('nano', 'row of RECIPES: a row of SIZES in model.py, or one of its recipes, as g-560')
+    data: str = option('shapes', 'the built-in world (shapes:unique=N,fine=N,objects=N), a folder or .tar')
     init: str = option('', 'file to start from instead of random weights')
     out_dir: str = option('', 'where results go; out/<stage>-<size> if empty')
-    steps: int = option(1000, 'updates of the weights')
+    steps: int = option(1000, 'updates of the weights', low=1)
     epochs: float = option(0., 'passes over finite data, instead of --steps')
-    batch_size: int = option(128, 'images in an update, over all processes')
-    micro_batch: int = option(0, 'images at once on a device; 0: as many as belong to it')
+    batch_size: int = option(128, 'images in an update, over all processes', low=1)
     lr: float = option(1e-3, 'highest learning rate')
     image_size: int = option(0, "pixels along a side; 0: the size's own")
     patch_size: int = option(0, "pixels along a patch; 0: the size's own")
-    seed: int = option(0, 'of weights, order, crops and masks')
+    seed: int = option(0, 'of weights, order, crops and masks', high=127)   # each owns 2^33 of 2^40 scenes
     device: str = option('', 'cuda, mps or cpu; the best there is if empty')
     compile: bool = option(None, 'torch.compile the blocks; decided by the device if not given')
-    shard: str = option('full', "full: weights, gradients and AdamW's state divided over the processes; none: copied")
-    checkpoint_activations: bool = option(False, 'keep only the inputs of blocks, compute them again for the gradients')
-    save_every: int = option(500, 'steps between checkpoints')
-    log_every: int = option(10, 'steps between lines of log.jsonl')
+    checkpoint_activations: bool = option(False, 'compute activations again for the gradients: less memory')
+    save_every: int = option(500, 'steps between checkpoints', low=1)
+    log_every: int = option(10, 'steps between lines of log.jsonl', low=1)
     workers: int = option(0, 'processes that read images; 0: read in this one')
     eval: bool = option(False, 'only evaluate --init')
-    plan: bool = option(False, 'only print parameters, FLOPs, memory and days')
-    devices: int = option(1, 'of --plan: how many like this one')
-    bench: bool = option(False, 'only measure speed, without data and teacher')
     image: str = option('', 'only apply --init to this picture')
-    cooldown, branch = 0, ''        # options of mim_pretrain.py
+    drop_path: float = option(0., 'chance that the last block skips a branch; grows with depth', below=1)
+
+    warmup_steps: int = 100             # of linear warm-up
+    schedule: str = 'cosine'            # of the learning rate after it: cosine, linear or steps
+    min_lr: float = 0.                  # at the last step
+    drop_at: float = 1.                 # of schedule steps: after this share of them the rate is a tenth
+    cooldown: int = 0                   # instead of a schedule: constant, then linear in so many last steps
+    branch: str = ''                    # folder of a like run, to start where its rate began to fall
+    weight_decay: float = .05           # of matrices; vectors, positions and tokens have none
+    betas: tuple = (.9, .98)            # AdamW's
+    eps: float = 1e-6                   # AdamW's
+    grad_clip: float = 1e9              # largest global gradient norm
 
 
 # options that change how a run is made, not what it computes
-NEVER_DIFFER = {'out_dir', 'micro_batch', 'device', 'compile', 'shard', 'checkpoint_activations', 'save_every',
-                'log_every', 'workers', 'eval', 'plan', 'devices', 'bench', 'image', 'templates', 'whole', 'study',
-                'branch'}
+NEVER_DIFFER = {'out_dir', 'micro_batch', 'device', 'compile', 'checkpoint_activations', 'save_every',
+                'log_every', 'workers', 'eval', 'image', 'words', 'templates', 'branch'}
+
+CLASSES = 'name the classes with --classes FILE, a line for each value, - where it is none'
+GONE = {  # flags and values of earlier versions, and what to do now
+    'plan': 'use python studies/plan.py', 'devices': 'use python studies/plan.py',
+    'bench': 'use python studies/speed.py', 'study': 'use python studies/scaling.py',
+    'shard': 'torchrun always divides weights, gradients and optimizer over the processes',
+    'micro_batch': 'use --checkpoint_activations or more processes',
+    'whole': 'clip_train.py --eval takes val/, or all of data without it; maps are tested in windows',
+    'erase': 'use --mixup or --cutmix', 'jitter': 'use --scale_jitter',
+    'probe knn': 'use python mim_pretrain.py --eval', 'augment jitter': 'use --augment colour',
+    'ignore': CLASSES, 'zero_label': CLASSES,
+}
 
 
 def parse_config(Config, RECIPES, argv=None):
-    """Defaults, then the size's recipe, then flags."""
-    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False, epilog=(
-        "Defaults stand in brackets. What the size's row of RECIPES says goes before them, and a flag before both."))
-
-    def one_line(message):
-        raise ValueError(f'{message}; --help lists the options')
-    parser.error = one_line
-    for field in dataclasses.fields(Config):
-        help = field.metadata.get('help', '').replace('%', '%%')
-        if field.type is bool:
-            parser.add_argument(f'--{field.name}', action=argparse.BooleanOptionalAction, help=help)
-        elif field.type is list:
-            parser.add_argument(f'--{field.name}', nargs='+', metavar='TEXT', help=help)
-        elif field.type is tuple:
-            parser.add_argument(f'--{field.name}', type=comma_separated, metavar='A,B',
-                                help=f'{help} ({",".join(map(str, field.default))})')
-        else:
-            help += f' ({field.default})' if field.default != '' else ''
-            parser.add_argument(f'--{field.name}', type=field.type, metavar=field.type.__name__.upper(), help=help)
-    flags = vars(parser.parse_args(argv))
+    """Defaults, then the size's recipe, then flags. Each choice of --head has its own table of recipes."""
+    flags = read_flags(Config, argv)
+    if getattr(Config, 'head', None) in RECIPES:
+        RECIPES = RECIPES[flags.get('head', Config.head)]
     size = flags.get('size', Config.size)
     if size not in RECIPES:
-        raise ValueError(f'--size {size} is unknown; use one of {", ".join(RECIPES)}')
+        raise Refused(f'--size {size} is unknown; use one of {", ".join(RECIPES)}')
     if 'epochs' in flags and 'steps' in flags:
-        raise ValueError('--epochs and --steps both say how long to train; give one of them')
+        raise Refused('--epochs and --steps both say how long to train; give one of them')
+
     cfg = Config(**{**RECIPES[size], **flags})
-    for name, value in dataclasses.asdict(cfg).items():
-        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-            raise ValueError(f'--{name} {value} is not a number from 0 up')
-        if name in ('steps', 'batch_size', 'save_every', 'log_every', 'devices') and value < 1:
-            raise ValueError(f'--{name} {value} is too small; use 1 or more')
-        if name == 'betas' and not (len(value) == 2 and all(0 <= beta < 1 for beta in value)):
-            raise ValueError(f'--betas {value} are not two numbers from 0 to below 1')
-    if cfg.seed > 127:      # each seed of the built-in world owns 2^33 of its 2^40 scenes
-        raise ValueError(f'--seed {cfg.seed} is too large; use 0 to 127')
-    if cfg.shard not in ('full', 'none'):
-        raise ValueError(f'--shard {cfg.shard} is unknown; use full or none')
-    if cfg.micro_batch and cfg.batch_size % cfg.micro_batch:
-        raise ValueError(f'--batch_size {cfg.batch_size} is not a multiple of --micro_batch {cfg.micro_batch}')
+    micro_batch = getattr(cfg, 'micro_batch', 0)
+    if micro_batch and cfg.batch_size % micro_batch:
+        raise Refused(f'--batch_size {cfg.batch_size} is not a multiple of --micro_batch {micro_batch}')
     return cfg
+
+
+def read_flags(Config, argv):
+    """{name: value} of the flags that are given; a flag that is gone says where it went."""
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False, epilog=(
+        "Defaults stand in brackets; the size's row of RECIPES goes before them, and a flag before both."))
+
+    def refuse(message):
+        raise Refused(f'{message}; --help lists the options')
+    parser.error = refuse
+
+    # a flag for each field that is an option
+    options = {field.name: field for field in dataclasses.fields(Config) if field.metadata}
+    for name, field in options.items():
+        kind = dict(type=field.type, metavar=field.type.__name__.upper())
+        if field.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        if field.type is list:
+            kind = dict(nargs='+', metavar='TEXT')
+        if field.type is tuple:
+            kind = dict(type=comma_separated, metavar='A,B')
+        parser.add_argument(f'--{name}', help=field.metadata['help'].replace('%', '%%'), **kind)
+
+    # what is given
+    flags, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        name = word.lstrip('-').partition('=')[0].removeprefix('no-')
+        if name in GONE:
+            raise Refused(f'--{name} is gone: {GONE[name]}')
+        if name in Config.__dataclass_fields__:
+            raise Refused(f'--{name} is no flag: it is a constant, in Config and RECIPES of the stage')
+        refuse(f'{word} is not an option')
+    for name, value in vars(flags).items():
+        if f'{name} {value}' in GONE:
+            raise Refused(f'--{name} {value} is gone: {GONE[f"{name} {value}"]}')
+        if not options[name].metadata['fits'](value):
+            raise Refused(f'--{name} {value} does not fit; use {options[name].metadata["takes"]}')
+    return vars(flags)
 
 
 def comma_separated(text):
@@ -135,16 +189,10 @@ def comma_separated(text):
 
 
 def main(train, Config, RECIPES):
-    """Runs a stage. What we refuse is one line and exit code 2; what we did not foresee keeps its traceback."""
+    """Runs a stage. What we refuse is one line and exit code 2; everything else keeps its traceback."""
     try:
         train(parse_config(Config, RECIPES))
-    except (ValueError, OSError) as error:
-        frame = error.__traceback__
-        while frame.tb_next:
-            frame = frame.tb_next
-        raised_in = os.path.dirname(os.path.abspath(frame.tb_frame.f_code.co_filename))
-        if raised_in != os.path.dirname(os.path.abspath(__file__)):
-            raise
+    except Refused as error:
         if get_rank() == 0:
             print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
@@ -155,197 +203,70 @@ def main(train, Config, RECIPES):
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def writing(path):
+    """A disk that is full, or a folder that may not be written, is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise Refused(f'{path} cannot be written ({error.strerror or M.first_line(error)})') from None
+
+
+# ---- processes and devices ---------------------------------------------------------------------------
+
+cpu_group = None        # the processes' gloo group, for what may take long: a teacher, a checkpoint
+
+
+def get_rank():
+    return int(os.environ.get('RANK', 0))
+
+
+def print0(*values):
+    """Prints on the first process only."""
+    if get_rank() == 0:
+        print(*values, flush=True)
+
+
 def setup(cfg):
-    """(rank, number of processes, device, mesh), from torchrun's variables; the mesh is None with one process. FSDP2
-    divides over a mesh's last dimension and copies over the one before: --shard is only its shape."""
-    global patient
-    rank, local_rank, local_world, world = (int(os.environ.get(name, default)) for name, default in (
-        ('RANK', 0), ('LOCAL_RANK', 0), ('LOCAL_WORLD_SIZE', 1), ('WORLD_SIZE', 1)))
+    """(rank, number of processes, device, mesh) by torchrun's variables; no mesh with one process."""
+    global cpu_group
+    rank = get_rank()
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    local_rank = int(os.environ.get('LOCAL_RANK', 0))
+    local_world = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+
     device = find_device(cfg.device, local_rank, local_world)
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')      # TF32 where autocast keeps float32
     if world == 1:
         return rank, world, device, None
-    share = cfg.batch_size // world
-    if cfg.batch_size % world or share % (cfg.micro_batch or share):
-        raise ValueError(f'--batch_size {cfg.batch_size} does not divide over {world} processes'
-                         + f' into parts of --micro_batch {cfg.micro_batch}' * bool(cfg.micro_batch)
-                         + f'; use a multiple of {world * max(1, cfg.micro_batch)}, or fewer processes')
+
+    # several processes: each has an equal part of every batch
+    multiple = world * (getattr(cfg, 'micro_batch', 0) or 1)
+    if cfg.batch_size % multiple:
+        raise Refused(f'--batch_size {cfg.batch_size} does not divide over {world} processes; '
+                      f'use a multiple of {multiple}, or fewer processes')
     if not dist.is_initialized():
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-        patient = dist.new_group(backend='gloo', timeout=timedelta(days=30))
-    shape, names = ((world,), ('shard',)) if cfg.shard == 'full' else ((world, 1), ('copy', 'shard'))
-    return rank, world, device, init_device_mesh(device.type, shape, mesh_dim_names=names)
+        cpu_group = dist.new_group(backend='gloo', timeout=timedelta(days=30))
+    return rank, world, device, init_device_mesh(device.type, (world,), mesh_dim_names=('shard',))
 
 
 def find_device(name, local_rank, local_world):
     """The torch.device that --device means; each process of a machine has a GPU of its own."""
     gpus = torch.cuda.device_count()
-    there = ['cuda'] * (gpus > 0) + ['mps'] * torch.backends.mps.is_available() + ['cpu']
-    name = name or there[0]
-    if name not in there + [f'cuda:{i}' for i in range(gpus)]:
-        raise ValueError(f'--device {name} is not on this machine; use {" or ".join(there)}')
+    there = dict(cuda=gpus > 0, mps=torch.backends.mps.is_available(), cpu=True)
+    kinds = [kind for kind in there if there[kind]]
+
+    name = name or kinds[0]
+    if name not in kinds + [f'cuda:{i}' for i in range(gpus)]:
+        raise Refused(f'--device {name} is not on this machine; use {" or ".join(kinds)}')
     if local_world > 1 and name not in ('cuda', 'cpu'):
-        raise ValueError(f'--device {name} is one device, and there are {local_world} processes; use cuda or cpu')
+        raise Refused(f'--device {name} is one device for {local_world} processes; use cuda or cpu')
     if name == 'cuda' and local_world > gpus:
-        raise ValueError(f'{local_world} processes on a machine with {gpus} GPUs; use --nproc_per_node={gpus}')
+        raise Refused(f'{local_world} processes on a machine with {gpus} GPUs; use --nproc_per_node={gpus}')
     return torch.device(name, local_rank) if name == 'cuda' else torch.device(name)
-
-
-patient = None      # the processes' gloo group on CPUs for what may take long: training a teacher, writing a checkpoint
-
-
-def on_first(function, *args, **options):
-    """Calls it on the first process while the others wait, however long; all return or raise what it does."""
-    answer = [None, None]
-    if get_rank() == 0:
-        try:
-            answer[0] = function(*args, **options)
-        except (ValueError, OSError, RuntimeError, SystemExit) as error:
-            answer[1] = error
-    if dist.is_initialized():
-        dist.broadcast_object_list(answer, group=patient)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
-
-
-def total(x):
-    """Sum of a tensor over the processes, on its device; with one process a copy."""
-    x = x.detach().clone()
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def largest(number):
-    """The largest of the processes' numbers, agreed on by their CPUs: no device has to wait."""
-    if not dist.is_initialized():
-        return number
-    dist.all_reduce(x := torch.tensor(number, dtype=torch.float64), dist.ReduceOp.MAX, patient)
-    return x.item()
-
-
-def gather(x):
-    """Every process's [B, ...] as one [processes * B, ...], by rank, with gradients to where each came from."""
-    return torch.cat(all_gather(x)) if dist.is_initialized() else x
-
-
-def all_rows(rows):
-    """Every process's list as one, by rank."""
-    if not dist.is_initialized():
-        return rows
-    lists = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, rows, group=patient)
-    return [row for part in lists for row in part]
-
-
-def to_device(model, cfg, device, mesh=None):
-    """Moves a model to its device. In place, its blocks compute their activations again if asked to, are compiled (on
-    cuda, or where asked) and sharded, each a unit that is gathered when needed; what is left is the root's unit."""
-    model.to(device)
-    # bf16 halves what is gathered, float32 sums gradients; inputs stay as they are: the residual stream is float32
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if device.type == 'cuda' else None,
-                                  reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in [module for module in model.modules() if isinstance(module, Block)]:
-        if cfg.compile or cfg.compile is None and device.type == 'cuda':
-            block.forward = torch.compile(block.forward)
-        if cfg.checkpoint_activations and any(weight.requires_grad for weight in block.parameters()):
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-        if mesh:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-    if mesh:
-        warnings.filterwarnings('ignore', message='FSDP2-wrapped module')      # of outputs that none changes in place
-        fully_shard(model, mesh=mesh, reshard_after_forward=True)
-        for name in ('features', 'patch_features', 'encode_image', 'encode_text'):      # gather weights as forward does
-            if hasattr(model, name):
-                register_fsdp_forward_method(model, name)
-    return model
-
-
-@contextlib.contextmanager
-def gathered(model):
-    """All weights whole on every process meanwhile, so that each runs the model as often as it has something to see."""
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
-    yield
-    for unit in units:
-        unit.set_reshard_after_forward(True, recurse=False)
-        unit.reshard()
-
-
-def clip_gradients(model, largest_norm):
-    """Scales the gradients down to a global norm; returns what it was, the same on every process."""
-    norm = torch.nn.utils.clip_grad_norm_(list(model.parameters()), largest_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def save_model(model, path, **extra):
-    """model.save of a model that may be sharded: gathered on the first process, which writes."""
-    if not dist.is_initialized():
-        return save(model, path, **extra)
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-    def write():
-        with torch.device('meta'):
-            whole = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith('FSDP'))(**model.config)
-        whole.load_state_dict(state, assign=True)
-        save(whole, path, **extra)
-    on_first(write)
-
-
-def ahead(batches, device):
-    """The same batches. On cuda a thread makes the next two on a stream of its own while the device computes: reading,
-    rendering, masks and transfers from pinned memory cost the training no time."""
-    return in_thread(batches, torch.cuda.Stream(device)) if device.type == 'cuda' else batches
-
-
-def in_thread(items, stream=None, depth=2):
-    """Yields the same dicts of tensors; a thread makes them, up to `depth` ahead. Its exceptions are raised here."""
-    items, end = iter(items), object()
-
-    def make():
-        with torch.cuda.stream(stream):
-            return next(items, end), stream and stream.record_event()
-    with ThreadPoolExecutor(1) as thread:
-        waiting = [thread.submit(make) for _ in range(depth)]
-        while (got := waiting.pop(0).result())[0] is not end:
-            waiting.append(thread.submit(make))
-            if stream:
-                now = torch.cuda.current_stream()
-                now.wait_event(got[1])              # first the transfer, then what is computed from it
-                for x in got[0].values():
-                    if torch.is_tensor(x) and x.is_cuda:
-                        x.record_stream(now)        # not given to the thread's stream again before we are done
-            yield got[0]
-
-
-def send(tensor, device):
-    """A CPU's tensor on the device; from pinned memory the transfer does not wait for what the device is doing."""
-    return (tensor.pin_memory() if device.type == 'cuda' else tensor).to(device, non_blocking=True)
-
-
-def run_stage(script, out_dir, *flags):
-    """Another stage's command, unless out_dir has its result, as a process of its own without torchrun's variables. It
-    gets our signals, saves and leaves, and we after it; whatever else ends it early ends us too, since it said why."""
-    if os.path.exists(os.path.join(out_dir, 'result.json')):
-        return
-    print0(f'first {script}, once ({out_dir}):')
-    environment = {name: value for name, value in os.environ.items() if name not in (
-        'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'GROUP_RANK', 'MASTER_ADDR', 'MASTER_PORT')}
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), script)
-    child = subprocess.Popen([sys.executable, path, '--out_dir', out_dir, *flags], env=environment)
-    before = {number: signal.signal(number, lambda number, _: child.send_signal(number)) for number in STOPPING}
-    try:
-        code = child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if code:
-        sys.exit(code if code > 0 else 128 - code)
 
 
 def autocast(device):
@@ -353,165 +274,325 @@ def autocast(device):
     return torch.autocast('cuda', torch.bfloat16) if device.type == 'cuda' else contextlib.nullcontext()
 
 
+def on_first(function, *args, **options):
+    """Calls it on the first process while the others wait, however long.
+    All of them return or raise what it does."""
+    answer = [None, None]
+    if get_rank() == 0:
+        try:
+            answer[0] = function(*args, **options)
+        except (ValueError, OSError, RuntimeError, SystemExit) as error:
+            answer[1] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer, group=cpu_group)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def sum_over_processes(x):
+    """Of a tensor of any shape, on its device; with one process a copy."""
+    x = x.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def max_over_processes(number):
+    """The largest of the processes' numbers, agreed on by their CPUs: no device has to wait."""
+    if not dist.is_initialized():
+        return number
+    x = torch.tensor(number, dtype=torch.float64)
+    dist.all_reduce(x, dist.ReduceOp.MAX, cpu_group)
+    return x.item()
+
+
+def gather(x):
+    """Every process's [B, ...] as one [world * B, ...], by rank, with gradients to where each came from."""
+    return torch.cat(all_gather(x)) if dist.is_initialized() else x
+
+
+def gather_lists(rows):
+    """Every process's list as one, by rank."""
+    if not dist.is_initialized():
+        return rows
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, rows, group=cpu_group)
+    return sum(lists, [])
+
+
+def to_device(model, cfg, device, mesh=None):
+    """Moves a model to its device and prepares its blocks, in place: they compute activations again if asked
+    to, are compiled (on cuda, or where asked), and are sharded. The rest of the weights is one more shard."""
+    model.to(device)
+    compiled = device.type == 'cuda' if cfg.compile is None else cfg.compile
+
+    # bf16 halves what is gathered; gradients are summed, and the residual stream stays, in float32
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if device.type == 'cuda' else None,
+                                  reduce_dtype=torch.get_default_dtype(), cast_forward_inputs=False)
+
+    for block in [module for module in model.modules() if isinstance(module, M.Block)]:
+        if compiled:
+            block.forward = torch.compile(block.forward)
+        if cfg.checkpoint_activations and any(weight.requires_grad for weight in block.parameters()):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
+                                              preserve_rng_state=False)
+        if mesh:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+
+    if mesh:
+        warnings.filterwarnings('ignore', message='FSDP2-wrapped module')      # we change no output in place
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        for name in ('features', 'patch_features', 'encode_image', 'encode_text'):
+            if hasattr(model, name):        # they gather weights as forward does
+                register_fsdp_forward_method(model, name)
+    return model
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """All weights whole on every process meanwhile: each runs the model as often as it has images."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+
+    yield
+
+    for unit in units:
+        unit.set_reshard_after_forward(True, recurse=False)
+        unit.reshard()
+
+
+def send(tensor, device):
+    """A CPU's tensor on the device. From pinned memory nothing waits for what the device is doing."""
+    if device.type == 'cuda':
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def ahead(batches, device):
+    """The same batches. On cuda a thread makes the next two on a stream of its own while the device
+    computes: reading, rendering, masks and transfers cost the training no time."""
+    return in_thread(batches, torch.cuda.Stream(device)) if device.type == 'cuda' else batches
+
+
+def in_thread(items, stream=None, depth=2):
+    """The same dicts of tensors; a thread makes them, `depth` ahead. Its exceptions are raised here."""
+    items = iter(items)
+
+    def make():
+        with torch.cuda.stream(stream):
+            return next(items, None), stream and stream.record_event()
+
+    with ThreadPoolExecutor(1) as thread:
+        waiting = [thread.submit(make) for _ in range(depth)]
+        while True:
+            item, made = waiting.pop(0).result()
+            if item is None:
+                return
+            waiting.append(thread.submit(make))
+            if stream:
+                now = torch.cuda.current_stream()
+                now.wait_event(made)                # first the transfer, then what is computed from it
+                for x in item.values():
+                    if torch.is_tensor(x) and x.is_cuda:
+                        x.record_stream(now)        # the thread's stream gets it back when we are done
+            yield item
+
+
+STOPPING = signal.SIGTERM, signal.SIGINT        # of a cluster's scheduler, of Ctrl-C
+TORCHRUN = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'GROUP_RANK', 'MASTER_ADDR', 'MASTER_PORT'}
+
+
+def run_stage(script, out_dir, *flags):
+    """Another stage's command, unless out_dir has its result, as a process of its own.
+    Our signals are passed on to it: it saves and leaves, and we after it. Whatever else ends it early ends
+    us too, since it said why."""
+    if os.path.exists(f'{out_dir}/result.json'):
+        return
+    print0(f'first {script}, once ({out_dir}):')
+    environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
+    command = [sys.executable, Path(__file__).resolve().parent / script, '--out_dir', out_dir, *flags]
+    child = subprocess.Popen(command, env=environment)
+
+    def pass_on(number, frame):
+        child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in STOPPING}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if code:
+        sys.exit(code if code > 0 else 128 - code)      # below 0: the signal that ended it
+
+
+# ---- optimizer and schedule --------------------------------------------------------------------------
+
 def param_groups(model, weight_decay, layer_decay=1.):
-    """Weights with decay, and norms, biases, positions and tokens without. A loop multiplies lr by lr_scale, which is
-    layer_decay once for each layer above (BEiT's rule; EVA fine-tunes so): the last norm and head have 1."""
+    """Matrices with weight decay; norms, biases, positions and tokens without.
+    A loop multiplies lr by a group's lr_scale: layer_decay once for each layer above (BEiT's rule; EVA
+    fine-tunes so). The last norm and the head have 1."""
     groups = {}
     for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            bare = weight.ndim < 2 or name.split('.')[-1] in ('pos_embed', 'class_token', 'mask_token')
-            decay, scale = 0. if bare else weight_decay, layer_decay ** layers_above(name, model)
-            group = groups.setdefault((bare, -scale), dict(params=[], weight_decay=decay, lr_scale=scale))
-            group['params'].append(weight)
+        if not weight.requires_grad:
+            continue
+
+        bare = weight.ndim < 2 or name.split('.')[-1] in ('pos_embed', 'class_token', 'mask_token')
+        scale = layer_decay ** layers_above(name, model)
+        new = dict(params=[], weight_decay=0. if bare else weight_decay, lr_scale=scale)
+        groups.setdefault((bare, -scale), new)['params'].append(weight)
     return [groups[key] for key in sorted(groups)]
 
 
 def layers_above(name, model):
-    """How many layers of its tower come after a weight's: head and norm 0, the last block 1, the input most."""
-    tower, found, rest = name.rpartition('blocks.')
-    if found:
+    """How many layers of its tower follow a weight's: head and norm 0, the last block 1, the input most."""
+    tower, in_block, rest = name.rpartition('blocks.')
+    if in_block:
         return len(model.get_submodule(tower + 'blocks')) - int(rest.split('.')[0])
-    tower, _, own = name.rpartition('.')
-    first = ('patch_embed', 'class_token', 'mask_token', 'pos_embed', 'pre_norm', 'token_embed')
-    part = next((i for i, part in enumerate(name.split('.')) if part in first), None)
-    return 0 if part is None else 1 + len(model.get_submodule('.'.join([*name.split('.')[:part], 'blocks'])))
+    for layer in ('patch_embed', 'class_token', 'mask_token', 'pos_embed', 'pre_norm', 'token_embed'):
+        tower, is_input, _ = name.rpartition(layer)
+        if is_input:
+            return 1 + len(model.get_submodule(tower + 'blocks'))
+    return 0
 
 
 def make_optimizer(model, cfg, layer_decay=1.):
-    """Fused AdamW, 2 to 5 times faster than the default on a CPU; cfg has lr, betas, eps and weight_decay."""
+    """Fused AdamW, 2 to 5 times faster than the default on a CPU."""
     groups = param_groups(model, cfg.weight_decay, layer_decay)
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
 
 
-class Lamb(torch.optim.Optimizer):
-    """AdamW, whose step of each matrix is made lr times as long as the matrix (arXiv:1904.00962): batches of 100,000
-    ask for large steps, and no layer may outrun the others. What has no weight decay takes AdamW's step as it is, as
-    usual: a bias that starts at 0 would stay there. Weights may be sharded; lengths are those of the whole."""
-
-    def __init__(self, groups, lr, betas, eps):
-        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps))
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            beta1, beta2 = group['betas']
-            for weight in [weight for weight in group['params'] if weight.grad is not None]:
-                state = self.state[weight]
-                if not state:
-                    state.update(step=torch.zeros(()), mean=torch.zeros_like(weight), square=torch.zeros_like(weight))
-                state['step'] += 1
-                state['mean'].lerp_(weight.grad, 1 - beta1)
-                state['square'].lerp_(weight.grad.square(), 1 - beta2)
-                mean, square = (state[name] / (1 - beta ** state['step'].item())        # both started at 0
-                                for name, beta in (('mean', beta1), ('square', beta2)))
-                change = mean / (square.sqrt() + group['eps']) + group['weight_decay'] * weight
-                if group['weight_decay']:
-                    change *= trust_ratio(weight, change)
-                weight -= group['lr'] * change
-
-
-def trust_ratio(weight, change):
-    """How many times longer the weight is than its change, a number; 1 where either is zero."""
-    weight, change = (norm.full_tensor() if isinstance(norm, DTensor) else norm
-                      for norm in (torch.linalg.vector_norm(x) for x in (weight, change)))
-    return torch.where((weight > 0) & (change > 0), weight / change, 1.)
-
-
-class EMA:
-    """Slowly following weights: after each step they move 1 - decay of the way to the model's. Clones of the shards, so
-    nothing is gathered; save_checkpoint and resume take it along."""
-
-    def __init__(self, model, decay):
-        self.decay = decay
-        self.weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-
-    @torch.no_grad()
-    def update(self, model):
-        weights = [weight.detach() for weight in model.parameters()]
-        torch._foreach_lerp_(list(self.weights.values()), weights, 1 - self.decay)
-
-    @contextlib.contextmanager
-    def in_place_of(self, model):
-        """Within it the model has these weights, to evaluate or save them."""
-        self.swap(model)
-        try:
-            yield model
-        finally:
-            self.swap(model)
-
-    @torch.no_grad()
-    def swap(self, model):
-        for name, weight in model.named_parameters():
-            mine = self.weights[name].clone()
-            self.weights[name].copy_(weight)
-            weight.copy_(mine)
+def clip_gradients(model, grad_clip):
+    """Scales the gradients down to a global norm; returns what it was, the same on every process."""
+    norm = torch.nn.utils.clip_grad_norm_(list(model.parameters()), grad_clip)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def lr_at(step, cfg):
-    """Linear up to lr in warmup_steps, then half a cosine down to min_lr at steps. With a cool-down: constant, and over
-    the last `cooldown` steps linear down to min_lr. What comes before it does not depend on steps."""
-    if step < cfg.warmup_steps:
-        return cfg.lr * (step + 1) / cfg.warmup_steps
+    """The learning rate: up linearly in warmup_steps, then what lies above min_lr falls by the schedule.
+    cosine: half a wave; linear: from the first step to the last; steps: to a tenth at drop_at of them.
+    With a cool-down it falls in the last `cooldown` steps only: what is before does not depend on steps."""
     if cfg.cooldown:
-        return cfg.min_lr + (cfg.lr - cfg.min_lr) * min(1, (cfg.steps - step) / cfg.cooldown)
-    done = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
-    return cfg.min_lr + (cfg.lr - cfg.min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
+        share = min(1, (cfg.steps - step) / cfg.cooldown)
+    elif cfg.schedule == 'linear':
+        share = 1 - step / cfg.steps
+    elif cfg.schedule == 'steps':
+        share = .1 if step >= cfg.drop_at * cfg.steps else 1
+    else:
+        done = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
+        share = (1 + math.cos(math.pi * min(1, max(0, done)))) / 2
+
+    warmup = min(1, (step + 1) / max(1, cfg.warmup_steps))
+    return warmup * (cfg.min_lr + (cfg.lr - cfg.min_lr) * share)
 
 
-@contextlib.contextmanager
-def single_process_is_fine():
-    """torch.distributed.checkpoint warns that there is one process; without torchrun that is what we want."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='torch.distributed is (disabled, )?unavailable or uninitialized')
-        yield
+def settle_steps(cfg, dataset):
+    """Turns --epochs into steps, and keeps the warm-up within a quarter of a short run."""
+    if cfg.epochs and len(dataset) >= 2 ** 40:
+        raise Refused('--epochs needs data that ends, a folder or shapes:unique=N; use --steps')
+    if cfg.epochs:
+        cfg.steps = max(1, round(cfg.epochs * len(dataset) / cfg.batch_size))
+
+    cfg.warmup_steps = min(cfg.warmup_steps, cfg.steps // 4)
+    after = cfg.steps - cfg.warmup_steps
+    if cfg.cooldown > after:
+        raise Refused(f'--cooldown {cfg.cooldown} is longer than the {after} steps after the warm-up')
+
+
+# ---- save and resume ---------------------------------------------------------------------------------
+
+FORMAT = 2              # of checkpoints; the earliest have no number
+UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, dcp.api.CheckpointException)
+
+
+def finished(cfg):
+    """Whether this run is done, which it says in one line. If not, makes sure its folder can be written."""
+    result = f'{cfg.out_dir}/result.json'
+    if os.path.exists(result):
+        print0(f'this run is finished: {result} holds its result; use --out_dir NAME for another')
+        return True
+    with writing(f'--out_dir {cfg.out_dir}'):
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=cfg.out_dir).close()
+    return False
+
+
+def save_model(model, path, **extra):
+    """model.save of a model that may be sharded: gathered on the first process, which writes."""
+    if not dist.is_initialized():
+        return M.save(model, path, **extra)
+    whole = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = dcp_state.get_model_state_dict(model, options=whole)
+
+    def write():
+        Class = type(model).__mro__[2]      # FSDP2 put two of its own in front
+        with torch.device('meta'):
+            copy = Class(model.config)
+        copy.load_state_dict(state, assign=True)
+        M.save(copy, path, **extra)
+
+    on_first(write)
+
+
+@functools.cache
+def code_of(Config):
+    """{file: hash} of the stage's and the model's source, as they were when the run began."""
+    paths = Path(sys.modules[Config.__module__].__file__), Path(M.__file__)
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def run_state(model, optimizer, ema=None):
-    """What training changes, each process's shards: written as it is, and read into it on any number of processes."""
-    state = dict(model=get_model_state_dict(model), optim=get_optimizer_state_dict(model, optimizer))
+    """What training changes, each process's shards. Any number of processes can read it again."""
+    state = dict(model=dcp_state.get_model_state_dict(model),
+                 optim=dcp_state.get_optimizer_state_dict(model, optimizer))
     return {**state, 'ema': ema.weights} if ema else state
 
 
 def save_checkpoint(out_dir, step, model, optimizer, cfg, constants={}, ema=None):
-    """Everything a run needs to go on after `step` updates, each process its shards, under a temporary name until it is
-    whole; the last two stay, and for branches the one where a cool-down begins. `constants` is what the run measured
-    once (plain data or tensors)."""
-    final = os.path.join(out_dir, 'checkpoint', f'step_{step:07d}')
+    """What a run needs to go on after `step` updates, under a temporary name until it is whole.
+    The last two stay, and for branches the one where a cool-down begins.
+    constants: what the run measured once, plain data or tensors."""
+    final = f'{out_dir}/checkpoint/step_{step:07d}'
     beside = final + '.tmp'
+    facts = dict(format=FORMAT, code=code_of(type(cfg)), step=step, config=vars(cfg), constants=constants)
 
     def publish():
-        run = dict(step=step, config=dataclasses.asdict(cfg), constants=constants)
-        torch.save(run, os.path.join(beside, 'run.pt'))
+        torch.save(facts, f'{beside}/run.pt')
         remove(final)
         os.rename(beside, final)
         for old in list_checkpoints(out_dir)[:-2]:
             if not (cfg.cooldown and old.endswith(f'step_{cfg.steps - cfg.cooldown:07d}')):
                 remove(old)
+
     try:
-        on_first(lambda: (remove(beside), os.makedirs(beside)))
-        with single_process_is_fine():
-            dcp.save(run_state(model, optimizer, ema), checkpoint_id=beside, process_group=patient)
+        on_first(remove, beside)
+        on_first(os.makedirs, beside)
+        dcp.save(run_state(model, optimizer, ema), checkpoint_id=beside, process_group=cpu_group)
         on_first(publish)
-    except (OSError, RuntimeError, CheckpointException) as error:
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
         on_first(remove, beside)
         last = latest_checkpoint(out_dir)
-        raise ValueError(f'checkpoint {final} cannot be written ({first_line(error)}); '
-                         + (f'{last} is intact, run the same command to go on' if last else 'none was written before')
-                         ) from None
+        rest = f'{last} is intact, run the same command to go on' if last else 'none was written before'
+        raise Refused(f'checkpoint {final} cannot be written ({M.first_line(error)}); {rest}') from None
 
 
 def remove(folder):
-    """Deletes a folder, if there is one; killed half-way, it leaves nothing that looks whole."""
-    if not folder.endswith('.tmp') and os.path.exists(folder):
-        shutil.rmtree(folder + '.tmp', ignore_errors=True)
-        os.rename(folder, folder := folder + '.tmp')
+    """Deletes a folder, if there is one. Killed half-way, it leaves nothing that looks whole."""
+    if os.path.exists(folder) and not folder.endswith('.tmp'):
+        doomed = folder + '.tmp'
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(folder, doomed)
+        folder = doomed
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def list_checkpoints(out_dir):
-    folder = os.path.join(out_dir, 'checkpoint')
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return [os.path.join(folder, name) for name in sorted(names) if re.fullmatch(r'step_\d+', name)]
+    """The folders of whole checkpoints, oldest first."""
+    found = sorted(Path(out_dir, 'checkpoint').glob('step_*'))
+    return [str(path) for path in found if path.suffix != '.tmp']
 
 
 def latest_checkpoint(out_dir):
@@ -520,104 +601,125 @@ def latest_checkpoint(out_dir):
 
 
 def resume(out_dir, model, optimizer, cfg, ema=None):
-    """Loads the latest checkpoint, if any, whatever number of processes wrote it: (updates already made, the run's
-    constants). Only from the run's own folder, or that of the run it branches off: its metadata is a pickle, which
-    could do anything."""
-    path, may_differ, which = on_first(latest_checkpoint, out_dir), NEVER_DIFFER, f'{out_dir} holds an unfinished run'
-    if path is None and not cfg.branch:
-        return 0, {}
+    """Loads the latest checkpoint, if any, whatever number of processes wrote it.
+    Returns the number of updates already made and the run's constants.
+    Only from the run's own folder or --branch: its metadata is a pickle, which could do anything."""
+    warnings.filterwarnings('ignore', message='torch.distributed is')       # unused with one process: we know
+    code = code_of(type(cfg))
+    path = on_first(latest_checkpoint, out_dir)
+    branches = cfg.branch and path is None
+    if branches:
+        path = on_first(branch_point, cfg)
     if path is None:
-        path, which = on_first(branch_point, cfg), f'--branch {cfg.branch} is a run'
-        may_differ = NEVER_DIFFER | {'steps', 'cooldown'}
-    damaged = f'{path} is damaged; delete that folder, and the run goes on from the one before'
+        return 0, {}
+
     try:
-        run = on_first(torch.load, os.path.join(path, 'run.pt'), map_location='cpu', weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f'{damaged} ({first_line(error)})') from None
-    since = {field.name: field.default for field in dataclasses.fields(cfg)}        # options that came later
-    now, then = dataclasses.asdict(cfg), since | run['config']
-    changed = [f'--{name} {now.get(name)} (was {then.get(name)})' for name in sorted(now.keys() | then.keys())
-               if now.get(name) != then.get(name) and name not in may_differ]
+        facts = on_first(read_facts, path)
+        refuse_other_options(facts, cfg, cfg.branch if branches else out_dir, branches)
+        state = run_state(model, optimizer, ema)
+        dcp.load(state, checkpoint_id=path, process_group=cpu_group)
+    except UNREADABLE as error:
+        raise Refused(f'{path} is damaged; delete that folder, and the run goes on from the one before '
+                      f'({M.first_line(error)})') from None
+
+    dcp_state.set_model_state_dict(model, state['model'])
+    dcp_state.set_optimizer_state_dict(model, optimizer, optim_state_dict=state['optim'])
+
+    # what the reader should know
+    print0(f'continuing {out_dir} at step {facts["step"]}')
+    changed = [name for name in code if code[name] != facts['code'].get(name)]
     if changed:
-        raise ValueError(f'{which} with other options: {", ".join(changed)}; '
-                         'repeat its options, or start another with --out_dir NAME')
-    state = run_state(model, optimizer, ema)
-    try:
-        with single_process_is_fine():
-            dcp.load(state, checkpoint_id=path, process_group=patient)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, CheckpointException) as error:
-        raise ValueError(f'{damaged} ({first_line(error)})') from None
-    set_model_state_dict(model, state['model'])
-    set_optimizer_state_dict(model, optimizer, optim_state_dict=state['optim'])
-    print0(f'continuing {out_dir} at step {run["step"]}')
-    return run['step'], run['constants']
+        print0(f'with other code: {" and ".join(changed)} changed since')
+    return facts['step'], facts['constants']
+
+
+def read_facts(path):
+    """What a checkpoint says of its run."""
+    facts = torch.load(f'{path}/run.pt', map_location='cpu', weights_only=True)
+    if facts.get('format') != FORMAT:
+        raise Refused(f'{path} is of another version of nanoEVA; finish that run with the code that began '
+                      'it, or start another with --out_dir NAME')
+    return facts
+
+
+def refuse_other_options(facts, cfg, where, branches):
+    """A run goes on with the options it began with; those that came later had their defaults."""
+    defaults = {field.name: field.default for field in dataclasses.fields(cfg)}
+    then = {**defaults, **facts['config']}
+    now = vars(cfg)
+    may_differ = NEVER_DIFFER | {'steps', 'cooldown'} if branches else NEVER_DIFFER
+
+    changed = []
+    for name in sorted((now.keys() | then.keys()) - may_differ):
+        if now.get(name) != then.get(name):
+            changed.append(f'--{name} {now.get(name)} (was {then.get(name)})')
+    if changed:
+        raise Refused(f'{where} holds an unfinished run with other options: {", ".join(changed)}; '
+                      'repeat its options, or start another with --out_dir NAME')
 
 
 def branch_point(cfg):
     """The last checkpoint in --branch from before its learning rate fell, and before ours does."""
     ours = cfg.steps - cfg.cooldown
     for path in reversed(list_checkpoints(cfg.branch)):
-        run = torch.load(os.path.join(path, 'run.pt'), map_location='cpu', weights_only=True)
-        cooldown = run['config'].get('cooldown', 0)
-        if cfg.cooldown and cooldown and run['step'] <= min(ours, run['config']['steps'] - cooldown):
+        facts = read_facts(path)
+        theirs = facts['config']['steps'] - facts['config']['cooldown']
+        if cfg.cooldown and facts['config']['cooldown'] and facts['step'] <= min(ours, theirs):
             return path
-    raise ValueError(f'--branch {cfg.branch} has no checkpoint up to step {ours} at which both learning rates are '
-                     'constant; give both runs --cooldown, and that one --save_every of its steps before it')
+    raise Refused(f'--branch {cfg.branch} has no checkpoint up to step {ours} at which both learning rates '
+                  'are constant; give both runs --cooldown, and that one --save_every of the steps before')
 
 
-def finished(cfg):
-    """Whether this run is done, which it says in one line. If not, makes sure that its folder can be written."""
-    result = os.path.join(cfg.out_dir, 'result.json')
-    if os.path.exists(result):
-        print0(f'this run is finished: {result} holds its result; use --out_dir NAME for another')
-        return True
-    try:
-        os.makedirs(cfg.out_dir, exist_ok=True)
-        tempfile.TemporaryFile(dir=cfg.out_dir).close()
-    except OSError as error:
-        raise ValueError(f'--out_dir {cfg.out_dir} cannot be written ({error.strerror}); use another') from None
-    return False
-
+# ---- log ---------------------------------------------------------------------------------------------
 
 def read_log(out_dir, name='log.jsonl'):
-    """A file of JSON lines as a list of dicts; a last line cut short by a kill is left out."""
-    path = os.path.join(out_dir, name)
-    if not os.path.exists(path):
+    """A file of JSON lines as a list of dicts, without a last line that a kill cut short."""
+    path = Path(out_dir, name)
+    if not path.exists():
         return []
     with open(path) as file:
         return [json.loads(line) for line in file if line.endswith('}\n')]
 
 
-STOPPING = signal.SIGTERM, signal.SIGINT    # of a cluster's scheduler, of Ctrl-C
+def replace(path, text):
+    """Writes a file that is whole or as it was before, whenever we are killed."""
+    with writing(path):
+        with open(path + '.tmp', 'w') as file:
+            file.write(text)
+        os.replace(path + '.tmp', path)
 
 
 class Log:
-    """A bar with the time left on stderr, and out_dir/log.jsonl. Starting at `start` drops the lines of steps that will
-    be done again. `seconds` and `skipped` run on over interruptions. Only the first process writes. While it lasts,
-    SIGTERM and Ctrl-C are noted, and obeyed where the loop asks. flops: of an image, for the share of the device's
-    speed (MFU): student three times, teacher once, what checkpointing computes again not counted."""
+    """A bar with the time left, and out_dir/log.jsonl, which the first process writes.
+    Lines of steps from `start` on are dropped: they will be done again. `seconds` and `skipped` run on.
+    While it lasts, SIGTERM and Ctrl-C are noted, and obeyed where the loop asks.
+    flops: of an image, for the share of the device's speed (MFU)."""
 
     def __init__(self, cfg, start, device=torch.device('cpu'), flops=0):
-        self.cfg, self.step, self.device, self.flops, self.in_a_row = cfg, start, device, flops, 0
+        self.cfg, self.step, self.device, self.flops = cfg, start, device, flops
+        self.speed = flops and matmul_speed(device) * int(os.environ.get('WORLD_SIZE', 1))
+        self.in_a_row = 0               # gradients that were not finite
+
+        # what an interrupted run left
         kept = {name: [line for line in read_log(cfg.out_dir, name) if line['step'] < start]
                 for name in ('log.jsonl', 'evals.jsonl')}
         last = kept['log.jsonl'][-1] if kept['log.jsonl'] else {}
-        self.began, self.skipped = time.time() - last.get('seconds', 0), int(last.get('skipped', 0))
-        self.speed = flops and matmul_speed(device) * int(os.environ.get('WORLD_SIZE', 1))
+        self.skipped = int(last.get('skipped', 0))
+        self.began = time.time() - last.get('seconds', 0)
         self.last_write = time.time()
+
         self.file = None
         if get_rank() == 0:
-            for name in kept:
-                path = os.path.join(cfg.out_dir, name)
-                with open(path + '.tmp', 'w') as file:
-                    file.writelines(json.dumps(line) + '\n' for line in kept[name])
-                os.replace(path + '.tmp', path)
-            self.file = open(os.path.join(cfg.out_dir, 'log.jsonl'), 'a', buffering=1)
-        self.bar = tqdm(total=cfg.steps, initial=start, desc=cfg.size, dynamic_ncols=True, disable=get_rank() > 0,
-                        mininterval=0.5 if sys.stderr.isatty() else 15)
-        self.signal, self.process, self.handlers = 0, os.getpid(), {}
-        for number in STOPPING:
-            self.handlers[number] = signal.signal(number, self.note)
+            for name, lines in kept.items():
+                replace(f'{cfg.out_dir}/{name}', ''.join(json.dumps(line) + '\n' for line in lines))
+            self.file = open(f'{cfg.out_dir}/log.jsonl', 'a', buffering=1)
+        self.bar = tqdm(total=cfg.steps, initial=start, desc=cfg.size, dynamic_ncols=True,
+                        disable=get_rank() > 0, mininterval=0.5 if sys.stderr.isatty() else 15)
+
+        # signals are noted from now on
+        self.signal = 0
+        self.process = os.getpid()
+        self.handlers = {number: signal.signal(number, self.note) for number in STOPPING}
 
     def note(self, number, frame):
         """The signals' handler. A second one, a second or more later, ends the process at once."""
@@ -625,11 +727,12 @@ class Log:
             return      # a reader of images, forked from here: it ends when we do
         if self.signal and time.time() - self.noted > 1:
             os._exit(128 + number)
-        self.signal, self.noted = number, time.time()
+        self.signal = number
+        self.noted = time.time()
 
     def stopping(self):
-        """The signal that any of the processes was sent, or 0; asked after each step: all leave after the same one."""
-        self.signal = int(largest(self.signal))
+        """The signal that any process was sent, or 0. All ask after each step, and leave after the same."""
+        self.signal = int(max_over_processes(self.signal))
         return self.signal
 
     def leave(self, done):
@@ -650,184 +753,149 @@ class Log:
         return (step + 1) % self.cfg.log_every == 0 or step + 1 == self.cfg.steps
 
     def is_finite(self, grad_norm):
-        """False for a gradient that must not be applied; ten in a row end the run, its last checkpoint whole."""
-        finite = math.isfinite(grad_norm)
-        self.in_a_row, self.skipped = (0, self.skipped) if finite else (self.in_a_row + 1, self.skipped + 1)
+        """False for a gradient that must not be applied; ten in a row end the run."""
+        if math.isfinite(grad_norm):
+            self.in_a_row = 0
+            return True
+        self.in_a_row += 1
+        self.skipped += 1
         if self.in_a_row == 10:
-            raise ValueError(f'gradients were not finite ten times in a row, near step {self.step}; lower --lr. '
-                             f'The last checkpoint is {latest_checkpoint(self.cfg.out_dir)}')
-        return finite
+            raise Refused(f'gradients were not finite ten times in a row, near step {self.step}; lower '
+                          f'--lr. The last checkpoint is {latest_checkpoint(self.cfg.out_dir)}')
+        return False
 
     def write(self, step, **values):
         """A line of log.jsonl; values are numbers. The bar shows them, and step + 1 of its steps done."""
         now = time.time()
-        values['images_per_second'] = (step + 1 - self.step) * self.cfg.batch_size / (now - self.last_write)
+        speed = (step + 1 - self.step) * self.cfg.batch_size / (now - self.last_write)
+        values['images_per_second'] = speed
         if self.flops:
-            values['mfu'] = values['images_per_second'] * self.flops / self.speed
-        values |= dict(skipped=self.skipped, memory_gb=peak_memory(self.device) / 1e9, seconds=now - self.began)
-        self.step, self.last_write = step + 1, now
+            values['mfu'] = speed * self.flops / self.speed
+        memory = peak_memory(self.device) / 1e9
+        values |= dict(skipped=self.skipped, memory_gb=memory, seconds=now - self.began)
         values = {name: float(f'{float(value):.6g}') for name, value in values.items()}
         if self.file:
-            self.file.write(json.dumps(dict(step=step, **values)) + '\n')
-        self.bar.set_postfix(loss=f"{values['loss']:.4f}", img_s=f"{values['images_per_second']:.0f}", refresh=False)
+            with writing(self.file.name):
+                self.file.write(json.dumps(dict(step=step, **values)) + '\n')
+
+        self.bar.set_postfix(loss=f'{values["loss"]:.4f}', img_s=f'{speed:.0f}', refresh=False)
         self.bar.update(step + 1 - self.bar.n)
+        self.step = step + 1
+        self.last_write = now
 
     def say(self, step, **metrics):
         """Metrics measured during the run: a line above the bar and in evals.jsonl."""
         if self.file:
-            with open(os.path.join(self.cfg.out_dir, 'evals.jsonl'), 'a') as file:
+            path = f'{self.cfg.out_dir}/evals.jsonl'
+            with writing(path), open(path, 'a') as file:
                 file.write(json.dumps(dict(step=step, **metrics)) + '\n')
-            self.bar.write(f'step {step + 1}: ' + ', '.join(f'{name} {value:.3f}' for name, value in metrics.items()))
+            words = ', '.join(f'{name} {value:.3f}' for name, value in metrics.items())
+            self.bar.write(f'step {step + 1}: {words}')
         self.last_write = time.time()
 
     def finish(self, model, ylabel, lines, **metrics):
-        """loss.png, with lines {name: loss} to compare with, and result.json, which says that a run is done."""
+        """loss.png, with lines {name: loss} to compare with; result.json, which says that a run is done."""
         self.close()
-        if self.file:
-            curve = [(line['step'], line['loss']) for line in read_log(self.cfg.out_dir)]
-            draw_curves(os.path.join(self.cfg.out_dir, 'loss.png'), {'loss': curve}, lines, ylabel=ylabel)
-            result = dict(metrics, skipped=self.skipped, seconds=round(time.time() - self.began, 1),
-                          parameters=count_parameters(model), command=command_line())
-            path = os.path.join(self.cfg.out_dir, 'result.json')
-            with open(path + '.tmp', 'w') as file:
-                json.dump(result, file, indent=2)
-            os.replace(path + '.tmp', path)
-            print0(table(result), f'\n{self.cfg.out_dir}/: {", ".join(sorted(os.listdir(self.cfg.out_dir)))}')
+        if not self.file:
+            return
+        out_dir = self.cfg.out_dir
+        curve = [(line['step'], line['loss']) for line in read_log(out_dir)]
+        draw_loss(f'{out_dir}/loss.png', curve, lines, ylabel)
 
-
-def report_broken(*datasets):
-    """What could not be read, by whichever process."""
-    for dataset in datasets:
-        dataset.broken.update(all_rows([*dataset.broken]))
-        if dataset.broken:
-            print0(data.report_broken(dataset))
+        words = [re.sub(r'^(--\w+=)?/.*/', r'\1', word) for word in sys.argv]     # without our folders
+        result = dict(metrics, skipped=self.skipped, seconds=round(time.time() - self.began, 1),
+                      parameters=count_parameters(model), command=shlex.join(['python'] + words))
+        replace(f'{out_dir}/result.json', json.dumps(result, indent=2))
+        print0(table(result), f'\n{out_dir}/: {", ".join(sorted(os.listdir(out_dir)))}')
 
 
 def table(values):
     """A dict as aligned lines."""
     forms = {float: '.4g', int: ','}
-    return '\n'.join(f'{name:<20} {format(value, forms.get(type(value), ""))}' for name, value in values.items())
+    return '\n'.join(f'{name:<20} {value:{forms.get(type(value), "")}}' for name, value in values.items())
 
 
-def command_line():
-    """The command as typed, without this machine's absolute paths."""
-    return shlex.join(['python', *(re.sub(r'^(--\w+=)?/.*/', r'\1', word) for word in sys.argv)])
+def report_broken(*datasets):
+    """What could not be read, by whichever process."""
+    for dataset in datasets:
+        dataset.broken.update(gather_lists([*dataset.broken]))
+        if dataset.broken:
+            print0(data.report_broken(dataset))
 
 
-COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000'      # Okabe and Ito's
+# ---- pictures ----------------------------------------------------------------------------------------
 
+def draw_loss(path, curve, lines, ylabel, size=(960, 600), border=80):
+    """A picture of [(step, loss), ...], with dashed horizontal lines {name: loss}."""
+    curve = [(step, loss) for step, loss in curve if math.isfinite(loss)] or [(0, 0.)]
+    losses = [loss for _, loss in curve] + list(lines.values())
+    low, high, last = min(losses), max(losses), curve[-1][0]
+    right, bottom = size[0] - border, size[1] - border
 
-def draw_curves(path, curves, lines={}, xlabel='step', ylabel='', log='', points={}, size=(960, 600)):
-    """A picture of {name: [(x, y), ...]}, with dashed horizontal lines {name: y} and points {name: [(x, low, y, high),
-    ...]} with their intervals; one name has one colour. log: the axes that are logarithmic, 'x', 'y' or 'xy'."""
-    (W, H), left, right, top, bottom = size, 90, 30, 50, 70
-    font, picture = ImageFont.load_default(18), Image.new('RGB', (W, H), 'white')
+    def place(step, loss):
+        x = border + step / (last or 1) * (right - border)
+        y = bottom - (loss - low) / (high - low or 1) * (bottom - border)
+        return x, y
+
+    picture = Image.new('RGB', size, 'white')
     draw = ImageDraw.Draw(picture)
-    seen = [(x, y) for curve in curves.values() for x, y in curve if math.isfinite(y)]
-    seen += [(x, y) for group in points.values() for x, *interval in group for y in interval]
-    scale = {axis: math.log10 if axis in log else float for axis in 'xy'}
-    xs = [scale['x'](x) for x, _ in seen] or [0, 1]
-    ys = [scale['y'](y) for y in [y for _, y in seen] + list(lines.values())] or [0, 1]
-    x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
-    x1, margin = (x1 if x1 > x0 else x0 + 1), 0.05 * (y1 - y0) or 0.5
-    x0, x1 = (x0 - .03 * (x1 - x0), x1 + .03 * (x1 - x0)) if points else (x0, x1)
-    y0, y1 = y0 - margin, y1 + margin
+    font = ImageFont.load_default(18)
+    draw.text((border, border / 2), f'{ylabel}, {low:.3g} to {high:.3g}', fill='black', font=font)
+    draw.text((right, bottom + border / 2), f'step {last:,}', fill='black', font=font, anchor='rm')
+    for name, loss in lines.items():
+        y = place(0, loss)[1]
+        for x in range(border, right, 14):
+            draw.line((x, y, x + 8, y), fill='#D55E00', width=2)
+        draw.text((right, y - 4), f'{name} {loss:.3g}', fill='#D55E00', font=font, anchor='rs')
 
-    def place(x, y):
-        x, y = (scale['x'](x) - x0) / (x1 - x0), (scale['y'](y) - y0) / (y1 - y0)
-        return left + x * (W - left - right), H - bottom - y * (H - top - bottom)
-    some_x, some_y = (10 ** low if axis in log else low for axis, low in (('x', x0), ('y', y0)))
-    for y in (log_ticks if 'y' in log else ticks)(y0, y1):
-        height = place(some_x, y)[1]
-        draw.line((left, height, W - right, height), fill='#dddddd')
-        draw.text((left - 8, height), short(y), fill='black', font=font, anchor='rm')
-    for x in (log_ticks if 'x' in log else ticks)(x0, x1):
-        across = place(x, some_y)[0]
-        draw.line((across, H - bottom, across, H - bottom + 6), fill='black')
-        draw.text((across, H - bottom + 10), short(x), fill='black', font=font, anchor='mt')
-    draw.rectangle((left, top, W - right, H - bottom), outline='black')
-    draw.text(((left + W - right) / 2, H - 22), xlabel, fill='black', font=font, anchor='mm')
-    draw.text((8, top / 2), ylabel, fill='black', font=font, anchor='lm')
-    def dash(start, end, y, colour):
-        for x in range(start, end, 14):
-            draw.line((x, y, min(x + 8, end), y), fill=colour, width=2)
-    names = list(dict.fromkeys([*curves, *lines, *points]))
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
-    for name, colour in colours.items():
-        if name in curves:
-            draw.line([place(x, y) for x, y in curves[name] if math.isfinite(y)], fill=colour, width=3)
-        if name in lines:
-            dash(left, W - right, place(some_x, lines[name])[1], colour)
-        for x, *interval in points.get(name, ()):
-            across, (low, y, high) = place(x, interval[1])[0], (place(x, y)[1] for y in interval)
-            draw.line((across, low, across, high), fill=colour, width=2)
-            draw.circle((across, y), 5, fill=colour)
-    wide, tall = 76 + round(max(map(font.getlength, names), default=0)), 24 * len(names) + 6
-    places = [(x, y) for x in (W - right - wide - 4, left + 4) for y in range(top + 4, H - bottom - tall - 4, 12)]
-    places = places or [(left, top)]
-    ink = lambda x, y: sum(picture.crop((x, y, x + wide, y + tall)).convert('L').histogram()[:200])     # 221: the grid
-    x, y = min(places, key=lambda corner: ink(*corner))                     # the key goes where least is drawn
-    draw.rectangle((x, y, x + wide, y + tall), outline='#aaaaaa')
-    for key, (name, colour) in enumerate(colours.items()):
-        end, height = x + wide - 8, y + 15 + 24 * key
-        draw.text((end - 46, height), name, fill='black', font=font, anchor='rm')
-        if name in curves:
-            draw.line((end - 36, height, end, height), fill=colour, width=3)
-        if name in lines:
-            dash(end - 36, end, height, colour)
-        if name in points:
-            draw.circle((end - 18, height), 5, fill=colour)
-    if path:
+    draw.line([place(step, loss) for step, loss in curve], fill='#0072B2', width=3)
+    with writing(path):
         picture.save(path)
-    return picture
 
 
-def draw_matrix(path, shares, names, cell=24, left=150):
-    """A picture of a square matrix [n, n] of numbers from 0 to 1, with a name for each row; darker is more, blue the
-    diagonal."""
-    sheet = Image.new('RGB', (left + cell * len(names), cell * len(names)), 'white')
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for i, (name, row) in enumerate(zip(names, shares.tolist())):
-        draw.text((left - 6, cell * i + cell // 2), name[:18], fill='black', font=font, anchor='rm')
-        for j, share in enumerate(row):
-            x, y, shade = left + cell * j, cell * i, round(255 * (1 - share) ** 2)
-            draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=(shade, shade, 255 if i == j else shade))
-    on_first(sheet.save, path)
+def draw_sheet(path, columns, tile=128, names={}):
+    """A picture of titled columns of images, each at most `tile` wide and high, above a legend of colours.
+    columns {title: [n, 3, H, W] with values 0 to 255, or a list of PIL images}; names {text: colour}."""
+    columns = {title: list(tiles(images, tile)) for title, images in columns.items()}
+    height = 6 + max(picture.height for column in columns.values() for picture in column)
+    legend = 28 + height * max(len(column) for column in columns.values())
+    width = 6 + len(columns) * (tile + 6)
+    per_row = max(1, width // 120)              # names in a row of the legend
+
+    sheet = Image.new('RGB', (width, legend + 18 * math.ceil(len(names) / per_row)), 'white')
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(13)
+
+    for n, (title, column) in enumerate(columns.items()):
+        x = 6 + n * (tile + 6)
+        draw.text((x, 6), title, fill='black', font=font)
+        for row, picture in enumerate(column):
+            sheet.paste(picture, (x, 28 + row * height))
+    for n, (text, colour) in enumerate(names.items()):
+        x, y = 6 + n % per_row * 120, legend + n // per_row * 18
+        draw.rectangle((x, y, x + 12, y + 12), fill=colour)
+        draw.text((x + 17, y - 2), text[:16], fill='black', font=font)
+    with writing(path):
+        on_first(sheet.save, path)
 
 
-def draw_sheet(path, columns, tile=128):
-    """A picture of titled columns of images, {title: [n, 3, H, W] with values 0 to 255}, each drawn `tile` wide."""
-    step, font = tile + 6, ImageFont.load_default(14)
-    sheet = Image.new('RGB', (len(columns) * step + 6, len(next(iter(columns.values()))) * step + 30), 'white')
-    for x, (title, column) in enumerate(columns.items()):
-        ImageDraw.Draw(sheet).text((6 + x * step, 6), title, fill='black', font=font)
-        for y, picture in enumerate(column.clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()):
-            resample = Image.BICUBIC if picture.shape[0] > tile else Image.NEAREST
-            sheet.paste(Image.fromarray(picture).resize((tile, tile), resample), (6 + x * step, 28 + y * step))
-    on_first(sheet.save, path)
+def tiles(images, tile):
+    """[n, 3, H, W] with values 0 to 255, or PIL images -> PIL images whose longer side is `tile`."""
+    if torch.is_tensor(images):
+        images = images.clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+        images = [Image.fromarray(pixels) for pixels in images]
+    for image in images:
+        scale = tile / max(image.size)
+        size = [max(1, round(n * scale)) for n in image.size]
+        yield image.resize(size, Image.BICUBIC if scale < 1 else Image.NEAREST)
 
 
-def ticks(low, high):
-    """Five or so round numbers from low to high."""
-    step = 10 ** math.floor(math.log10((high - low) / 4))
-    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
-    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+# ---- costs -------------------------------------------------------------------------------------------
 
-
-def log_ticks(low, high):
-    """Round numbers from 10^low to 10^high: powers of ten, with 2 and 5 between them where there is room."""
-    factors = (1,) if high - low > 3 else (1, 2, 5) if high - low > .7 else range(1, 10) if high - low > .3 else None
-    if factors is None:
-        return ticks(10 ** low, 10 ** high)
-    found = [factor * 10. ** power for power in range(math.floor(low), math.ceil(high) + 1) for factor in factors]
-    return [x for x in found if low <= math.log10(x) <= high]
-
-
-def short(x):
-    """A tick's number: 0.25, 800, 20k, 1.6M."""
-    units = (1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k'), (1, '')
-    unit, name = next((pair for pair in units if abs(x) >= pair[0]), units[-1])
-    return f'{float(f"{x / unit:.6g}"):g}{name}'
+def vit_config(cfg, **options):
+    """The ViT of a run: its size's row with the image and patch size asked for."""
+    asked = {name: getattr(cfg, name) for name in ('image_size', 'patch_size') if getattr(cfg, name)}
+    return M.ViTConfig(**{**M.SIZES[cfg.size.partition('-')[0]], **asked, **options})
 
 
 def count_parameters(model):
@@ -842,21 +910,21 @@ def transformer_flops(width, depth, mlp_width, tokens):
 
 def flops_per_image(config):
     """Of a ViT's forward pass at its image_size, a multiply-add as two."""
-    N, D = config.get('frames', 1) * (config['image_size'] // config['patch_size']) ** 2, config['width']
-    head = 2 * (1 if config.get('pool') else N) * D * config.get('head', 0)
-    patches = 2 * N * D * 3 * config['patch_size'] ** 2
-    return patches + transformer_flops(D, config['depth'], config['mlp_width'], 1 + N) + head
+    N = config.frames * (config.image_size // config.patch_size) ** 2
+    patches = 2 * N * config.width * 3 * config.patch_size ** 2
+    head = 2 * (1 if config.pool else N) * config.width * config.head
+    return patches + transformer_flops(config.width, config.depth, config.mlp_width, 1 + N) + head
 
 
 def training_flops(config, teacher=None):
-    """Of an image: the student's forward pass, its backward as two, and the forward pass of a teacher, if any."""
-    return 3 * flops_per_image(config) + (flops_per_image(teacher) if teacher else 0)
+    """Of an image: the student's forward pass, its backward as two, and a teacher's forward pass, if any."""
+    flops = 3 * flops_per_image(config)
+    return flops + flops_per_image(teacher) if teacher else flops
 
 
 @functools.cache
 def matmul_speed(device):
-    """FLOP/s of a large matrix product: 8192^3 in bf16 on cuda, 768^3 in float32 elsewhere; the best of ten, in a tenth
-    of a second."""
+    """FLOP/s of a large matrix product, the best of ten: on cuda in bf16, elsewhere in float32."""
     n, dtype = (8192, torch.bfloat16) if device.type == 'cuda' else (768, torch.float32)
     x = torch.ones(n, n, device=device, dtype=dtype)
     return 2 * n ** 3 / min(seconds(lambda: x @ x, device) for _ in range(10))
@@ -864,16 +932,12 @@ def matmul_speed(device):
 
 def seconds(function, device):
     """How long it takes, until the device is done."""
-    synchronize(device)
+    synchronize = getattr(torch, device.type).synchronize       # torch.cpu's does nothing
+    synchronize()
     began = time.perf_counter()
     function()
-    synchronize(device)
+    synchronize()
     return time.perf_counter() - began
-
-
-def synchronize(device):
-    if device.type != 'cpu':
-        getattr(torch, device.type).synchronize()
 
 
 def peak_memory(device):
@@ -883,108 +947,105 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
-def activation_bytes(config, element=4, checkpointed=False):
-    """What a ViT keeps of one image for the backward pass; a matrix product's input has `element` bytes (bf16: 2)."""
-    tokens = 1 + config.get('frames', 1) * (config['image_size'] // config['patch_size']) ** 2
-    D, mlp_width = config['width'], config['mlp_width']
-    # float32: the inputs of two norms; else: their outputs, q, k, v, attention's output, before and after GELU
-    block = tokens * (2 * D * 4 + element * (6 * D + 2 * mlp_width))
-    return config['depth'] * tokens * D * 4 + block if checkpointed else config['depth'] * block
+def available_memory(device):
+    """Free bytes of a GPU; of a CPU all that the machine has."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
 def training_memory(config, batch_size, device, shards=1, checkpointed=False):
-    """Bytes that training a ViT with AdamW takes on each of `shards` devices, batch_size images at once: {what: bytes}.
-    Sharded, two blocks are whole at a time."""
+    """{what: bytes} that a ViT's training with AdamW takes on each of `shards` devices, batch_size images at
+    once. Sharded, two blocks are whole at a time."""
     with torch.device('meta'):
-        parameters = count_parameters(ViT(**config))
-    element = 2 if device.type == 'cuda' else 4         # bf16 under autocast
-    gathered = 2 * element * parameters / config['depth'] if shards > 1 else 0
-    return dict(weights=4 * parameters / shards + gathered, gradients=4 * parameters / shards + gathered,
-                AdamW=8 * parameters / shards,
-                activations=batch_size * activation_bytes(config, element, checkpointed))
+        parameters = count_parameters(M.ViT(config))
+    element = 2 if device.type == 'cuda' else 4         # of what autocast makes bf16
+    whole = 2 * element * parameters / config.depth if shards > 1 else 0
 
-
-def in_assets(name):
-    """The functions of a script in assets/, which no training needs."""
-    return runpy.run_path(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', name))
-
-
-def costs(what, *args):
-    """--plan and --bench."""
-    return in_assets('costs.py')[what](*args)
-
-
-def study(cfg):
-    """--study: a grid of runs, its fits and its pictures."""
-    scaling = in_assets('scaling.py')
-    if cfg.study not in scaling['STUDIES']:
-        raise ValueError(f'--study {cfg.study} is unknown; use one of {", ".join(scaling["STUDIES"])}')
-    scaling['study'](cfg.study, cfg.out_dir or 'out/study', cfg.device)
-
-
-def available_memory(device):
-    """Free bytes of a device; infinite where the system does not say."""
-    if device.type == 'cuda':
-        return torch.cuda.mem_get_info(device)[0]
-    if not os.path.exists('/proc/meminfo'):
-        return math.inf
-    with open('/proc/meminfo') as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith('MemAvailable'))
+    # float32: the inputs of two norms; else their outputs, q, k, v, attention's output, and GELU's both sides
+    tokens = 1 + config.frames * (config.image_size // config.patch_size) ** 2
+    block = tokens * (8 * config.width + element * (6 * config.width + 2 * config.mlp_width))
+    image = config.depth * block
+    if checkpointed:
+        image = config.depth * tokens * 4 * config.width + block
+    return dict(weights=4 * parameters / shards + whole, gradients=4 * parameters / shards + whole,
+                AdamW=8 * parameters / shards, activations=batch_size * image)
 
 
 def check_memory(cfg, config, device, world=1):
-    """Refuses before any work a training that would not fit; the processes agree on the least memory that is free."""
-    batch_size = cfg.micro_batch or cfg.batch_size // world
-    needed = sum(training_memory(config, batch_size, device, world if cfg.shard == 'full' else 1,
-                                 cfg.checkpoint_activations).values())
-    there = -largest(-available_memory(device))
+    """Refuses before any work a training that would not fit, on the processes' least memory."""
+    batch_size = getattr(cfg, 'micro_batch', 0) or cfg.batch_size // world
+    needed = sum(training_memory(config, batch_size, device, world, cfg.checkpoint_activations).values())
+    there = -max_over_processes(-available_memory(device))
     if needed > there:
-        raise ValueError(f'training needs {needed / 1e9:.1f} GB with {batch_size} images at once, {there / 1e9:.1f} GB '
-                         f'are free on {device.type}; use a smaller --micro_batch, --checkpoint_activations, more '
-                         'processes or a smaller --size')
+        raise Refused(f'training needs {needed / 1e9:.1f} GB with {batch_size} images at once, this '
+                      f'{device.type} has {there / 1e9:.1f} GB; use a smaller --batch_size or --micro_batch, '
+                      '--checkpoint_activations, more processes or a smaller --size')
 
 
-def settle_steps(cfg, dataset):
-    """Turns --epochs into steps, and keeps the warm-up within a quarter of a short run."""
-    if cfg.epochs and len(dataset) >= 2 ** 40:
-        raise ValueError('--epochs needs data that ends, a folder or shapes:unique=N; use --steps')
-    if cfg.epochs:
-        cfg.steps = max(1, round(cfg.epochs * len(dataset) / cfg.batch_size))
-    cfg.warmup_steps = min(cfg.warmup_steps, cfg.steps // 4)
-    if cfg.cooldown > cfg.steps - cfg.warmup_steps:
-        raise ValueError(f'--cooldown {cfg.cooldown} is longer than the {cfg.steps - cfg.warmup_steps} steps after the '
-                         'warm-up')
-
-
-def size_config(cfg, **options):
-    """The ViT's options of a run: its size's row with the image and patch size asked for."""
-    asked = {name: getattr(cfg, name) for name in ('image_size', 'patch_size') if getattr(cfg, name)}
-    return {**SIZES[cfg.size], **asked, **options}
-
+# ---- frozen features ---------------------------------------------------------------------------------
 
 NUM_PROBE = 2048        # training images that fit the probes, and validation images that judge them
 
 
+@torch.no_grad()
+def knn_accuracy(train_x, train_y, test_x, test_y, k=20, temperature=0.07):
+    """Accuracy of the k nearest training features' votes, each exp(cosine / temperature): arXiv:2104.14294.
+    train_x [n, D], train_y [n] labels, test_x [m, D], test_y [m]."""
+    train_x = F.normalize(train_x.float(), dim=1)
+    test_x = F.normalize(test_x.float(), dim=1)
+    num_labels = int(train_y.max()) + 1
+    right = 0
+    for x, y in zip(test_x.split(1024), test_y.split(1024)):
+        cosine, nearest = (x @ train_x.T).topk(min(k, len(train_x)), dim=1)         # each [1024, k]
+        votes = torch.zeros(len(x), num_labels, device=x.device)
+        votes.scatter_add_(1, train_y[nearest], ((cosine - 1) / temperature).exp())
+        right += (votes.argmax(dim=1) == y).sum().item()
+    return right / len(test_x)
+
+
+@torch.no_grad()
+def linear_probe(train_x, train_y, test_x, test_y, ridge=1e-3):
+    """Accuracy of the best linear map to one-hot labels: ridge regression on standardised features.
+    Shapes as in knn_accuracy."""
+    mean = train_x.float().mean(0)
+    std = train_x.float().std(0) + 1e-6
+
+    def standard(x):
+        x = F.pad((x.float() - mean) / std, (0, 1), value=1.)           # [n, D + 1], the last a bias
+        return x.cpu().double()
+
+    x = standard(train_x)
+    y = F.one_hot(train_y).cpu().double()
+    weights = torch.linalg.solve(x.T @ x + ridge * len(x) * torch.eye(x.shape[1]), x.T @ y)
+    return ((standard(test_x) @ weights).argmax(1) == test_y.cpu()).float().mean().item()
+
+
 def pooled_features(model):
-    """What the probes see of a model: images uint8 [B, 3, H, W] -> the mean of its final patch tokens [B, D]. EVA's
-    class token has no loss in pre-training, so it says nothing."""
+    """What the probes see of a model: images uint8 [B, 3, H, W] -> the mean of its last patch tokens [B, D].
+    EVA's class token has no loss in pre-training, so it says nothing."""
     return lambda images: model.features(model.normalize(images))[:, 1:].mean(1)
 
 
 @torch.no_grad()
 def probe(encode, train_set, val_set, image_size, num, cfg, device):
-    """Top-1 of frozen features on the data's labels, by k-NN and by a closed-form linear map; {} without labels.
-    The world has two: the largest object's kind, which captions name, and its part pattern, which they never do
-    (`unnamed`). encode: images uint8 [B, 3, H, W] -> [B, D]."""
-    features, labels = [], []
+    """Top-1 of frozen features on the data's labels, by k-NN and by a linear map; {} without labels.
+    The world has two: the largest object's kind, which captions name, and its part pattern, which they never
+    do (`unnamed`). encode: images uint8 [B, 3, H, W] -> [B, D]."""
+    sets = []
     for dataset in (train_set, val_set):
-        x, y = [], []
+        found = dict(features=[], labels=[], unnamed=[])
         for batch in data.eval_batches(dataset, 64, image_size, num, device, cfg.workers):
-            if 'labels' not in batch:
-                return {}
-            y.append({name: batch[key] for name, key in (('top1', 'labels'), ('unnamed', 'unnamed')) if key in batch})
-            x.append(encode(batch['images']).float())
-        features.append(torch.cat(x))
-        labels.append({name: torch.cat([rows[name] for rows in y]).to(device) for name in y[0]})
-    return {f'{how}_{name}': measure(features[0], labels[0][name], features[1], labels[1][name])
-            for name in labels[0] for how, measure in (('knn', knn_accuracy), ('linear', linear_probe))}
+            batch['features'] = encode(batch['images']).float()
+            for name in found.keys() & batch.keys():
+                found[name].append(batch[name].to(device))
+        sets.append({name: torch.cat(parts) for name, parts in found.items() if parts})
+
+    train, val = sets
+    metrics = {}
+    for labels, name in (('labels', 'top1'), ('unnamed', 'unnamed')):
+        if labels in train:
+            examples = train['features'], train[labels], val['features'], val[labels]
+            metrics[f'knn_{name}'] = knn_accuracy(*examples)
+            metrics[f'linear_{name}'] = linear_probe(*examples)
+    return metrics

@@ -1,12 +1,48 @@
-"""Tests import the six files from the folder above, and share the cores with whoever else is there."""
+"""Tests import the files from the folder above, and share the cores with whoever else is there."""
+import contextlib
 import os
 import sys
 
 import pytest
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+TESTS = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(TESTS))
 torch.set_num_threads(1)
+
+
+@contextlib.contextmanager
+def computing_in_double():
+    """Everything is float64, here and in child processes: the default dtype, and what Tensor.float returns."""
+    path = os.path.join(TESTS, 'double')
+    if os.environ.get('PYTHONPATH'):
+        path += os.pathsep + os.environ['PYTHONPATH']
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PYTHONPATH', path)
+        patch.setattr(torch.Tensor, 'float', torch.Tensor.double)
+        torch.set_default_dtype(torch.float64)
+        forget_tensors()
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+            forget_tensors()
+
+
+def forget_tensors():
+    """Empties the caches of our functions: what they hold is of the other dtype."""
+    for name in {'model', 'data', 'detect_seg'} & sys.modules.keys():
+        for value in vars(sys.modules[name]).values():
+            if hasattr(value, 'cache_clear'):
+                value.cache_clear()
+
+
+@pytest.fixture
+def double():
+    """For tests that compare sums taken in another order: in float64 they differ by rounding alone, and 1e-9 tells that
+    from a mistake on every processor."""
+    with computing_in_double():
+        yield
 
 
 def pytest_addoption(parser):

@@ -18,6 +18,13 @@ from clip_train import contrastive_loss
 from test_commands import refusal
 
 
+def tiny_clip(tokenizer, seed=0, text_width=16):
+    """An untrained CLIP that knows a vocabulary."""
+    vision = M.ViTConfig(**M.SIZES['pico'], head=16, pool='mean', mask_token=False)
+    text = M.TextConfig(width=text_width, depth=1, heads=2, vocab=tokenizer.vocab_size, embed=16)
+    return M.init_weights(M.CLIP(M.CLIPConfig(vision, text)), seed)
+
+
 def test_loss_of_a_blind_model_is_ln_batch():
     features = F.normalize(torch.ones(16, 4), dim=-1)
     torch.testing.assert_close(contrastive_loss(features, features, 10.), torch.tensor(math.log(16.)))
@@ -31,9 +38,8 @@ def test_loss_is_symmetric_in_its_towers():
 def test_class_embeddings_average_the_templates():
     """Equal to a plain loop; underscores of folder names are read as spaces."""
     tokenizer = data.Tokenizer.learn(['a photo of a sea lion', 'a blue ring'])
-    model = M.init_weights(M.CLIP(dict(M.SIZES['pico'], head=16, pool='mean'),
-                                  dict(width=16, depth=1, heads=2, vocab=tokenizer.vocab_size, embed=16)))
-    classes = clip_train.class_embeddings(model, tokenizer, ['sea_lion', 'ring'], 'cpu')
+    model = tiny_clip(tokenizer)
+    classes = clip_train.class_embeddings(model, tokenizer, ['sea_lion', 'ring'])
     for row, name in zip(classes, ('sea lion', 'ring')):
         features = [model.encode_text(tokenizer(t.format(name)))[0] for t in clip_train.TEMPLATES]
         mean = sum(x / x.norm() for x in features)
@@ -91,38 +97,35 @@ def test_the_evaluation_view_is_clips(tmp_path):
     image = Image.fromarray(noise.numpy()).resize((400, 280), Image.BICUBIC)
     image.save(tmp_path / 'a.png')
     steps = torch.from_numpy(np.array(image.resize((80, 56), Image.BICUBIC).crop((12, 0, 68, 56)))).permute(2, 0, 1)
-    view = data.load_crop(tmp_path / 'a.png', 56, share=1.)
+    view = data.load_view(tmp_path / 'a.png', 56, share=1.)
     assert (view.int() - steps.int()).abs().max() <= 1
 
 
 # ---- words
 
-def test_class_names_come_in_order_or_by_folder(tmp_path, capsys):
-    """A name a line, or 'folder<TAB>name', of which one file serves data sets with fewer folders, and subsets."""
+def test_class_names_are_folders_or_lines_of_a_file(tmp_path):
+    """A name a line, in the order of the data's classes."""
     folders, path = ['n01', 'n02', 'n05'], tmp_path / 'classes.txt'
-    assert clip_train.read_classes('', folders) == (folders, [0, 1, 2])
-    path.write_text('tench\nshark\nowl\n')
-    assert clip_train.read_classes(str(path), folders) == (['tench', 'shark', 'owl'], [0, 1, 2])
-    path.write_text('n05\towl\nn01\ttench\nn07\tgoose\n')
-    assert clip_train.read_classes(str(path), folders) == (['tench', 'owl'], [0, -1, 1])
-    assert "2 of the data's 3 classes are among the 3 of" in capsys.readouterr().out
+    assert clip_train.read_words(config(), folders) == (folders, clip_train.TEMPLATES)
+    path.write_text('tench\nshark\n\nowl\n')
+    assert clip_train.read_words(config('--classes', path), folders)[0] == ['tench', 'shark', 'owl']
 
 
 def test_wrong_class_and_template_files_are_one_line(tmp_path):
     path = tmp_path / 'lines.txt'
     path.write_text('tench\nshark\n')
-    with pytest.raises(ValueError, match='has 2 names for the 3 classes of the data'):
-        clip_train.read_classes(str(path), ['n01', 'n02', 'n05'])
-    with pytest.raises(ValueError, match="'tench' has no {}"):
-        clip_train.read_templates(str(path))
-    path.write_text('x\ttench\n')
-    with pytest.raises(ValueError, match='has 0 names for the 1 classes'):
-        clip_train.read_classes(str(path), ['n01'])
+    with pytest.raises(run.Refused, match='has 2 names for the 3 classes of the data'):
+        clip_train.read_words(config('--classes', path), ['n01', 'n02', 'n05'])
+    with pytest.raises(run.Refused, match="for the class, got .'tench', 'shark'"):
+        clip_train.read_words(config('--templates', path), ['n01'])
     path.write_text('')
-    with pytest.raises(ValueError, match='is empty'):
-        clip_train.read_templates(str(path))
-    with pytest.raises(ValueError, match='cannot be read'):
-        clip_train.read_templates(str(tmp_path / 'missing.txt'))
+    with pytest.raises(run.Refused, match='expected sentences'):
+        clip_train.read_words(config('--templates', path), ['n01'])
+    with pytest.raises(run.Refused, match='cannot be read'):
+        clip_train.read_words(config('--templates', tmp_path / 'missing.txt'), ['n01'])
+    path.write_bytes('chauss\u00e9e\n'.encode('latin-1'))
+    with pytest.raises(run.Refused, match='lines.txt cannot be read as text'):
+        clip_train.read_words(config('--classes', path), ['n01'])
 
 
 # ---- towers
@@ -138,7 +141,7 @@ WORDS = SimpleNamespace(some_captions=lambda num: ['a photo of a red star on san
 @pytest.fixture
 def eva(tmp_path):
     """A pre-trained ViT's file, with mask token and a head as wide as the shared space, and the ViT."""
-    vit = M.init_weights(M.ViT(**M.SIZES['pico'], head=64), seed=5)
+    vit = M.init_weights(M.ViT(M.ViTConfig(**M.SIZES['pico'], head=64)), seed=5)
     torch.nn.init.ones_(vit.head.bias)
     M.save(vit, str(tmp_path / 'eva.pt'))
     return str(tmp_path / 'eva.pt'), vit
@@ -156,14 +159,13 @@ def test_vision_takes_all_but_the_head(eva):
     assert own == {name for name in model.state_dict() if name.startswith(('visual.head.', 'text.', 'logit_scale'))}
     for name in own:
         assert torch.equal(model.state_dict()[name], scratch.state_dict()[name]), name
-    assert model.visual.mask_token is None and model.text.config['vocab'] == tokenizer.vocab_size
+    assert model.visual.mask_token is None and model.text.config.vocab == tokenizer.vocab_size
 
 
 def test_text_takes_all_but_the_projection(tmp_path):
     """The text tower comes with the vocabulary it was trained with."""
     tokenizer = data.Tokenizer.learn(['a red star on sand', 'two blue rings'])
-    reader = M.init_weights(M.CLIP(dict(M.SIZES['pico'], head=16, pool='mean', mask_token=False),
-                                   dict(width=32, depth=1, heads=2, vocab=tokenizer.vocab_size, embed=16)), seed=5)
+    reader = tiny_clip(tokenizer, seed=5, text_width=32)
     M.save(reader, str(tmp_path / 'clip.pt'), merges=tokenizer.merges)
     model, own = clip_train.build(config('--text', tmp_path / 'clip.pt', '--seed', 3), WORDS)
     state = model.text.state_dict()
@@ -176,27 +178,39 @@ def test_text_takes_all_but_the_projection(tmp_path):
 
 def test_a_tower_for_larger_images_gets_larger_positions(eva):
     model, _ = clip_train.build(config('--vision', eva[0], '--image_size', 48), WORDS)
-    assert model.visual.pos_embed.shape == (1, 1 + 12 ** 2, 32) and model.config['vision']['image_size'] == 48
+    assert model.visual.pos_embed.shape == (1, 1 + 12 ** 2, 32) and model.config.vision.image_size == 48
     torch.testing.assert_close(model.visual.pos_embed, M.resize_positions(eva[1].pos_embed, (12, 12)))
 
 
-def test_size_g_is_the_papers():
+def test_init_takes_the_image_size_asked_for(tmp_path):
+    """As --vision does: the whole model of a file, with larger positions."""
+    tokenizer = data.Tokenizer.learn(['a red star on sand', 'two blue rings'])
+    clip = tiny_clip(tokenizer)
+    M.save(clip, str(tmp_path / 'clip.pt'), merges=tokenizer.merges)
+    model, _ = clip_train.build(config('--init', tmp_path / 'clip.pt', '--image_size', 48), WORDS)
+    assert model.visual.image_size == 48 and torch.equal(model.visual.head.weight, clip.visual.head.weight)
+
+
+def test_size_g_is_the_papers(monkeypatch):
     """EVA's ViT with a projection to 1024, CLIP-L's text tower; image and text tower learn at different rates."""
     cfg = run.parse_config(clip_train.Config, clip_train.RECIPES, ['--size', 'g'])
-    vision, text = clip_train.towers(cfg)
+    monkeypatch.setattr(M, 'init_weights', lambda model, seed: model)
     with torch.device('meta'):
-        model = M.CLIP(vision, dict(text, vocab=49408))
+        model, _ = clip_train.build(cfg, WORDS)
+    vision, text = model.config.vision, model.config.text
     pretraining = 1_012_229_632                     # with a mask token and a head to CLIP-L's 768
     assert run.count_parameters(model.visual) == pretraining - 1408 + (1408 + 1) * (1024 - 768)
-    assert (text['width'], text['depth'], text['embed']) == (768, 12, 1024)
-    assert (vision['drop_path'], vision['pool']) == (.4, 'class')
-    assert (cfg.lr, cfg.text_lr, cfg.layer_decay, cfg.batch_size) == (4e-4, 4e-5, (.85, .75), 40_960)
+    assert (text.width, text.depth, text.embed) == (768, 12, 1024)
+    assert (vision.drop_path, vision.pool) == (.4, 'class')
+    assert (cfg.lr, cfg.text_lr, cfg.batch_size) == (4e-4, 4e-5, 40_960)
+    assert (cfg.layer_decay, cfg.text_layer_decay) == (.85, .75)
 
 
 def test_each_tower_has_its_rate_and_decay():
     """A block's matrices move at lr_scale of their tower's rate, once more decayed for every layer below the last."""
-    cfg = config('--lr', '1e-3', '--text_lr', '1e-4', '--layer_decay', '.5,.1')
-    model = M.CLIP(*(lambda vision, text: (vision, dict(text, vocab=600)))(*clip_train.towers(cfg)))
+    cfg = config('--lr', '1e-3', '--text_lr', '1e-4', '--layer_decay', '.5')
+    cfg.text_layer_decay = .1
+    model, _ = clip_train.build(cfg, WORDS)
     scale = {}
     for group in clip_train.make_optimizer(model, cfg).param_groups:
         scale |= {weight: group['lr_scale'] for weight in group['params']}
@@ -218,17 +232,17 @@ def test_kept_patches_depend_on_the_position_alone():
     assert not torch.equal(keep, clip_train.kept_patches(8, torch.arange(100, 108), 64, .5))
 
 
-def test_dropping_tokens_leaves_evaluation_untouched(monkeypatch):
+def test_dropping_tokens_leaves_evaluation_untouched(monkeypatch, tmp_path):
     """The same model is measured alike with and without; in training its image tower sees half of the patches."""
     monkeypatch.setattr(clip_train, 'NUM_EVAL', 32)
     monkeypatch.setattr(clip_train, 'NUM_PAIRS', 16)
     world, cpu, metrics, seen = data.World('val'), torch.device('cpu'), [], []
     for flags in ((), ('--drop_tokens', .5)):
-        cfg = config('--batch_size', 8, *flags)
+        cfg = config('--batch_size', 8, '--out_dir', tmp_path, *flags)
         model, tokenizer = clip_train.build(cfg, WORDS)
-        metrics.append(clip_train.evaluate(model, world, tokenizer, cfg, cpu, run.autocast(cpu)))
+        metrics.append(clip_train.evaluate(model, world, tokenizer, cfg, cpu))
         batches = data.batches(data.World(), 8, 32, 5, 6, cfg.seed, 'cpu')
-        batch = next(clip_train.prepare(batches, tokenizer, cfg, model.visual, 5, 0, 1))
+        batch = next(clip_train.add_text(batches, tokenizer, cfg, model.visual, cpu))
         model.visual.blocks[0].register_forward_hook(lambda block, inputs, output: seen.append(output.shape[1]))
         model(model.normalize(batch['images']), batch['text'], batch.get('keep'), batch.get('drop'))
     assert metrics[0] == metrics[1] and seen == [1 + 64, 1 + 32]
@@ -250,28 +264,28 @@ def plain_lamb(weights, gradients, lr, beta1, beta2, eps, weight_decay):
 
 
 @pytest.mark.parametrize('weight_decay, start', [(.05, 1.), (.05, 0.), (0., 1.)])
-def test_lambs_step_equals_a_plain_reference(weight_decay, start):
+def test_lambs_step_equals_a_plain_reference(double, weight_decay, start):
     """A matrix with decay, one that starts at zero, and a tensor without decay, which takes AdamW's step."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.nn.Parameter(start * torch.randn(3, 4, generator=generator))
     gradients = [torch.randn(3, 4, generator=generator) for _ in range(4)]
     expected = plain_lamb(weight.flatten().tolist(), [gradient.flatten().tolist() for gradient in gradients],
                           .1, .9, .98, 1e-6, weight_decay)
-    optimizer = run.Lamb([dict(params=[weight], weight_decay=weight_decay)], .1, (.9, .98), 1e-6)
+    options = dict(lr=.1, betas=(.9, .98), eps=1e-6)
+    optimizer = clip_train.Lamb([dict(params=[weight], weight_decay=weight_decay)], options)
     for gradient in gradients:
         weight.grad = gradient
         optimizer.step()
-    torch.testing.assert_close(weight.detach().flatten(), torch.tensor(expected), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(weight.detach().flatten(), torch.tensor(expected), atol=1e-12, rtol=1e-12)
 
 
 def test_lamb_resumes(tmp_path):
     """Stopped and continued from a checkpoint it goes on as if nothing had happened."""
-    cfg, runs = config('--optimizer', 'lamb', '--weight_decay', .05), []
+    cfg, runs = config('--optimizer', 'lamb'), []
     for stop in (None, 2):
         weight_of = lambda model: model.visual.blocks[0].mlp.fc1.weight.detach().clone()
         for start, end in ([(0, 4)] if stop is None else [(0, stop), (stop, 4)]):
-            vision, text = clip_train.towers(cfg)
-            model = M.init_weights(M.CLIP(vision, dict(text, vocab=600)))
+            model, _ = clip_train.build(cfg, WORDS)
             optimizer = clip_train.make_optimizer(model, cfg)
             assert run.resume(str(tmp_path / str(stop)), model, optimizer, cfg)[0] == start
             for step in range(start, end):
@@ -300,9 +314,19 @@ def test_a_real_run_learns_and_leaves_a_teacher(tmp_path, monkeypatch, source):
     losses = [json.loads(line)['loss'] for line in open(tmp_path / 'out' / 'log.jsonl')]
     assert sum(losses[-5:]) < sum(losses[:5])
     teacher = M.load(str(tmp_path / 'out' / 'model.pt'))
-    assert data.Tokenizer(teacher.extra['merges']).vocab_size == teacher.config['text']['vocab']
+    assert data.Tokenizer(teacher.extra['merges']).vocab_size == teacher.config.text.vocab
     result = json.loads((tmp_path / 'out' / 'result.json').read_text())
     assert result['chance'] == (1 / 16 if source == 'shapes' else 1 / 2) and 'zero_shot_top1' in result
+
+
+def test_weights_are_written_before_the_last_evaluation(tmp_path, monkeypatch):
+    """Whatever happens to metrics and pictures, what was trained is there."""
+    def fails(*args):
+        raise RuntimeError('no evaluation')
+    monkeypatch.setattr(clip_train, 'evaluate', fails)
+    with pytest.raises(RuntimeError, match='no evaluation'):
+        clip_train.train(config('--steps', 1, '--batch_size', 2, '--out_dir', tmp_path))
+    assert isinstance(M.load(str(tmp_path / 'model.pt')), M.CLIP)
 
 
 def folder_of_classes(path, num=4):
@@ -318,8 +342,7 @@ def folder_of_classes(path, num=4):
 def clip(tmp_path):
     """A CLIP's file, untrained, with its vocabulary."""
     tokenizer = data.Tokenizer.learn(['a photo of a red star', 'two blue rings'])
-    model = M.init_weights(M.CLIP(dict(M.SIZES['pico'], head=16, pool='mean', mask_token=False),
-                                  dict(width=16, depth=1, heads=2, vocab=tokenizer.vocab_size, embed=16)))
+    model = tiny_clip(tokenizer)
     M.save(model, str(tmp_path / 'clip.pt'), merges=tokenizer.merges)
     return str(tmp_path / 'clip.pt')
 
@@ -331,10 +354,10 @@ def command(monkeypatch, capsys, *flags):
     return capsys.readouterr().out.splitlines()
 
 
-def test_image_and_text_print_probabilities(clip, tmp_path, monkeypatch, capsys):
+def test_image_and_words_print_probabilities(clip, tmp_path, monkeypatch, capsys):
     """A line a sentence, the likeliest first, in all 100%."""
     Image.new('RGB', (50, 40), 'red').save(tmp_path / 'a.png')
-    lines = command(monkeypatch, capsys, '--init', clip, '--image', str(tmp_path / 'a.png'), '--text', 'a red star',
+    lines = command(monkeypatch, capsys, '--init', clip, '--image', str(tmp_path / 'a.png'), '--words', 'a red star',
                     'blue rings', 'a ring')
     shares = [float(line.split('%')[0]) for line in lines]
     assert sorted(line.split('%  ')[1] for line in lines) == ['a red star', 'a ring', 'blue rings']
@@ -342,20 +365,25 @@ def test_image_and_text_print_probabilities(clip, tmp_path, monkeypatch, capsys)
 
 
 def test_eval_of_class_folders(clip, tmp_path, monkeypatch, capsys):
-    """Names from the folders or from a file, sentences from a file; --whole takes every picture where there is no val/,
-    and says which could not be read."""
-    photos, seen = folder_of_classes(tmp_path / 'photos'), []
+    """Every picture where there is no val/; those that could not be read are said."""
+    photos = folder_of_classes(tmp_path / 'photos')
     (tmp_path / 'photos' / 'red' / 'broken.png').write_bytes(b'no picture')
-    monkeypatch.setattr(data, 'eval_batches', lambda dataset, *args, original=data.eval_batches, **options: (
-        seen.append((len(dataset), options['share'])), original(dataset, *args, **options))[1])
-    (tmp_path / 'names.txt').write_text('red\tcrimson star\n')
+    lines = command(monkeypatch, capsys, '--eval', '--init', clip, '--data', photos)
+    assert any(line.split() == ['chance', '0.5'] for line in lines) and 'zero_shot_top5' in '\n'.join(lines)
+    assert '1 of 9 images could not be read' in lines[-1]
+
+
+def test_eval_takes_names_and_sentences_from_files(clip, tmp_path, monkeypatch, capsys):
+    """What the model reads are the sentences of the file about the names of the file."""
+    photos, seen = folder_of_classes(tmp_path / 'photos'), []
+    original = clip_train.encode_texts
+    monkeypatch.setattr(clip_train, 'encode_texts', lambda model, tokenizer, texts: (
+        seen.append(texts), original(model, tokenizer, texts))[1])
+    (tmp_path / 'names.txt').write_text('deep_sea star\ncrimson star\n')
     (tmp_path / 'sentences.txt').write_text('two {} rings\n')
-    plain = command(monkeypatch, capsys, '--eval', '--init', clip, '--data', photos)
-    assert any(line.split() == ['chance', '0.5'] for line in plain) and 'zero_shot_top5' in '\n'.join(plain)
-    subset = command(monkeypatch, capsys, '--eval', '--init', clip, '--data', photos, '--whole', '--classes',
-                     str(tmp_path / 'names.txt'), '--templates', str(tmp_path / 'sentences.txt'))
-    assert any(line.split() == ['chance', '1'] for line in subset) and seen == [(1, 1.), (9, 1.)]
-    assert '1 of 9 images could not be read' in subset[-1]
+    command(monkeypatch, capsys, '--eval', '--init', clip, '--data', photos, '--classes', str(tmp_path / 'names.txt'),
+            '--templates', str(tmp_path / 'sentences.txt'))
+    assert seen[0] == ['two deep sea star rings', 'two crimson star rings']
 
 
 def test_what_does_not_fit_is_refused(clip, tmp_path, monkeypatch, capsys):
@@ -366,11 +394,13 @@ def test_what_does_not_fit_is_refused(clip, tmp_path, monkeypatch, capsys):
     for flags, words in (
             (['--init', clip, '--vision', clip], '--init is the whole model'),
             (['--init', clip, '--text', clip], '--init is the whole model'),
+            (['--image', 'a.png', '--init', clip], '--words'),
             (['--data', photos, '--classes', 'three.txt'], 'three.txt has 3 names for the 2 classes'),
-            (['--data', photos, '--templates', 'three.txt'], 'has no {}'),
-            (['--batch_size', '1'], '--batch_size is at least 2'),
-            (['--micro_batch', '2'], '--micro_batch does not apply'),
-            (['--optimizer', 'sgd'], 'adamw or lamb'), (['--layer_decay', '.9'], 'two numbers'),
+            (['--data', photos, '--templates', 'three.txt'], 'expected sentences with {}'),
+            (['--batch_size', '1'], 'nothing to contrast'),
+            (['--text_lr', '1', '--lr', '0'], '--lr, which is 0'),
+            (['--micro_batch', '2'], '--micro_batch is gone'), (['--whole'], '--whole is gone'),
+            (['--optimizer', 'sgd'], 'adamw, lamb'), (['--layer_decay', '2'], 'does not fit; use 0 to 1'),
             (['--drop_tokens', '1'], 'below 1'), (['--vision', 'missing.pt'], 'missing.pt'),
             (['--text', 'missing.pt'], 'missing.pt'),
             (['--eval', '--init', clip, '--data', photos, '--classes', 'three.txt'], 'has 3 names for the 2 classes')):

@@ -1,6 +1,8 @@
 """Fine-tuning: its losses and mixing against plain references, clips, the head, evaluation, and real commands."""
 import json
 import math
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from test_commands import refusal
 from test_distributed import finish, launch, small
 from test_golden import close, fixtures, read
 
-PICO = M.SIZES['pico']
+PICO = M.ViTConfig(**M.SIZES['pico'])
 
 
 def config(*flags):
@@ -52,7 +54,7 @@ def test_smoothed_cross_entropy_equals_a_plain_one():
 def test_mixup_equals_a_plain_one():
     """Pixels and targets of neighbours share one weight."""
     images, targets, u = torch.randn(4, 3, 6, 6), torch.eye(4), torch.rand(67)
-    mixed, mixed_targets = finetune.mix(images, targets, .8, 0, u)
+    mixed, mixed_targets = finetune.mix_images(images, targets, .8, 0, u)
     weight = finetune.beta(.8, u[3:])
     for i, j in ((0, 1), (1, 0), (2, 3), (3, 2)):
         torch.testing.assert_close(mixed[i], weight * images[i] + (1 - weight) * images[j])
@@ -63,7 +65,7 @@ def test_cutmix_targets_are_the_shares_of_pixels():
     """Every pixel is the image's or its neighbour's; the neighbour's are a rectangle, their share the target's."""
     images = torch.arange(4.)[:, None, None, None].expand(4, 3, 20, 20)
     for n in range(20):
-        mixed, targets = finetune.mix(images, torch.eye(4), 0, 1, data.uniform(0, 'test', torch.tensor(n), 67))
+        mixed, targets = finetune.mix_images(images, torch.eye(4), 0, 1, data.uniform(0, 'test', torch.tensor(n), 67))
         for i, j in ((0, 1), (1, 0), (2, 3), (3, 2)):
             pasted = mixed[i, 0] == j
             assert (pasted | (mixed[i, 0] == i)).all() and (mixed[i] == mixed[i, :1]).all()
@@ -74,8 +76,8 @@ def test_cutmix_targets_are_the_shares_of_pixels():
 def test_a_batch_mixes_alike_however_it_is_divided():
     images, targets, u = torch.randn(8, 3, 6, 6), torch.eye(8), torch.rand(67)
     for mixup, cutmix in ((.8, 0), (0, 1), (.8, 1)):
-        whole, halves = finetune.mix(images, targets, mixup, cutmix, u), [
-            finetune.mix(images[part], targets[part], mixup, cutmix, u) for part in (slice(0, 4), slice(4, 8))]
+        whole, halves = finetune.mix_images(images, targets, mixup, cutmix, u), [
+            finetune.mix_images(images[part], targets[part], mixup, cutmix, u) for part in (slice(0, 4), slice(4, 8))]
         for a, b in zip(whole, zip(*halves)):
             assert torch.equal(a, torch.cat(b))
 
@@ -87,22 +89,15 @@ def test_beta_has_the_moments_of_beta(alpha):
     assert abs(x.mean() - .5) < .03 and abs(x.var() * 4 * (2 * alpha + 1) - 1) < .1
 
 
-def test_erasing_fills_a_rectangle_with_noise():
-    """In the asked share of the images, 2% to a third of the area, and the same again for the same samples."""
-    images = torch.full((400, 3, 16, 16), 9.)
-    erased = finetune.erase(images, torch.arange(400), .25, seed=0)
-    changed = (erased != 9).all(1)                                              # [B, H, W]
-    assert torch.equal(changed, changed.any(2)[:, :, None] & changed.any(1)[:, None])
-    assert torch.equal(changed, (erased != 9).any(1))
-    area = changed.flatten(1).float().mean(1)
-    assert abs((area > 0).float().mean() - .25) < .07 and area.max() < .36
-    assert abs(erased[erased != 9].mean()) < .05 and abs(erased[erased != 9].std() - 1) < .05
-    assert torch.equal(erased[200:], finetune.erase(images[200:], torch.arange(200, 400), .25, seed=0))
+@pytest.mark.parametrize('place, side, n, expected', [
+    (.5, .5, 20, (5, 15)), (0., .5, 20, (0, 5)), (.99, .5, 20, (14, 20)), (.5, 0., 20, (10, 10)), (.5, 1., 7, (0, 6))])
+def test_a_rectangle_is_cut_off_at_the_border(place, side, n, expected):
+    assert finetune.span(place, side, n) == expected
 
 
 def test_averaged_weights_equal_a_plain_average():
-    model = M.init_weights(M.ViT(**PICO))
-    ema, plain = run.EMA(model, .9), model.norm.bias.detach().clone()
+    model = M.init_weights(M.ViT(PICO))
+    ema, plain = finetune.EMA(model, .9), model.norm.bias.detach().clone()
     for step in range(4):
         with torch.no_grad():
             model.norm.bias.add_(step)
@@ -115,7 +110,7 @@ def test_averaged_weights_equal_a_plain_average():
 
 def test_layer_decay_equals_beits():
     """Layers count from the embedding, 0, to the head, depth + 1; their factors are decay^(depth + 1 - layer)."""
-    model = M.ViT(**PICO, head=3, pool='mean', mask_token=False)
+    model = M.ViT(replace(PICO, head=3, pool='mean', mask_token=False))
     number = dict(patch_embed=0, class_token=0, pos_embed=0, norm=5, head=5)
     names = {id(weight): name for name, weight in model.named_parameters()}
     for group in run.make_optimizer(model, config(), .8).param_groups:
@@ -161,11 +156,11 @@ def test_rand_augment_does_two_operations_half_of_the_time():
     assert .2 < same < .32
 
 
-def test_jitter_changes_all_frames_alike():
+def test_colours_of_all_frames_change_alike():
     """Two equal frames stay equal; some clips turn grey, some stay as they are."""
     frame = torch.from_numpy(np.array(picture())).permute(2, 0, 1)
     draws = data.uniform(0, 'test', torch.arange(200), data.NUM_AUGMENT).tolist()
-    clips = [data.jitter(torch.stack([frame, frame]), u) for u in draws]
+    clips = [data.change_colours(torch.stack([frame, frame]), u) for u in draws]
     assert all(torch.equal(a, b) for a, b in clips)
     grey = sum(bool((clip.float().std(1) < 1).all()) for clip in clips)
     same = sum(torch.equal(clip[0], frame) for clip in clips)
@@ -238,18 +233,19 @@ def test_evaluation_sees_four_times_and_three_crops(tmp_path):
     for n in range(16):     # one clip's frames get darker to the right
         ramp = np.tile(np.linspace(8 * n + 8, 8 * n, 24)[None, :, None], (16, 1, 3))
         Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / f'val/ant/clip0/{n:05}.png')
-    clips = data.open_data(root, 'val', frames=4)
-    images = clips.load(clips.paths.index('ant/clip0'), 8, None, 1., False).float()       # [12, 4, 3, 8, 8]
+    clips = data.open_data(root, 'val', frames=4, views=data.Views(share=1.))
+    images = clips.eval_view(clips.paths.index('ant/clip0'), 8).float()       # [12, 4, 3, 8, 8]
     means = images.mean((2, 3, 4)).view(4, 3, 4)
     assert images.shape == (12, 4, 3, 8, 8) and (means[:, 0] > means[:, 1]).all() and (means[:, 1] > means[:, 2]).all()
     times = (means[:, 1] / 8).floor().long()                                    # [4 choices, 4 frames]
     assert torch.equal(times, torch.arange(4)[None] * 4 + torch.arange(4)[:, None])
 
 
-def test_before_training_the_order_of_frames_does_not_matter():
+def test_before_training_the_order_of_frames_does_not_matter(tmp_path):
     """Positions are repeated for each frame, then learnt apart."""
-    image = M.init_weights(M.ViT(**PICO, head=8))
-    model = M.load_state(image.state_dict(), 'ViT', image.config, frames=3, pool='mean', head=5)
+    image = M.init_weights(M.ViT(replace(PICO, head=8)))
+    M.save(image, str(tmp_path / 'image.pt'))
+    model = M.load(str(tmp_path / 'image.pt'), M.ViT, frames=3, pool='mean', head=5)
     torch.testing.assert_close(model.pos_embed[:, 1:].unflatten(1, (3, -1))[:, 2], image.pos_embed[:, 1:])
     clips = torch.randn(2, 3, 3, 32, 32)
     with torch.no_grad():
@@ -270,19 +266,20 @@ def test_small_models_tell_time_from_the_start(tmp_path):
     assert torch.equal(again.pos_embed, model.pos_embed)
 
 
-def test_more_frames_take_the_positions_of_their_time():
+def test_more_frames_take_the_positions_of_their_time(tmp_path):
     """8 frames' table for 16, as from K-722 to K-400: each frame's twice."""
-    model = M.ViT(**PICO, frames=2, pool='mean')
+    model = M.ViT(replace(PICO, frames=2, pool='mean'))
     torch.nn.init.normal_(model.pos_embed)
-    more = M.load_state(model.state_dict(), 'ViT', model.config, frames=4)
+    M.save(model, str(tmp_path / 'clips.pt'))
+    more = M.load(str(tmp_path / 'clips.pt'), M.ViT, frames=4)
     before, after = (x.pos_embed[:, 1:].unflatten(1, (-1, 64)) for x in (model, more))
     assert torch.equal(after, before[:, [0, 0, 1, 1]])
 
 
 # the head
 
-def saved(path, classes, **options):
-    model = M.init_weights(M.ViT(**PICO, head=len(classes), pool='mean', mask_token=False, **options), seed=3)
+def saved(path, classes):
+    model = M.init_weights(M.ViT(replace(PICO, head=len(classes), pool='mean', mask_token=False)), seed=3)
     M.save(model, str(path), classes=classes)
     return model
 
@@ -307,7 +304,7 @@ def test_a_mapping_moves_weights_between_label_sets(tmp_path):
 
 def test_from_pretraining_norm_and_head_start_afresh_and_positions_resize(tmp_path):
     """EVA's: the average patch under a new norm; 48 px make a 12 x 12 grid; the patch embedding does not train."""
-    old = M.init_weights(M.ViT(**PICO, head=64), seed=3)
+    old = M.init_weights(M.ViT(replace(PICO, head=64)), seed=3)
     torch.nn.init.normal_(old.norm.weight)
     M.save(old, str(tmp_path / 'eva.pt'))
     model = finetune.classifier(config('--init', tmp_path / 'eva.pt', '--image_size', 48), ['a', 'b'])
@@ -325,21 +322,17 @@ def test_pretraining_that_is_missing_is_run_first(tmp_path, monkeypatch):
     assert ran == [('mim_pretrain.py', 'out/mim_pretrain-nano', '--size', 'nano', '--device', 'cpu')]
 
 
-def from_fixture(monkeypatch, path, num_classes, *flags):
-    """finetune.classifier of a reference file, whose head is not 64 wide, and what the file holds."""
-    held = read(path)
-    model = M.load_state(held[1], heads=held[0]['num_heads'])
-    model.extra = {}
-    monkeypatch.setattr(finetune, 'load_tower', lambda path: model)
-    cfg = config('--init', path, *flags)
-    return finetune.classifier(cfg, [str(k) for k in range(num_classes)]), *held
+def from_fixture(path, tmp_path, num_classes, *flags):
+    """finetune.classifier of a reference file, whose tensors do not show how many heads it has."""
+    M.save(M.load(path, M.ViT, heads=read(path)[0]['num_heads']), str(tmp_path / 'theirs.pt'))
+    return finetune.classifier(config('--init', tmp_path / 'theirs.pt', *flags), [str(k) for k in range(num_classes)])
 
 
 @pytest.mark.parametrize('path', fixtures('eva01_pretrain_to_cls*.pt'))
-def test_fine_tuning_starts_as_evas(monkeypatch, path):
+def test_fine_tuning_starts_as_evas(tmp_path, path):
     """Its logits, once the fresh norm and head have EVA's fresh values."""
-    config, state, inputs, outputs = read(path)
-    model, *_ = from_fixture(monkeypatch, path, config['num_classes'], '--image_size', config['finetune_img_size'])
+    theirs, state, inputs, outputs = read(path)
+    model = from_fixture(path, tmp_path, theirs['num_classes'], '--image_size', theirs['finetune_img_size'])
     fresh = {name: inputs['fresh.' + name] for name in ('head.weight', 'head.bias')}
     fresh |= {'norm.' + name: inputs['fresh.fc_norm.' + name] for name in ('weight', 'bias')}
     model.load_state_dict(fresh, strict=False)
@@ -348,20 +341,19 @@ def test_fine_tuning_starts_as_evas(monkeypatch, path):
 
 
 @pytest.mark.parametrize('path', fixtures('eva01_cls_*.pt'))
-def test_gradients_of_fine_tuning_are_evas(monkeypatch, path):
+def test_gradients_of_fine_tuning_are_evas(tmp_path, path):
     """From a classifier of the same classes, the patch embedding without any, the loss without smoothing."""
-    num_classes = read(path)[0]['num_classes']
-    pool = 'mean' if read(path)[0]['use_mean_pooling'] else 'class'
-    model, config, state, inputs, outputs = from_fixture(monkeypatch, path, num_classes, '--pool', pool)
+    theirs, state, inputs, outputs = read(path)
+    pool = 'mean' if theirs['use_mean_pooling'] else 'class'
+    model = from_fixture(path, tmp_path, theirs['num_classes'], '--pool', pool)
     model.head.load_state_dict({name: state['head.' + name] for name in ('weight', 'bias')})
-    targets = finetune.soft_labels(inputs['labels'], num_classes, 0)
+    targets = finetune.soft_labels(inputs['labels'], theirs['num_classes'], 0)
     F.cross_entropy(model(inputs['image']), targets).backward()
     assert model.patch_embed.weight.grad is None and model.patch_embed.bias.grad is None
     norms = outputs['grad_norms_stop_grad_conv1']
-    for name, theirs in (('blocks.0.attn.qkv.weight', 'blocks.0.attn.qkv.weight'), ('pos_embed', 'pos_embed'),
-                         ('head.weight', 'head.weight')):
+    for name in ('blocks.0.attn.qkv.weight', 'pos_embed', 'head.weight'):
         norm = model.get_parameter(name).grad.norm().item()
-        assert norm == pytest.approx(norms[theirs], rel=1e-4), name
+        assert norm == pytest.approx(norms[name], rel=1e-4), name
 
 
 # evaluation
@@ -378,7 +370,8 @@ def test_every_sample_counts_once_on_any_number_of_processes(tmp_path):
 
 class Oracle(torch.nn.Module):
     """Says the class whose number is the image's brightness / 60, its second choice the next class."""
-    pool, image_size, extra, config = 'mean', 8, {}, dict(head=4, head_bias=True)
+    pool, image_size, extra = 'mean', 8, {}
+    config = replace(PICO, head=4, pool='mean')
 
     def normalize(self, images):
         return images.float()
@@ -388,18 +381,55 @@ class Oracle(torch.nn.Module):
         return F.one_hot(label, 4) * 2. + F.one_hot((label + 1) % 4, 4)
 
 
-def test_scores_over_a_subset_of_the_classes(tmp_path):
-    """Only the data's classes compete, found by their names."""
+def test_predictions_are_judged_by_their_labels(tmp_path):
     dataset = data.open_data(class_folders(tmp_path), 'val')
-    oracle, cpu = Oracle(), torch.device('cpu')
-    found = finetune.predict(oracle, dataset, config(), cpu)
+    found = finetune.predict(Oracle(), dataset, config(), torch.device('cpu'))
     assert finetune.scores(found, dataset, config()) == dict(top1=1., top5=1.)
-    oracle.extra = dict(classes=['cow', 'zebra', 'ant', 'bee'])                 # says cow for ants: only names count
-    columns = finetune.columns_of(oracle, dataset, config())
-    assert columns.tolist() == [[2], [3], [0]]
-    found = finetune.predict(oracle, dataset, config(), cpu, columns=columns)
-    says = {0: 2, 1: 0, 2: 0}       # cow, zebra (then ant), ant
-    assert all(says[label] == top for label, top in zip(found['labels'].tolist(), found['top'][:, 0].tolist()))
+
+
+def judge(monkeypatch, capsys, oracle, *flags):
+    """What --eval prints of the oracle's top1."""
+    monkeypatch.setattr(M, 'load', lambda path, kind: oracle)
+    finetune.train(config('--eval', '--init', 'oracle.pt', *flags))
+    return float(re.search('top1 +([0-9.]+)', capsys.readouterr().out)[1])
+
+
+def test_only_the_classes_of_the_data_compete(tmp_path, monkeypatch, capsys):
+    """Found by their names: 0 means cow, 1 zebra, 2 ant. It says cow for ants, zebra and then ant for bees, ant for
+    cows. Of the data's ant, bee, cow, bee is never said."""
+    oracle = Oracle()
+    oracle.extra = dict(classes=['cow', 'zebra', 'ant', 'bee'])
+    assert judge(monkeypatch, capsys, oracle, '--data', class_folders(tmp_path)) == 0
+    oracle.extra = dict(classes=['ant', 'zebra', 'cow', 'bee'])         # now right for ants, cows and not for bees
+    assert judge(monkeypatch, capsys, oracle, '--data', tmp_path) == pytest.approx(2 / 3, abs=1e-4)
+
+
+def test_a_mapping_says_which_classes_compete(tmp_path, monkeypatch, capsys):
+    """Several of the model's may speak for one of the data's; the largest logit counts."""
+    oracle = Oracle()
+    oracle.extra = dict(classes=['horse', 'zebra', 'cat', 'dog'])
+    (tmp_path / 'map.txt').write_text('horse, dog\nzebra\ncat\n')
+    flags = '--data', class_folders(tmp_path / 'data'), '--mapping', tmp_path / 'map.txt'
+    assert judge(monkeypatch, capsys, oracle, *flags) == 1
+
+
+@pytest.mark.parametrize('names', [['ant', 'bee', 'cow', 'dog'], ['0', '1', '2', '3']])
+def test_a_model_without_names_counts_the_classes_in_their_order(tmp_path, monkeypatch, capsys, names):
+    root = class_folders(tmp_path, names)
+    assert judge(monkeypatch, capsys, Oracle(), '--data', root) == 1
+
+
+def test_folders_with_numbers_mean_the_model_s_numbers(tmp_path, monkeypatch, capsys):
+    """Sorted as text 10 comes before 2: a class's number is its name, not its place."""
+    for name, brightness in (('0', 10), ('10', 190), ('2', 130)):
+        (tmp_path / 'val' / name).mkdir(parents=True)
+        Image.new('RGB', (8, 8), (brightness,) * 3).save(tmp_path / 'val' / name / 'a.png')
+    (tmp_path / 'train').mkdir()
+    oracle = Oracle()
+    oracle.forward = lambda images: F.one_hot((images.flatten(1).mean(1) / 60).long(), 11).index_select(
+        1, torch.tensor([0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 3])).float()
+    oracle.config = replace(PICO, head=11, pool='mean')
+    assert judge(monkeypatch, capsys, oracle, '--data', tmp_path) == 1
 
 
 def test_several_right_labels_by_file_name(tmp_path):
@@ -418,11 +448,11 @@ def test_several_right_labels_by_file_name(tmp_path):
 
 # real runs
 
-def test_a_stopped_run_goes_on_with_the_same_losses(tmp_path, monkeypatch):
-    """With averaged weights, mixing, erasing and dropped paths; the patch embedding stays as it was."""
-    M.save(M.init_weights(M.ViT(**PICO, head=8)), str(tmp_path / 'eva.pt'))
+def test_a_stopped_run_goes_on_with_the_same_losses(tmp_path, monkeypatch, double):
+    """With averaged weights, mixing and dropped paths; the patch embedding stays as it was."""
+    M.save(M.init_weights(M.ViT(replace(PICO, head=8))), str(tmp_path / 'eva.pt'))
     flags = ['--init', tmp_path / 'eva.pt', '--steps', 4, '--batch_size', 4, '--log_every', 1, '--save_every', 2]
-    flags += ['--ema', .9, '--mixup', .8, '--cutmix', 1, '--erase', .5, '--drop_path', .2]
+    flags += ['--ema', .9, '--mixup', .8, '--cutmix', 1, '--drop_path', .2]
     finetune.train(config(*flags, '--out_dir', tmp_path / 'whole'))
     class Stop(Exception):
         pass
@@ -433,14 +463,13 @@ def test_a_stopped_run_goes_on_with_the_same_losses(tmp_path, monkeypatch):
         patch.setattr(run.Log, 'say', stop)
         finetune.train(config(*flags, '--out_dir', tmp_path / 'parts'))
     finetune.train(config(*flags, '--out_dir', tmp_path / 'parts', '--micro_batch', 2))
-    whole, parts = (dict(losses(tmp_path / name)) for name in ('whole', 'parts'))
-    assert parts == pytest.approx(whole, rel=1e-5) and len(whole) == 4
-    models = [M.load(str(tmp_path / name / 'model.pt')) for name in ('whole', 'parts')]
-    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), atol=1e-6, rtol=1e-4)
-    assert torch.equal(models[0].patch_embed.weight, M.load(str(tmp_path / 'eva.pt')).patch_embed.weight)
+    assert losses(tmp_path / 'parts') == losses(tmp_path / 'whole') and len(losses(tmp_path / 'whole')) == 4
+    whole, parts = (M.load(str(tmp_path / name / 'model.pt')) for name in ('whole', 'parts'))
+    torch.testing.assert_close(parts.state_dict(), whole.state_dict(), atol=1e-9, rtol=0)
+    assert torch.equal(whole.patch_embed.weight, M.load(str(tmp_path / 'eva.pt')).patch_embed.weight)
 
 
-def test_averaged_weights_are_what_a_run_leaves(tmp_path):
+def test_averaged_weights_are_what_a_run_leaves(tmp_path, double):
     """After one step .9 of the first weights and .1 of those that the step made."""
     start = finetune.classifier(config('--init', 'scratch'), ['x'] * 16).state_dict()
     left = {}
@@ -449,7 +478,7 @@ def test_averaged_weights_are_what_a_run_leaves(tmp_path):
                               '--out_dir', tmp_path / str(ema)))
         left[ema] = M.load(str(tmp_path / str(ema) / 'model.pt')).state_dict()
     for name, first in start.items():
-        torch.testing.assert_close(left[.9][name], .9 * first + .1 * left[0][name], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(left[.9][name], .9 * first + .1 * left[0][name], atol=1e-9, rtol=0)
 
 
 def test_photographs_train_and_are_told_apart(tmp_path, capsys):
@@ -459,7 +488,7 @@ def test_photographs_train_and_are_told_apart(tmp_path, capsys):
     finetune.train(config(*flags, '--init', 'scratch', '--steps', 40, '--batch_size', 12, '--augment', 'rand',
                           '--lr', .003, '--warmup_steps', 2))
     result = json.loads((out / 'result.json').read_text())
-    assert result['top1'] > .6 and {'confusion.png', 'model.pt', 'loss.png'} <= {path.name for path in out.iterdir()}
+    assert result['top1'] > .6 and {'model.pt', 'loss.png'} <= {path.name for path in out.iterdir()}
     capsys.readouterr()
     finetune.train(config(*flags, '--eval'))
     assert f'top1                 {result["top1"]:.4g}' in capsys.readouterr().out
@@ -472,28 +501,28 @@ def on_photos(folder, world):
     """A run with everything that draws numbers, validated on 15 photos: no number of processes divides them."""
     flags = ['--data', folder / 'photos', '--init', folder / 'eva.pt', '--steps', 3, '--batch_size', 8]
     flags += ['--log_every', 1]
-    flags += ['--ema', .9, '--mixup', .8, '--cutmix', 1, '--erase', .5, '--drop_path', .2, '--augment', 'rand']
+    flags += ['--ema', .9, '--mixup', .8, '--cutmix', 1, '--drop_path', .2, '--augment', 'rand']
     finetune.train(config(*flags, '--warmup_steps', 1, '--out_dir', folder / str(world)))
 
 
-def test_two_processes_do_what_one_does(tmp_path, monkeypatch):
+def test_two_processes_do_what_one_does(tmp_path, monkeypatch, double):
     """The same losses and averaged weights, and a validation in which every photo counts once."""
     class_folders(tmp_path / 'photos', num=5)
     small(monkeypatch)
-    M.save(M.init_weights(M.ViT(**M.SIZES['pico'], head=8)), str(tmp_path / 'eva.pt'))
+    M.save(M.init_weights(M.ViT(replace(PICO, head=8))), str(tmp_path / 'eva.pt'))
     two = launch(2, tmp_path, on_photos)
     on_photos(tmp_path, 1)
     finish(two, tmp_path)
-    assert dict(losses(tmp_path / '1')) == pytest.approx(dict(losses(tmp_path / '2')), abs=1e-5)
+    assert losses(tmp_path / '1') == losses(tmp_path / '2')
     one, two = (json.loads((tmp_path / world / 'result.json').read_text()) for world in '12')
     assert one['top1'] == two['top1'] and one['top1'] * 15 == pytest.approx(round(one['top1'] * 15))
     one, two = (M.load(str(tmp_path / world / 'model.pt')).state_dict() for world in '12')
-    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(one, two, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize('flags', [['--probe', 'linear'], ['--frames', 2, '--probe', 'linear']])
 def test_a_linear_probe_trains_the_head_only(tmp_path, flags):
-    M.save(M.init_weights(M.ViT(**PICO, head=8)), str(tmp_path / 'eva.pt'))
+    M.save(M.init_weights(M.ViT(replace(PICO, head=8))), str(tmp_path / 'eva.pt'))
     flags += ['--init', tmp_path / 'eva.pt', '--out_dir', tmp_path]
     cfg = config('--steps', 2, '--batch_size', 4, '--lr', 1, *flags)
     before = finetune.classifier(cfg, ['x'] * 16)
@@ -504,47 +533,72 @@ def test_a_linear_probe_trains_the_head_only(tmp_path, flags):
 
 
 def test_clips_of_folders_train(tmp_path):
-    """A real run on frames, with jitter, evaluated over 4 x 3 views, and with its frames shuffled."""
+    """A real run on frames, with other colours, evaluated over 4 x 3 views, and with its frames shuffled."""
     cfg = config('--data', frame_folders(tmp_path / 'clips', 4), '--init', 'scratch', '--frames', 4, '--steps', 2,
-                 '--batch_size', 2, '--augment', 'jitter', '--out_dir', tmp_path / 'run')
+                 '--batch_size', 2, '--augment', 'colour', '--out_dir', tmp_path / 'run')
     finetune.train(cfg)
     assert {'top1', 'top5', 'shuffled_top1'} <= json.loads((tmp_path / 'run' / 'result.json').read_text()).keys()
 
 
-def test_plan_counts_the_parameters_of_evas_classifier(capsys):
-    """EVA-g at 336 px with 1,000 classes and the average patch."""
-    finetune.train(config('--size', 'g', '--plan'))
-    assert '1,013,005,672' in capsys.readouterr().out
+@pytest.mark.parametrize('view', [.875, 1.])
+def test_an_image_is_seen_as_the_recipe_says(tmp_path, monkeypatch, view):
+    """--image shows the model the central square of `view` of the shorter side, as evaluation does."""
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / 'a.png')
+    oracle, seen = Oracle(), []
+    monkeypatch.setattr(oracle, 'normalize', lambda images: seen.append(images) or images.float())
+    monkeypatch.setattr(M, 'load', lambda path, kind: oracle)
+    cfg = config('--init', 'oracle.pt', '--image', tmp_path / 'a.png')
+    cfg.view = view
+    finetune.train(cfg)
+    expected = Image.fromarray(pixels).resize((8, 8), Image.BICUBIC, box=(32 - 24 * view, 24 - 24 * view,
+                                                                           32 + 24 * view, 24 + 24 * view))
+    assert torch.equal(seen[0][0, 0], torch.from_numpy(np.array(expected)).permute(2, 0, 1))
+
+
+def test_confusions_show_the_commonest_first(tmp_path, monkeypatch):
+    """Bees that it took for cows twice, then an ant that it took for a bee; what was right is not shown."""
+    shown = {}
+    monkeypatch.setattr(run, 'draw_sheet', lambda path, sheet: shown.update(sheet))
+    dataset = data.open_data(class_folders(tmp_path, num=2), 'val')
+    position = torch.arange(6)
+    labels = dataset.batch(position, 8, train=False)['labels']
+    bees, ant = position[labels == 1], position[labels == 0][0]
+    said = labels.clone()
+    said[bees], said[ant] = 2, 1
+    found = dict(labels=labels, top=said[:, None], position=position)
+    finetune.draw_confusions('', found, dataset, 8)
+    assert {title: len(images) for title, images in shown.items()} == {'bee: cow?': 2, 'ant: bee?': 1}
+    assert list(shown) == ['bee: cow?', 'ant: bee?']
+    assert torch.equal(shown['ant: bee?'], dataset.batch(ant[None], 8, train=False)['images'])
 
 
 # what is refused
 
 @pytest.mark.parametrize('flags, expected', [
-    (['--pool', 'max'], 'mean or class'), (['--probe', 'quadratic'], 'linear or knn'), (['--cutmix', '2'], '--cutmix'),
-    (['--augment', 'cut'], 'rand or jitter'), (['--drop_path', '1'], '--drop_path'),
-    (['--frames', '4', '--augment', 'rand'], 'jitter'), (['--size', 'ti'], 'mim_pretrain.py --size ti'),
-    (['--mixup', '.5', '--batch_size', '3'], 'pairs'), (['--init', 'missing.pt'], 'missing.pt')])
+    (['--pool', 'max'], 'mean, class'), (['--probe', 'knn'], 'linear'), (['--cutmix', '2'], '--cutmix'),
+    (['--augment', 'cut'], 'rand, colour'), (['--drop_path', '1'], '--drop_path'),
+    (['--frames', '4', '--augment', 'rand'], 'colour'), (['--size', 'g'], 'mim_pretrain.py --size g'),
+    (['--mixup', '.5', '--batch_size', '3'], 'pairs'), (['--init', 'missing.pt'], 'missing.pt'),
+    (['--real', 'real.json'], 'for images in files'), (['--mapping', 'no.txt', '--init', 'a.pt'], 'no.txt')])
 def test_fine_tuning_refuses_in_one_line(monkeypatch, capsys, tmp_path, flags, expected):
     monkeypatch.chdir(tmp_path)
+    saved('a.pt', ['ant', 'bee'])
     assert expected in refusal(monkeypatch, capsys, finetune, *flags)
 
 
 def test_data_that_cannot_be_learnt_from_is_refused(monkeypatch, capsys, tmp_path):
-    """Classes without a readable image, or in validation only; too few frames; a mapping of another length."""
+    """Classes in validation only; too few frames; a list of right labels or a mapping of another length."""
     monkeypatch.chdir(tmp_path)
     refuse = lambda *flags: refusal(monkeypatch, capsys, finetune, '--size', 'pico', *flags)
-    root = class_folders(tmp_path / 'a')
-    for n in range(4):
-        (tmp_path / f'a/train/bee/train{n}.png').write_bytes(b'no image')
-    assert "'bee' cannot be learnt, none of its 4 images" in refuse('--data', root)
-    (tmp_path / 'a/train/dog').mkdir()
-    assert "class folder 'dog' has no image" in refuse('--data', root)
     root = class_folders(tmp_path / 'b', splits=['train'])
     class_folders(tmp_path / 'b', ('ant', 'bee', 'cow', 'dog'), splits=['val'])
-    assert "'dog' cannot be learnt, it is in validation only" in refuse('--data', root)
+    assert "'dog' is in validation only" in refuse('--data', root)
     assert '5 frames' in refuse('--data', frame_folders(tmp_path / 'c', 5), '--frames', '8')
     saved(tmp_path / 'm.pt', ['x', 'y'])
     (tmp_path / 'map.txt').write_text('0\n1\n')
     root = class_folders(tmp_path / 'd')
+    (tmp_path / 'real.json').write_text('[[0], [1]]')
+    assert 'for 12 images' in refuse('--data', root, '--real', str(tmp_path / 'real.json'))
     assert '2 lines' in refuse('--data', root, '--init', str(tmp_path / 'm.pt'), '--mapping', str(tmp_path / 'map.txt'))
     assert 'none of the model' in refuse('--data', root, '--init', str(tmp_path / 'm.pt'), '--eval')

@@ -2,6 +2,7 @@
 Boxes, regions, masks and average precision as detectron2, torchvision, pycocotools and lvis-api compute them. Fixtures
 lie in the folders named by GOLDEN, as for test_golden.py.
 """
+import dataclasses
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-import coco
+import data
 import detect_seg as D
 import model as M
 from test_golden import fixtures
@@ -214,11 +215,11 @@ def test_polygons(path):
     fixture = read(path)
     for name, case in fixture['polygons'].items():
         for part, expected in zip(case['polygons'], case['part_masks']):
-            ours = coco.decode_mask(coco.fill_polygon(part, fixture['hw']), fixture['hw'])
+            ours = data.decode_mask(data.fill_polygon(part, fixture['hw']), fixture['hw'])
             assert (ours == expected.numpy()).all(), name
-        runs = coco.fill_polygons(case['polygons'], fixture['hw'])
-        assert coco.runs_to_string(runs) == case['rle'], name
-        assert coco.mask_area(runs) == case['area'] and xywh(coco.mask_box(runs, fixture['hw'][0])) == case['bbox'], name
+        runs = data.fill_polygons(case['polygons'], fixture['hw'])
+        assert data.runs_to_string(runs) == case['rle'], name
+        assert data.mask_area(runs) == case['area'] and xywh(data.mask_box(runs, fixture['hw'][0])) == case['bbox'], name
 
 
 @pytest.mark.parametrize('path', fixtures('masks*.pt'))
@@ -226,8 +227,8 @@ def test_boxes_as_masks(path):
     """A box is the polygon of its corners."""
     fixture = read(path)
     for (x, y, w, h), expected in zip(fixture['boxes_to_masks']['boxes_xywh'], fixture['boxes_to_masks']['masks']):
-        runs = coco.fill_polygon([x, y, x, y + h, x + w, y + h, x + w, y], fixture['hw'])
-        assert (coco.decode_mask(runs, fixture['hw']) == expected.numpy()).all()
+        runs = data.fill_polygon([x, y, x, y + h, x + w, y + h, x + w, y], fixture['hw'])
+        assert (data.decode_mask(runs, fixture['hw']) == expected.numpy()).all()
 
 
 @pytest.mark.parametrize('path', fixtures('masks*.pt'))
@@ -235,33 +236,33 @@ def test_run_lengths(path):
     """Masks to run lengths, to strings, and back."""
     for name, case in read(path)['rle'].items():
         mask = case['mask'].numpy()
-        runs = coco.encode_mask(mask)
+        runs = data.encode_mask(mask)
         assert runs.tolist() == case['counts_uncompressed'], name
-        assert coco.runs_to_string(runs) == case['counts_compressed'], name
-        assert coco.string_to_runs(case['counts_compressed']).tolist() == case['counts_uncompressed'], name
-        assert (coco.decode_mask(runs, case['size']) == mask).all(), name
-        assert coco.mask_area(runs) == case['area'] and xywh(coco.mask_box(runs, case['size'][0])) == case['bbox'], name
+        assert data.runs_to_string(runs) == case['counts_compressed'], name
+        assert data.string_to_runs(case['counts_compressed']).tolist() == case['counts_uncompressed'], name
+        assert (data.decode_mask(runs, case['size']) == mask).all(), name
+        assert data.mask_area(runs) == case['area'] and xywh(data.mask_box(runs, case['size'][0])) == case['bbox'], name
 
 
 @pytest.mark.parametrize('path', fixtures('masks*.pt'))
 def test_merging_masks(path):
     """Union and intersection."""
     case = read(path)['merge']
-    masks = [coco.string_to_runs(text) for text in case['inputs']]
-    assert coco.runs_to_string(coco.merge_masks(masks)) == case['union']
-    assert coco.runs_to_string(coco.merge_masks(masks, len(masks))) == case['intersect']
+    masks = [data.string_to_runs(text) for text in case['inputs']]
+    assert data.runs_to_string(data.merge_masks(masks)) == case['union']
+    assert data.runs_to_string(data.merge_masks(masks, len(masks))) == case['intersect']
 
 
 @pytest.mark.parametrize('path', fixtures('masks*.pt'))
 def test_overlaps(path):
     """IoU of masks and of boxes, with crowds, exactly."""
     case = read(path)['iou']
-    masks = [[coco.string_to_runs(text) for text in case[name]] for name in ('dt', 'gt')]
+    masks = [[data.string_to_runs(text) for text in case[name]] for name in ('dt', 'gt')]
     for crowd, expected in zip(case['crowd'], case['iou']):
-        np.testing.assert_allclose(coco.overlap_masks(*masks, np.array(crowd, dtype=bool)), expected, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(D.overlap_masks(*masks, np.array(crowd, dtype=bool)), expected, rtol=0, atol=1e-12)
     boxes = case['box_dt_xywh'].numpy(), case['box_gt_xywh'].numpy()
     for crowd, expected in zip(case['box_crowd'], case['box_iou']):
-        np.testing.assert_allclose(coco.overlap_boxes(*boxes, np.array(crowd, dtype=bool)), expected, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(D.overlap_boxes(*boxes, np.array(crowd, dtype=bool)), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize('path', fixtures('masks*.pt'))
@@ -303,7 +304,7 @@ def coco_sets(fixture):
 def test_coco_ap(path, kind):
     """The 12 numbers and those of every category, to 1e-12: crowds, ties, nothing to find, nothing found."""
     for name, truth, dets, case in coco_sets(read(path)):
-        ours, expected = coco.average_precision(truth, dets, kind), case[kind]
+        ours, expected = D.average_precision(truth, dets, kind), case[kind]
         for number, value in expected['stats'].items():
             assert abs(ours[number] - value) < 1e-12, (name, number)
         for category, numbers in expected['per_category'].items():
@@ -316,7 +317,7 @@ def test_coco_ap(path, kind):
 def test_coco_curves(path, kind):
     """Precision at 101 recalls, IoU .5, for every category."""
     for name, truth, dets, case in coco_sets(read(path)):
-        precision, _ = coco.precision_and_recall(truth, dets, kind, (1, 10, 100))
+        precision, _ = D.precision_and_recall(truth, dets, kind, (1, 10, 100))
         np.testing.assert_allclose(precision[:, 0, 0], case[kind]['precision_iou50_area_all_maxdet100'],
                                    rtol=0, atol=1e-12, err_msg=name)
 
@@ -327,7 +328,7 @@ def test_lvis_ap(path):
     fixture = read(path)
     for name, expected in fixture['expected'].items():
         kind, limit = name.split('_max')
-        ours = coco.average_precision(fixture['gt'], fixture['dets'], kind, (int(limit),))
+        ours = D.average_precision(fixture['gt'], fixture['dets'], kind, (int(limit),))
         for number, value in expected['results'].items():
             number = {f'AR@{limit}': f'AR{limit}'}.get(number, number.split('@')[0])
             assert abs(ours[number] - value) < 1e-12, (name, number)
@@ -356,10 +357,11 @@ def backbone(state, case):
     config = case['config']
     every = next(i for i in range(config['depth']) if i not in config['window_block_indexes']) + 1
     width = config['embed_dim']
-    vit = M.ViT(width, config['depth'], config['num_heads'], int(width * config['mlp_ratio']), config['patch_size'],
-                config['pretrain_img_size'], pool='map', mask_token=False, global_every=every,
-                window=config['window_size'],
-                rel_pos=config['img_size'] // config['patch_size'] if config['use_rel_pos'] else 0)
+    rel_pos = config['img_size'] // config['patch_size'] if config['use_rel_pos'] else 0
+    vit = M.ViT(M.ViTConfig(
+        width, config['depth'], config['num_heads'], int(width * config['mlp_ratio']), config['patch_size'],
+        config['pretrain_img_size'], pool='map', mask_token=False, global_every=every, window=config['window_size'],
+        rel_pos=rel_pos))
     model = torch.nn.ModuleDict(dict(vit=vit, pyramid=D.Pyramid(config['embed_dim'], config['out_channels'])))
     plain = [('net.blocks.*.attn.qkv.bias', 'vit.blocks.*.attn.q_bias - vit.blocks.*.attn.v_bias', 'split')]
     names = [(theirs.removeprefix('backbone.'), ours, op) for theirs, ours, op in D.DETECTOR]
@@ -421,7 +423,8 @@ def test_relative_positions(path):
     assert cases
     for case in cases:
         size, width = case['q_size'], case['table'].shape[1]
-        vit = M.ViT(width, 1, 1, 1, 1, size, pool='map', mask_token=False, rel_pos=(len(case['table']) + 1) // 2)
+        rel_pos = (len(case['table']) + 1) // 2
+        vit = M.ViT(M.ViTConfig(width, 1, 1, 1, 1, size, pool='map', mask_token=False, rel_pos=rel_pos))
         attention = vit.blocks[0].attn
         attention.rel_pos_h.data, attention.rel_pos_w.data = case['table'], torch.zeros_like(case['table'])
         if case['interp_type'] == 'beit':
@@ -513,12 +516,13 @@ def detector(path):
         fixture |= {name: other[name] for name in ('state_dict', 'images', 'image_sizes')}
     config = fixture['config']
     rpn, roi = config['rpn'], config['roi']
-    model = D.load_detector(
-        fixture['state_dict'], anchor_sizes=config['anchor_sizes'], num_anchors=rpn['batch_size_per_image'],
+    model = D.Detector.from_released(fixture['state_dict'])
+    model.config = dataclasses.replace(
+        model.config, anchor_sizes=config['anchor_sizes'], num_anchors=rpn['batch_size_per_image'],
         before=(rpn['pre_nms_topk_train'], rpn['pre_nms_topk_test']), num_boxes=roi['batch_size_per_image'],
         after=(rpn['post_nms_topk_train'], rpn['post_nms_topk_test']), positive_share=roi['positive_fraction'])
-    images = [coco.pad_to(model.normalize(image[None])[0], config['square_pad']) for image in fixture['images']]
-    return model, torch.stack(images), fixture
+    images = [data.pad_to(model.normalize(image[None])[0], config['square_pad']) for image in fixture['images']]
+    return model, dict(images=torch.stack(images), sizes=fixture['image_sizes']), fixture
 
 
 def options_of(settings, config):
@@ -539,9 +543,9 @@ def compare(found, expected, scores):
 @pytest.mark.parametrize('path', fixtures('cascade_e2e_inference*.pt'))
 def test_detector(path):
     """From images to boxes, scores, classes and masks, and to masks on the original image."""
-    model, images, fixture = detector(path)
+    model, batch, fixture = detector(path)
     with torch.no_grad():
-        found = model(images, fixture['image_sizes'], **options_of({}, fixture['config']))
+        found = model(batch, choose=options_of({}, fixture['config']))
     for i, (ours, expected) in enumerate(zip(found, fixture['detections'])):
         compare(ours, expected, ours['scores'])
         close(ours['masks'], expected['masks'][:, 0], 1e-3)
@@ -557,11 +561,11 @@ def test_detector(path):
 @pytest.mark.parametrize('path', fixtures('cascade_e2e_inference*.pt'))
 def test_ways_of_testing(path):
     """Soft-NMS as in EVA's COCO numbers, and scores times maskness."""
-    model, images, fixture = detector(path)
+    model, batch, fixture = detector(path)
     for name, case in fixture['test_time_variants'].items():
         settings = case['settings']
         with torch.no_grad():
-            found = model(images, fixture['image_sizes'], **options_of(settings, fixture['config']))
+            found = model(batch, choose=options_of(settings, fixture['config']))
         for ours, expected in zip(found, case['detections']):
             sure = D.maskness(ours['masks'], settings['maskness_thresh']) if 'maskness_thresh' in settings else 1
             compare(ours, expected, ours['scores'] * sure)
@@ -570,13 +574,13 @@ def test_ways_of_testing(path):
 @pytest.mark.parametrize('path', fixtures('cascade_e2e_train*.pt'))
 def test_detector_training(path):
     """Every loss, and the gradient of every weight, with the first boxes in place of random ones."""
-    model, images, fixture = detector(path)
+    model, batch, fixture = detector(path)
     targets = [dict(boxes=truth['boxes'], labels=truth['classes'],
                     masks=[list(map(list, x)) for x in truth['polygons']])
                for truth in fixture['gt']]
     first = lambda stream, num: torch.arange(num, dtype=torch.float32).expand(len(targets), -1)
-    losses = {name: loss / count for name, (loss, count) in
-              model(images, fixture['image_sizes'], targets, first).items()}
+    losses = model(dict(batch, targets=targets), first)
+    losses = {name: loss / count for name, (loss, count) in losses.items()}
     names = {'loss_rpn_cls': 'proposal_objectness', 'loss_rpn_loc': 'proposal_boxes', 'loss_mask': 'masks'}
     for theirs, value in fixture['losses'].items():
         ours = names.get(theirs, theirs.replace('loss_cls_stage', 'classes_').replace('loss_box_reg_stage', 'boxes_'))
@@ -604,9 +608,9 @@ def test_released_detectors(path, model):
     for name, change in listing[model].get('differs_from_coco_1280', {}).items():
         shapes[name] = json.loads(change['here'])
     assert len(shapes) == listing[model]['num_keys']
-    loaded = D.load_detector({name: torch.empty(shape, device='meta') for name, shape in shapes.items()})
+    loaded = D.Detector.from_released({name: torch.empty(shape, device='meta') for name, shape in shapes.items()})
     num = sum(weight.numel() for weight in loaded.parameters())
     federated = sum(math.prod(shape) for name, shape in shapes.items() if 'fed_loss' in name)
     assert num == sum(math.prod(shape) for shape in shapes.values()) - federated
     assert listing[model]['num_parameters'] in (num, num + federated)
-    assert loaded.config['vit']['global_every'] == 4 and loaded.config['vit']['window'] == 16
+    assert loaded.config.vit.global_every == 4 and loaded.config.vit.window == 16

@@ -3,6 +3,7 @@ Assignment, Mask2Former, ViT-Adapter and mean IoU as scipy, Hugging Face's trans
 compute them. Fixtures lie in the folders named by GOLDEN, as for test_golden.py.
 """
 import json
+import math
 import os
 
 import numpy as np
@@ -10,16 +11,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import data
+import detect_seg as D
 import model as M
-import segment as S
 from test_golden import fixtures
 from test_golden_det import close, read
 
 
 def fill(model, state, rules):
     """A model with a fixture's tensors, in eval mode."""
-    M.fill(model, M.translate(state, rules)[0], (), rules)
+    M.fill(model, M.translate(state, rules)[0], rules)
     return model.eval()
+
+
+def head_config(config, layers, groups):
+    """Of Mask2Former's decoders, from a fixture's."""
+    return D.SegmenterConfig(None, config['num_classes'], 'mask2former', channels=config['dim'],
+                             queries=config['num_queries'], heads=config['heads'], mlp_width=config['ffn_dim'],
+                             layers=layers, groups=groups)
 
 
 # ---- which query for which mask
@@ -29,7 +38,7 @@ def test_assignment(path):
     """Square, wide, tall, empty, with ties, huge values, and values at the end of float32."""
     for case in read(path)['cases']:
         cost = case['cost'].numpy()
-        rows, columns = S.assign(cost)
+        rows, columns = D.assign(cost)
         assert cost[rows, columns].sum() == pytest.approx(case['total'], rel=1e-12), case['name']
         assert len(rows) == min(cost.shape) and (np.diff(rows) > 0).all() and len(set(columns)) == len(columns)
         if case['unique_optimum']:
@@ -65,8 +74,8 @@ def test_deformable_attention(path):
     """The sampling of several maps, and the whole module with places inside and outside the image."""
     fixture, config = read(path)['ms_deform_attn'], read(path)['config']
     sizes, core = [tuple(size) for size in fixture['spatial_shapes']], fixture['core']
-    close(S.sample_levels(core['value'], sizes, core['sampling_locations'], core['attention_weights']), core['output'])
-    attention = fill(S.DeformableAttention(config['dim'], config['heads'], config['n_levels'], config['n_points']),
+    close(D.sample_levels(core['value'], sizes, core['sampling_locations'], core['attention_weights']), core['output'])
+    attention = fill(D.DeformableAttention(config['dim'], config['heads'], config['n_levels'], config['n_points']),
                      fixture['state_dict'], HF_DEFORMABLE)
     # positions are the caller's to add; to the values they are not
     close(attention(fixture['query'] + fixture['query_pos'], fixture['reference_points'], fixture['memory'], sizes),
@@ -79,9 +88,9 @@ def test_pixel_decoder(path):
     fixture, config = read(path)['pixel_decoder'], read(path)['config']
     for name, theirs in read(path)['sine_position']['embeddings'].items():
         size = tuple(map(int, name.split('x')))
-        close(S.sine_positions(size, theirs.shape[1]), theirs[0].flatten(1).T)
-    decoder = fill(S.PixelDecoder(fixture['feature_channels'], config['dim'], config['heads'], config['ffn_dim'],
-                                  config['encoder_layers']), fixture['state_dict'], HF_PIXELS)
+        close(D.sine_positions(size, theirs.shape[1]), theirs[0].flatten(1).T)
+    config = head_config(config, (config['encoder_layers'], 0), config['groupnorm_groups'])
+    decoder = fill(D.PixelDecoder(fixture['feature_channels'], config), fixture['state_dict'], HF_PIXELS)
     levels, finest = decoder(fixture['features'])
     close(finest, fixture['mask_features'], 1e-4)
     for ours, theirs in zip(levels, fixture['multi_scale_features']):
@@ -93,8 +102,8 @@ def test_mask_decoder(path):
     """Every layer's classes and masks; a query whose mask hides everything; the scores of pixels."""
     fixture, config = read(path)['decoder'], read(path)['config']
     state = {**fixture['state_dict'], **{f'classes.{name}': x for name, x in fixture['class_head'].items()}}
-    head = S.MaskHead([config['dim']] * 4, config['num_classes'], config['dim'], config['num_queries'], config['heads'],
-                      config['ffn_dim'], (0, config['decoder_layers']), 0)
+    groups = math.gcd(config['dim'], config['groupnorm_groups'])       # of its pixel decoder, which is not tested here
+    head = D.Mask2FormerHead([config['dim']] * 4, head_config(config, (0, config['decoder_layers']), groups))
     fill(head.decoder, state, HF_DECODER + M.same('classes.*'))
     predictions = head.decoder(fixture['multi_scale_features'], fixture['mask_features'])
     assert len(predictions) == len(fixture['class_logits'])
@@ -108,13 +117,15 @@ def test_mask_decoder(path):
 
 
 def replay(draws, counts):
-    """`draw` from one prediction's recorded numbers: a tensor for each image's matching, then candidates, others."""
+    """`draw` from one prediction's recorded numbers: a tensor for each image's matching, then candidates, others. An
+    image's numbers stand at the beginning of its row."""
     matching, (candidates, others) = draws[:-2], draws[-2:]
     recorded = {'match': matching, 'candidates': candidates.split(counts), 'others': others.split(counts)}
 
-    def draw(name, i, num):
-        assert recorded[name][i].numel() == num
-        return recorded[name][i]
+    def draw(stream, num):
+        rows = [x.flatten() for x in recorded[stream.split()[0]]]
+        assert max(len(row) for row in rows) == num
+        return torch.stack([F.pad(row, (0, num - len(row)), value=torch.nan) for row in rows])
     return draw
 
 
@@ -123,9 +134,10 @@ def losses_of(predictions, labels, masks, draws, num_points):
     targets = [(label, mask.float()) for label, mask in zip(labels, masks)]
     counts, each = [len(label) for label in labels], len(labels) + 2
     for n, (logits, mask_logits) in enumerate(predictions):
-        sums = S.mask_losses(logits, mask_logits, targets, replay(draws[n * each:][:each], counts), num_points)
+        draw = replay(draws[n * each:][:each], counts)
+        sums = D.mask_losses(logits, mask_logits, targets, draw, n, num_points)
         queries = len(labels) * logits.shape[1]
-        yield sums / torch.tensor([sum(counts) + S.NO_OBJECT * (queries - sum(counts)), sum(counts), sum(counts)])
+        yield sums / torch.tensor([sum(counts) + D.NO_OBJECT * (queries - sum(counts)), sum(counts), sum(counts)])
 
 
 @pytest.mark.parametrize('path', fixtures('mask2former_decoder*.pt'))
@@ -137,9 +149,9 @@ def test_losses(path):
     for n, match in enumerate(fixture['matches'][:2]):
         points = fixture['random_draws'][n].view(1, -1, 2)
         labels, goals = fixture['gt_labels'][n], fixture['gt_masks'][n].float()
-        cost = S.match_cost(logits[-1][n], masks[-1][n], labels, goals, points)
+        cost = D.match_cost(logits[-1][n], masks[-1][n], labels, goals, points)
         close(cost, match['cost'])
-        rows, columns = S.assign(cost.numpy())
+        rows, columns = D.assign(cost.numpy())
         assert rows.tolist() == match['row'].tolist() and columns.tolist() == match['col'].tolist()
     found = losses_of(predictions, fixture['gt_labels'], fixture['gt_masks'], fixture['random_draws'],
                       config['num_points'])
@@ -160,7 +172,7 @@ def segmenter(backbone, config, head):
     """EVA's segmentor of two fixtures' tensors."""
     state = {**{'backbone.' + name: x for name, x in backbone.items()},
              **{'decode_head.' + name: x for name, x in head.items()}}
-    return S.load_segmenter(state, **small(config))
+    return D.Segmenter.from_released(state, **small(config))
 
 
 def small(config):
@@ -198,9 +210,9 @@ def test_eva_head(path):
                                                           fixture['mask_logits']):
         close(logits, their_logits, 1e-4)
         close(masks, their_masks, 1e-4)
-    close(model(plain['image'][:1]), fixture['encode_decode_first_image'], 1e-4)
+    close(model(dict(images=plain['image'][:1])), fixture['encode_decode_first_image'], 1e-4)
     slide = fixture['slide']
-    scores = S.slide(model, slide['image'], tuple(slide['crop']), tuple(slide['stride']))
+    scores = D.slide(model, slide['image'], tuple(slide['crop']), tuple(slide['stride']))
     scores = F.interpolate(scores, size=tuple(slide['ori_shape']), mode='bilinear').softmax(1)
     close(scores, slide['softmax_scores'], 1e-4)
     assert (scores.argmax(1) != slide['prediction']).float().mean() <= .001
@@ -215,7 +227,7 @@ def test_eva_losses(path):
     found = losses_of(predictions, losses['gt_labels'], losses['gt_masks'], losses['random_draws'],
                       config['num_points_train'])
     for ours, prefix in zip(found, ('d0.', '')):
-        for x, weight, name in zip(ours, S.LOSS_WEIGHTS, ('cls', 'mask', 'dice')):
+        for x, weight, name in zip(ours, (D.CLASS_WEIGHT, D.PIXEL_WEIGHT, D.DICE_WEIGHT), ('cls', 'mask', 'dice')):
             assert (weight * x).item() == pytest.approx(losses['losses'][f'{prefix}loss_{name}'], rel=1e-4)
 
 
@@ -226,11 +238,12 @@ def test_mean_iou(path):
     """Ignored pixels, absent classes, a class that is only predicted, label 0 left out."""
     for case in read(path)['cases']:
         K, counts = case['num_classes'], 0
-        table = S.label_table(K, case['ignore_index'], case['reduce_zero_label'])
+        assert case['ignore_index'] == 255
+        table = data.label_table([*['-'] * case['reduce_zero_label'], *map(str, range(K))])
         for predicted, labels in zip(case['preds'], case['labels']):
             labels = torch.from_numpy(table[np.array(labels)])
-            counts = counts + S.confusion(torch.tensor(predicted), labels, K)
-        metrics, iou = S.mean_iou(counts)
+            counts = counts + D.confusion(torch.tensor(predicted), labels, K)
+        metrics, iou = D.mean_iou(counts)
         theirs = torch.tensor([float('nan') if x is None else x for x in case['IoU']], dtype=torch.float64)
         torch.testing.assert_close(iou, theirs, atol=1e-9, rtol=0, equal_nan=True)
         assert metrics == pytest.approx(dict(miou=case['mIoU'], pixel_accuracy=case['aAcc'],
@@ -241,7 +254,7 @@ def test_mean_iou(path):
 def test_windows(path):
     """Where the windows of an image lie; the last are moved back into it."""
     for case in read(path)['slide_windows']:
-        found = S.windows((case['h'], case['w']), (case['crop'],) * 2, (case['stride'],) * 2)
+        found = D.windows((case['h'], case['w']), (case['crop'],) * 2, (case['stride'],) * 2)
         assert [[y, x, min(y + case['crop'], case['h']), min(x + case['crop'], case['w'])] for y, x in found] == \
             case['windows_y1x1y2x2']
 
@@ -264,6 +277,6 @@ def test_released_segmentors(path):
                 keys[key] = json.loads(here)
         assert len(keys) == about['num_keys']
         with torch.device('meta'):
-            model = S.load_segmenter({key: torch.empty(shape) for key, shape in keys.items()})
+            model = D.Segmenter.from_released({key: torch.empty(shape) for key, shape in keys.items()})
         assert sum(weight.numel() for weight in model.parameters()) == about['num_parameters']
-        assert model.vit.image_size == 896 and model.config['heads'] == 32 and model.config['adapter']['heads'] == 16
+        assert model.vit.image_size == 896 and model.config.heads == 32 and model.config.adapter['heads'] == 16

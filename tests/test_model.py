@@ -1,4 +1,5 @@
 """One claim a test: sizes, the ViT's options, initial weights, files, probes."""
+import dataclasses
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 
 import model as m
 import run
-from model import CLIP, SIZES, TextTower, ViT, init_weights, load, load_state, save
+from model import CLIP, CLIPConfig, SIZES, Refused, TextConfig, TextTower, ViT, ViTConfig, init_weights, load, save
 
 TINY = dict(width=16, depth=3, heads=2, mlp_width=32, patch_size=4, image_size=16)      # N = 16
 TEXT = dict(width=16, depth=2, heads=2, vocab=30, embed=8, context=12)
@@ -15,7 +16,7 @@ TEXT = dict(width=16, depth=2, heads=2, vocab=30, embed=8, context=12)
 
 def tiny(seed=0, **options):
     """A small ViT whose every weight matters: biases, tokens and norms are random too."""
-    model = ViT(**{**TINY, **options})
+    model = ViT(ViTConfig(**{**TINY, **options}))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
@@ -31,6 +32,12 @@ def plain(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+def close(a, b):
+    """Equal in float64, whatever the order in which sums were taken: see the fixture `double`."""
+    assert a.dtype == b.dtype == torch.float64
+    torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+
+
 def same(a, b):
     assert a.keys() == b.keys()
     for name in a:
@@ -42,12 +49,12 @@ def same(a, b):
 def test_g_has_the_papers_parameters():
     """EVA-g with its 768 wide prediction head: the number in EVA's log."""
     with torch.device('meta'):
-        assert run.count_parameters(ViT(**SIZES['g'], head=768)) == 1_012_229_632
+        assert run.count_parameters(ViT(ViTConfig(**SIZES['g'], head=768))) == 1_012_229_632
 
 
 @pytest.mark.parametrize('size, gigaflops', [('l', 162), ('g', 534)])
 def test_flops(size, gigaflops):
-    assert abs(run.flops_per_image(SIZES[size]) / 1e9 - gigaflops) < 1
+    assert abs(run.flops_per_image(ViTConfig(**SIZES[size])) / 1e9 - gigaflops) < 1
 
 
 def test_flops_are_those_torch_counts():
@@ -61,7 +68,7 @@ def test_flops_are_those_torch_counts():
 
 # ---- the ViT
 
-def test_block_is_the_plain_formula():
+def test_block_is_the_plain_formula(double):
     """Attention and MLP written out, with the absent key bias as zeros."""
     model = tiny(layer_scale=0.5)
     block, x = model.blocks[0], torch.randn(2, 5, 16)
@@ -74,16 +81,16 @@ def test_block_is_the_plain_formula():
     x1 = x + block.gamma_1 * block.attn.proj(torch.cat(heads, -1))
     y = F.layer_norm(x1, (16,), block.norm2.weight, block.norm2.bias, 1e-6)
     expected = x1 + block.gamma_2 * block.mlp.fc2(F.gelu(block.mlp.fc1(y)))
-    torch.testing.assert_close(block(x), expected)
+    close(block(x), expected)
 
 
-def test_patches_go_row_by_row():
+def test_patches_go_row_by_row(double):
     """Without blocks, token 1 + N is the patch at row N // grid, column N % grid."""
     model = tiny(depth=0)
     x, weight = images(1), model.patch_embed.weight.flatten(1)
     patch = x[0, :, 4:8, 8:12].flatten()                                  # row 1, column 2
     expected = weight @ patch + model.patch_embed.bias + model.pos_embed[0, 1 + 4 + 2]
-    torch.testing.assert_close(model.tokens(x)[0, 1 + 4 + 2], expected)
+    close(model.tokens(x)[0, 1 + 4 + 2], expected)
 
 
 def test_keeping_all_tokens_is_keeping_nothing_back():
@@ -92,11 +99,11 @@ def test_keeping_all_tokens_is_keeping_nothing_back():
     assert torch.equal(model.tokens(x, keep=torch.arange(16).expand(2, 16)), model.tokens(x))
 
 
-def test_keep_follows_the_order_of_its_indices():
+def test_keep_follows_the_order_of_its_indices(double):
     """Patches have their positions before they are gathered, so their order does not matter to each of them."""
     model, x = tiny(), images()
     a, b = model.tokens(x, keep=torch.tensor([[3, 7, 9]] * 2)), model.tokens(x, keep=torch.tensor([[9, 3, 7]] * 2))
-    torch.testing.assert_close(a[:, [0, 3, 1, 2]], b)
+    close(a[:, [0, 3, 1, 2]], b)
 
 
 def test_hidden_pixels_are_not_seen():
@@ -118,7 +125,7 @@ def test_mask_comes_before_positions():
     assert torch.equal(tokens[:, 1:], model.mask_token + model.pos_embed[:, 1:])
 
 
-def test_dropped_branches_are_skipped():
+def test_dropped_branches_are_skipped(double):
     """drop removes a branch below its layer's rate, 0 to drop_path, and multiplies the others by 1 / (1 - rate)."""
     model, x = tiny(drop_path=0.5), images(1)                             # rates 0, .25, .5
     drop = torch.tensor([[[0., 0.], [0.2, 0.3], [0.5, 0.4]]])
@@ -127,19 +134,19 @@ def test_dropped_branches_are_skipped():
     for block, (attn, mlp) in zip(model.blocks, ((1, 1), (0, 1 / 0.75), (2, 0))):
         expected = expected + attn * block.attn(block.norm1(expected))
         expected = expected + mlp * block.mlp(block.norm2(expected))
-    torch.testing.assert_close(model.tokens(x, drop=drop), expected)
+    close(model.tokens(x, drop=drop), expected)
 
 
-def test_pooling():
+def test_pooling(double):
     """None is every patch, 'class' the first token, 'mean' the patches' average, normed after it."""
     model, x = tiny(head=5), images()
     tokens = model.tokens(x)
-    torch.testing.assert_close(model(x), model.head(model.norm(tokens))[:, 1:])
+    close(model(x), model.head(model.norm(tokens))[:, 1:])
     model.pool = 'class'
-    torch.testing.assert_close(model(x), model.head(model.norm(tokens))[:, 0])
+    close(model(x), model.head(model.norm(tokens))[:, 0])
     model.pool = 'mean'
-    torch.testing.assert_close(model(x), model.head(model.norm(tokens[:, 1:].mean(1))))
-    torch.testing.assert_close(model.patch_features(x), model.head(model.norm(tokens))[:, 1:])
+    close(model(x), model.head(model.norm(tokens[:, 1:].mean(1))))
+    close(model.patch_features(x), model.head(model.norm(tokens))[:, 1:])
 
 
 def test_own_grid_keeps_positions():
@@ -148,49 +155,57 @@ def test_own_grid_keeps_positions():
     assert torch.equal(m.resize_positions(positions, (4, 4)), positions)
 
 
-def test_resized_positions_keep_class_row_and_row_order():
+def test_resized_positions_keep_class_row_and_row_order(double):
     """A table that rises from row to row still does after resizing to a grid that is not square."""
     positions = torch.cat((torch.tensor([7.]), torch.arange(4.).repeat_interleave(4))).view(1, 17, 1)
     resized = m.resize_positions(positions, (8, 3))
     assert resized.shape == (1, 25, 1) and resized[0, 0, 0] == 7
     rows = resized[0, 1:, 0].view(8, 3)
-    assert (rows.diff(dim=0)[1:-1] > 0).all() and torch.allclose(rows[:, :1].expand(-1, 3), rows, atol=1e-6)
+    assert (rows.diff(dim=0)[1:-1] > 0).all() and torch.allclose(rows[:, :1].expand(-1, 3), rows, atol=1e-9)
 
 
 def test_any_multiple_of_the_patch_is_an_image():
     """Other sizes run, also oblong ones; what the patch does not divide is refused with the nearest sizes."""
     model = tiny()
     assert model.features(torch.randn(1, 3, 24, 8)).shape == (1, 1 + 6 * 2, 16)
-    with pytest.raises(ValueError, match='image_size 18 is not a multiple of 4; use 16 or 20'):
+    with pytest.raises(Refused, match='image_size 18 is not a multiple of 4; use 16 or 20'):
         model.tokens(torch.randn(1, 3, 18, 16))
 
 
-def test_normalize():
+def test_what_does_not_divide_is_refused():
+    """A width that its heads do not divide, and a head whose pairs rotary positions cannot share."""
+    with pytest.raises(Refused, match='width 16 is not a multiple of heads 3'):
+        tiny(heads=3)
+    with pytest.raises(Refused, match='width 16 / heads 8 must divide by 4'):
+        tiny(heads=8, rope='index')
+
+
+def test_normalize(double):
     """Bytes become (x / 255 - mean) / std."""
     x = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     mean, std = torch.tensor(m.CLIP_MEAN).view(3, 1, 1), torch.tensor(m.CLIP_STD).view(3, 1, 1)
-    torch.testing.assert_close(tiny().normalize(x), (x / 255 - mean) / std)
+    close(tiny().normalize(x), (x / 255 - mean) / std)
 
 
 # ---- text and CLIP
 
-def test_text_stops_at_the_longest_caption():
+def test_text_stops_at_the_longest_caption(double):
     """What follows the end token does not matter, and neither does how long the other texts of the batch are."""
-    model = init_weights(CLIP(dict(**TINY, head=8, pool='class'), TEXT)).text
+    model = init_weights(CLIP(CLIPConfig(dict(**TINY, head=8, pool='class'), TEXT))).text
     text = torch.tensor([[28, 3, 4, 29, 0, 0, 0, 0, 0, 0, 0, 0], [28, 5, 6, 7, 8, 9, 3, 29, 0, 0, 0, 0]])
     together = model(text)
     full = model(F.pad(text[:, :11], (0, 1), value=0))
     assert torch.equal(together, full)
-    torch.testing.assert_close(torch.cat([model(row[None]) for row in text]), together)
+    close(torch.cat([model(row[None]) for row in text]), together)
     x = model.token_embed(text) + model.pos_embed                        # nothing cut off
     for block in model.blocks:
         x = block(x)
-    torch.testing.assert_close(together, model.head(model.norm(x))[[0, 1], [3, 7]])
+    close(together, model.head(model.norm(x))[[0, 1], [3, 7]])
 
 
 def test_text_is_causal():
     """A token changes only what follows it."""
-    block, x = TextTower(**TEXT).blocks[0], torch.randn(1, 6, 16)
+    block, x = TextTower(TextConfig(**TEXT)).blocks[0], torch.randn(1, 6, 16)
     before = block(x)
     x[:, 3] += 1
     assert torch.equal(block(x)[:, :3], before[:, :3]) and not torch.equal(block(x)[:, 4], before[:, 4])
@@ -201,10 +216,10 @@ def test_text_is_causal():
 def test_initial_std_is_the_truncated_one():
     """EVA truncates its normal of .015 at one standard deviation: .0081 comes out; narrower models start from .02, and
     ours of up to 192 from .56 / sqrt(width)."""
-    small = init_weights(ViT(**SIZES['nano']))
+    small = init_weights(ViT(ViTConfig(**SIZES['nano'])))
     assert abs(small.blocks[1].mlp.fc1.weight.std().item() / (.56 / 8 * .5396) - 1) < 0.02
     for width, realised in ((1408, 0.0081), (384, 0.0108)):
-        model = init_weights(ViT(**{**SIZES['g'], 'width': width, 'depth': 2}))
+        model = init_weights(ViT(ViTConfig(**{**SIZES['g'], 'width': width, 'depth': 2})))
         assert abs(model.blocks[1].mlp.fc1.weight.std().item() - realised) < 1e-4
         assert abs(model.blocks[1].mlp.fc2.weight.std().item() - realised / 2) < 1e-4           # sqrt(2 * layer 2)
         assert abs(model.blocks[0].attn.proj.weight.std().item() - realised / math.sqrt(2)) < 1e-4
@@ -214,13 +229,13 @@ def test_initial_std_is_the_truncated_one():
 def test_initial_gain_is_over_the_root_of_the_width():
     """At any width; what is added to the residual is divided by depth as before."""
     for width in (64, 384):
-        model = init_weights(ViT(**{**SIZES['nano'], 'width': width}), gain=1.9)
+        model = init_weights(ViT(ViTConfig(**{**SIZES['nano'], 'width': width})), gain=1.9)
         assert abs(model.blocks[1].mlp.fc1.weight.std().item() * width ** .5 / (1.9 * .5396) - 1) < 0.02
         assert abs(model.blocks[1].mlp.fc2.weight.std().item() * (4 * width) ** .5 / (1.9 * .5396) - 1) < 0.02
 
 
 def test_initial_weights_are_a_function_of_the_seed():
-    build = lambda: CLIP(dict(**TINY, head=8, pool='class'), TEXT)
+    build = lambda: CLIP(CLIPConfig(dict(**TINY, head=8, pool='class'), TEXT))
     torch.manual_seed(1)
     a, b, c = plain(init_weights(build(), 5)), plain(init_weights(build(), 5)), plain(init_weights(build(), 6))
     same(a, b)
@@ -229,7 +244,7 @@ def test_initial_weights_are_a_function_of_the_seed():
 
 def test_small_models_start_from_sincos():
     """Neighbouring patches start with nearby positions; the class token's row is zero."""
-    table = init_weights(ViT(**TINY)).pos_embed[0]
+    table = init_weights(ViT(ViTConfig(**TINY))).pos_embed[0]
     assert table[0].abs().max() == 0 and len(table.unique(dim=0)) == 17
     near, far = (table[1] - table[2]).norm(), (table[1] - table[4]).norm()
     assert near < far
@@ -240,7 +255,7 @@ def test_small_models_start_from_sincos():
 def test_round_trip_is_exact(tmp_path):
     """save and load keep class, config, extras and every bit."""
     path = str(tmp_path / 'x.pt')
-    for model in (tiny(head=3, layer_scale=0.1), init_weights(CLIP(dict(**TINY, head=8, pool='class'), TEXT))):
+    for model in (tiny(head=3, layer_scale=0.1), init_weights(CLIP(CLIPConfig(dict(**TINY, head=8, pool='class'), TEXT)))):
         save(model, path, classes=['a', 'b'])
         loaded = load(path)
         same(plain(model), plain(loaded))
@@ -266,16 +281,133 @@ def test_new_head_starts_afresh(tmp_path):
         assert name.startswith(('head', 'norm')) or torch.equal(kept[name], before[name]), name
 
 
+def test_a_head_stays_where_it_fits(tmp_path):
+    """The same width keeps it; another width or pooling starts afresh; 0 drops it; not told is as in the file."""
+    path, model = str(tmp_path / 'x.pt'), tiny(head=8)
+    save(model, path)
+    for changes in ({}, dict(head=8), dict(image_size=24)):
+        assert torch.equal(load(path, **changes).head.weight, model.head.weight)
+    assert isinstance(load(path, head=0).head, torch.nn.Identity)
+    for changes in (dict(head=5), dict(pool='class')):
+        head = load(path, **changes).head
+        assert head.weight.std() < 0.1 and not head.bias.any()                # tiny's has .3
+
+
+def test_a_clips_file_has_an_image_tower(tmp_path):
+    """It loads as a ViT, with what was saved beside the CLIP, and changes like any other."""
+    path, model = str(tmp_path / 'x.pt'), init_weights(CLIP(CLIPConfig(dict(**TINY, head=8, pool='class'), TEXT)))
+    save(model, path, merges=['a b'])
+    tower = load(path, ViT)
+    same(plain(tower), plain(model.visual))
+    assert tower.extra == dict(merges=['a b']) and tower.config == model.config.vision
+    assert load(path, ViT, head=0, pool=None, drop_path=0.2).width == 16
+
+
+def test_clip_changes_by_tower(tmp_path):
+    """Its image tower's positions and patches are resized too, and its heads stay."""
+    path, model = str(tmp_path / 'x.pt'), init_weights(CLIP(CLIPConfig(dict(**TINY, head=8, pool='class'), TEXT)))
+    save(model, path)
+    other = load(path, CLIP, vision=dict(patch_size=8, drop_path=0.1), text=dict(heads=4))
+    assert other.visual.grid == 2 and other.visual.config.drop_path == 0.1 and other.text.blocks[0].attn.heads == 4
+    assert torch.equal(other.visual.pos_embed, m.resize_positions(model.visual.pos_embed, (2, 2)))
+    assert torch.equal(other.visual.head.weight, model.visual.head.weight)
+
+
+class Stage(torch.nn.Module):
+    """A stage's own model, such as a detector."""
+
+    @dataclasses.dataclass
+    class Config:
+        vit: dict
+        num_classes: int
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vit = ViT(ViTConfig(**config.vit))
+        self.classes = torch.nn.Linear(config.vit['width'], config.num_classes)
+
+    @staticmethod
+    def from_released(state):
+        if 'theirs' not in state:
+            raise Refused('no tensor `theirs`')
+        return Stage(Stage.Config(TINY, len(state['theirs'])))
+
+
+def test_a_stages_model_loads_by_its_class(tmp_path):
+    """Files of ours by the name of the class; others by from_released, whose refusal names the file."""
+    path, model = str(tmp_path / 'x.pt'), Stage(Stage.Config(TINY, 3))
+    save(model, path, classes=['a'])
+    loaded = load(path, Stage)
+    same(plain(loaded), plain(model))
+    assert loaded.extra == dict(classes=['a']) and loaded.config == model.config and not loaded.training
+    torch.save({'theirs': torch.zeros(7)}, path)
+    assert load(path, Stage).config.num_classes == 7 and load(path, Stage).extra == {}
+    torch.save({'other': torch.zeros(7)}, path)
+    with pytest.raises(Refused, match=f'^{path}: no tensor `theirs`'):
+        load(path, Stage)
+
+
+def test_wrong_kinds_are_refused(tmp_path):
+    """A file of another class: one line with what it is and what was expected."""
+    vit, clip, stage = (str(tmp_path / name) for name in ('vit.pt', 'clip.pt', 'stage.pt'))
+    save(tiny(), vit)
+    save(CLIP(CLIPConfig(dict(**TINY, head=8, pool='class'), TEXT)), clip)
+    save(Stage(Stage.Config(TINY, 3)), stage)
+    for path, kind, words in ((vit, CLIP, 'a ViT, expected a CLIP'), (vit, Stage, 'a ViT, expected a Stage'),
+                              (clip, Stage, 'a CLIP, expected a Stage'), (stage, CLIP, 'a Stage, expected a CLIP'),
+                              (stage, None, 'a Stage, expected a ViT or a CLIP'),
+                              (stage, ViT, 'a Stage, expected a ViT or a CLIP')):
+        with pytest.raises(Refused, match=f'^{path}: this is {words}$'):
+            load(path, kind)
+
+
+def test_earlier_files_load(tmp_path):
+    """A file whose config lacks the options that came later."""
+    path, model = str(tmp_path / 'x.pt'), tiny(head=3)
+    save(model, path)
+    held = torch.load(path)
+    held['config'] = {name: held['config'][name] for name in (*TINY, 'head', 'pool', 'drop_path', 'mean', 'std')}
+    torch.save(held, path)
+    loaded = load(path)
+    assert loaded.config == model.config and torch.equal(loaded(images()), model(images()))
+
+
+@pytest.mark.parametrize('change', [
+    dict(config=None), dict(config=[1]), dict(config={}), dict(config={**TINY, 'heads': 0}), dict(name=None),
+    dict(config={**TINY, 'width': 'wide'}), dict(config={**TINY, 'act': 'relu'}),
+    dict(config={**TINY, 'spare': 1}), dict(state_dict=None), dict(state_dict={'a': 1}), dict(state_dict=[1]),
+], ids=str)
+def test_damaged_files_of_ours_are_one_line(tmp_path, change):
+    """Whatever stands in their places, it is refused by one line that begins with the path."""
+    path = str(tmp_path / 'x.pt')
+    save(tiny(), path)
+    torch.save({**torch.load(path), **change}, path)
+    with pytest.raises(Refused, match=f'^{path}: [^\\n]*$'):
+        load(path)
+
+
 def test_wrong_tensors_are_named(tmp_path):
     """Missing, extra and misshapen tensors are errors with their names, in the file's words for a foreign one."""
-    state = plain(tiny())
+    path = str(tmp_path / 'x.pt')
+    save(tiny(), path)
+    held = torch.load(path)
     for change, words in ((lambda s: s.pop('blocks.1.attn.q_bias'), 'missing blocks.1.attn.q_bias'),
                           (lambda s: s.update(spare=torch.zeros(2)), 'unexpected spare'),
                           (lambda s: s.update({'norm.bias': torch.zeros(3)}), 'norm.bias')):
-        broken = dict(state)
+        broken = dict(held['state_dict'])
         change(broken)
-        with pytest.raises(ValueError, match=words):
-            load_state(broken, 'ViT', tiny().config)
+        torch.save({**held, 'state_dict': broken}, path)
+        for changes in ({}, dict(pool='mean', head=5)):         # where this norm would start afresh, too
+            with pytest.raises(Refused, match=words):
+                load(path, **changes)
+
+
+def load_state(state, tmp_path, kind=None, **changes):
+    """The model of a file that holds these tensors."""
+    path = str(tmp_path / 'state.pt')
+    torch.save(state, path)
+    return load(path, kind, **changes)
 
 
 def openai_state():
@@ -295,10 +427,10 @@ def openai_state():
     return state
 
 
-def test_openai_names_are_understood(capsys):
+def test_openai_names_are_understood(tmp_path, capsys):
     """Query and value biases are taken from the packed one; the key bias is dropped, and that is said."""
     state = openai_state()
-    model = load_state(state)
+    model = load_state(state, tmp_path)
     bias = state['transformer.resblocks.0.attn.in_proj_bias']
     assert torch.equal(model.text.blocks[0].attn.q_bias, bias[:64])
     assert torch.equal(model.text.blocks[0].attn.v_bias, bias[128:])
@@ -308,22 +440,22 @@ def test_openai_names_are_understood(capsys):
 
 @pytest.mark.parametrize('name', ['visual.ln_post.bias', 'text_projection', 'transformer.resblocks.0.attn.in_proj_bias',
                                   'visual.positional_embedding', 'visual.transformer.resblocks.0.mlp.c_fc.weight'])
-def test_missing_openai_tensor_is_named(name):
+def test_missing_openai_tensor_is_named(tmp_path, name):
     state = openai_state()
     del state[name]
-    with pytest.raises(ValueError, match=name.replace('.', r'\.')):
-        load_state(state)
+    with pytest.raises(Refused, match=name.replace('.', r'\.')):
+        load_state(state, tmp_path)
 
 
 def test_unreadable_files_are_one_line(tmp_path):
-    """Absent, empty, text, or something else that torch saved: a ValueError of one line that names the file."""
+    """Absent, empty, text, or something else that torch saved: one line that names the file."""
     empty, text, other = (str(tmp_path / name) for name in ('empty.pt', 'text.pt', 'other.pt'))
     open(empty, 'w').close()
     with open(text, 'w') as file:
         file.write('hello\n' * 100)
     torch.save([1, 2], other)
     for path in (str(tmp_path / 'absent.pt'), str(tmp_path), empty, text, other):
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(Refused) as error:
             load(path)
         assert path in str(error.value) and '\n' not in str(error.value)
 
@@ -335,8 +467,8 @@ def test_linear_probe_is_ridge_regression():
     generator = torch.Generator().manual_seed(0)
     x, labels = torch.randn(400, 8, generator=generator), torch.arange(400) % 4
     apart = x + 3 * F.one_hot(labels, 8)
-    assert m.linear_probe(apart[:300], labels[:300], apart[300:], labels[300:]) > 0.9
-    assert m.linear_probe(x[:300], labels[:300], x[300:], labels[300:]) < 0.4
+    assert run.linear_probe(apart[:300], labels[:300], apart[300:], labels[300:]) > 0.9
+    assert run.linear_probe(x[:300], labels[:300], x[300:], labels[300:]) < 0.4
 
 
 def test_knn_is_the_plain_loop():
@@ -351,10 +483,10 @@ def test_knn_is_the_plain_loop():
         for i in sorted(range(40), key=lambda i: -cosines[i])[:5]:
             votes[train_y[i]] += math.exp(cosines[i] / 0.07)
         right += votes.index(max(votes)) == y
-    assert m.knn_accuracy(train_x, train_y, test_x, test_y, k=5) == pytest.approx(right / 15)
+    assert run.knn_accuracy(train_x, train_y, test_x, test_y, k=5) == pytest.approx(right / 15)
 
 
 def test_a_width_without_sincos_positions_is_initialised():
     """Sin-cos takes widths of a multiple of 4; another narrow ViT starts from random positions."""
     narrow = dict(SIZES['pico'], width=66, heads=2)
-    assert init_weights(ViT(**narrow)).pos_embed.std() > 0
+    assert init_weights(ViT(ViTConfig(**narrow))).pos_embed.std() > 0

@@ -1,0 +1,224 @@
+"""
+What all studies share: many commands at once, each run once; rows in a csv; intervals; tables.
+
+A run is a command of a stage with an out_dir of its own. Once it is finished it has a row in runs.csv, and what has a
+row is never started again: a study that was stopped goes on where it was.
+"""
+import argparse
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Student's t by degrees of freedom from 1 on: 95% of it lies within plus or minus this
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+       2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+
+
+def refuse(message):
+    """What a user gave and we do not take: one line and exit code 2, as the stages do."""
+    print(f'error: {message}', file=sys.stderr)
+    sys.exit(2)
+
+
+def make_parser(doc):
+    """What the commands of all studies have."""
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
+    parser.add_argument('--jobs', type=int, default=2, help='runs at once (2)')
+    return parser
+
+
+# ---- runs -------------------------------------------------------------------------------------------------------
+
+def make_run(folder, script, flags, columns):
+    """A run with the out_dir folder/NAME. columns: its name, and what its row says beside its result."""
+    out_dir = Path(folder) / columns['name']
+    words = [ROOT / script, *flags, '--out_dir', out_dir]
+    return dict(columns, words=[str(word) for word in words])
+
+
+def run_all(runs, folder, jobs=2, more=None):
+    """Runs so many at once, in order; a run with `after` waits for the run of that name. -> their rows.
+    more(run, result): what else goes into a row."""
+    if jobs < 1:
+        refuse(f'--jobs {jobs} is too small; use 1 or more')
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / 'runs.csv'
+    done = {row['name'] for row in read_csv(path)}
+    waiting = [one for one in runs if one['name'] not in done]
+    running = {}                        # name: (run, its process)
+    began, finished = time.time(), 0
+
+    print(f'{len(waiting)} of {len(runs)} runs to do, {jobs} at once, in {folder}/', flush=True)
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        while waiting or running:
+            # start what has room and waits for nothing
+            unfinished = {one['name'] for one in waiting} | running.keys()
+            ready = [one for one in waiting if one.get('after') not in unfinished]
+            for one in ready[:jobs - len(running)]:
+                waiting.remove(one)
+                running[one['name']] = one, start(one, folder, jobs)
+
+            # note what has ended
+            for name, (one, process) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[name]
+                if process.returncode:
+                    fail(one, process.returncode, folder)
+                write_csv(path, [*read_csv(path), finished_row(one, folder, more)])
+                finished += 1
+                left = len(waiting) + len(running)
+                minutes = (time.time() - began) / 60
+                print(f'{minutes:6.1f} min  {name}; {left} left, about {minutes * left / finished:.0f} min', flush=True)
+            time.sleep(.05)
+    finally:
+        # stopped or failed: the others save, and go on at the next call
+        for one, process in running.values():
+            process.send_signal(signal.SIGTERM)
+        for one, process in running.values():
+            process.wait()
+        signal.signal(signal.SIGTERM, before)
+    rows = {row['name']: row for row in read_csv(path)}
+    return [rows[one['name']] for one in runs]
+
+
+def leave(number, frame):
+    """SIGTERM's handler: run_all stops its runs on the way out."""
+    sys.exit(128 + number)
+
+
+def start(one, folder, jobs):
+    """A run's process; it gets its share of the cores, and writes to NAME.log."""
+    log = folder / f"{one['name']}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    cores = max(1, (os.cpu_count() or 1) // jobs)
+    environment = {'OMP_NUM_THREADS': str(cores), **os.environ}
+    with open(log, 'w') as file:
+        return subprocess.Popen([sys.executable, *one['words']], env=environment, stdout=file, stderr=file)
+
+
+def fail(one, code, folder):
+    """Ends the study with the last line that a failed run wrote."""
+    log = folder / f"{one['name']}.log"
+    last = (log.read_text().strip() or 'no output').splitlines()[-1]
+    if code == 2:                       # a stage refused what it was given
+        refuse(last.removeprefix('error: '))
+
+    command = ' '.join(one['words'])
+    sys.exit(f"{one['name']}: {last}\n{log} says more of: python {command}")
+
+
+def finished_row(one, folder, more):
+    result = json.loads((folder / one['name'] / 'result.json').read_text())
+    row = {**one, **result}
+    if more:
+        row.update(more(one, result))
+
+    # no numbers
+    for key in ('words', 'after', 'command'):
+        row.pop(key, None)
+    return row
+
+
+# ---- rows -------------------------------------------------------------------------------------------------------
+
+def read_csv(path):
+    """A list of dicts: numbers where they are numbers, None where nothing is."""
+    if not os.path.exists(path):
+        return []
+    with open(path, newline='') as file:
+        return [{name: number_or_text(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+
+
+def number_or_text(cell):
+    if cell in ('', 'nan', None):
+        return None
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            pass
+    return cell
+
+
+def write_csv(path, rows):
+    """Written beside and renamed: a kill leaves the old file or the new one."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+
+    beside = f'{path}.tmp'
+    with open(beside, 'w', newline='') as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: six_digits(x) for name, x in row.items()})
+    os.replace(beside, path)
+
+
+def six_digits(x):
+    return f'{x:.6g}' if isinstance(x, float) else x
+
+
+# ---- what they say ----------------------------------------------------------------------------------------------
+
+def t95(freedom):
+    if freedom <= len(T95):
+        return T95[freedom - 1]
+    return 1.96 + 2.45 / freedom        # to .001
+
+
+def spread(values):
+    """(mean, standard deviation); of one value the deviation is nan."""
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return mean, math.nan
+    squares = [(value - mean) ** 2 for value in values]
+    return mean, math.sqrt(sum(squares) / (len(values) - 1))
+
+
+def interval(values):
+    """(mean, half-width of its 95% interval of Student's t over seeds)."""
+    mean, deviation = spread(values)
+    if len(values) == 1:
+        return mean, math.nan
+    return mean, t95(len(values) - 1) * deviation / math.sqrt(len(values))
+
+
+def percent(values):
+    """'mean ± half-width' in percent; '' where a value is missing."""
+    if not values or None in values:
+        return ''
+    mean, half = interval(values)
+    if len(values) == 1:
+        return f'{100 * mean:.1f}'
+    return f'{100 * mean:.1f} ± {100 * half:.1f}'
+
+
+def differences(ours, theirs, measure):
+    """ours - theirs for each seed that both have; ours, theirs: {seed: row}."""
+    found = []
+    for seed in sorted(ours.keys() & theirs.keys()):
+        a, b = ours[seed].get(measure), theirs[seed].get(measure)
+        if a is None or b is None:
+            return []
+        found.append(a - b)
+    return found
+
+
+def print_table(head, rows):
+    """A table in markdown."""
+    print()
+    for row in [head, ['---'] * len(head), *rows]:
+        cells = [str(cell) for cell in row]
+        print(f'| {" | ".join(cells)} |')

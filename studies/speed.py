@@ -1,0 +1,323 @@
+"""
+How fast it is, on random weights: where a step's time goes, and what is slow besides.
+
+    python studies/speed.py --size s             # stage 1; takes the flags of mim_pretrain.py
+    python studies/speed.py --stage detect       # RoIAlign, NMS, average precision, training steps
+    python studies/speed.py --stage segment      # matching, training steps
+
+On a CPU: one core, in that core's own seconds, because others use the machine too. On cuda stage 1 is timed in bf16
+with and without compiled blocks and checkpointed activations, at the largest batch that fits.
+"""
+import dataclasses
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'studies')]
+import data                         # noqa: E402
+import detect_seg                   # noqa: E402
+import grid                         # noqa: E402
+import mim_pretrain                 # noqa: E402
+import model as M                   # noqa: E402
+import plan                         # noqa: E402
+import run                          # noqa: E402
+
+
+@dataclass
+class Config(mim_pretrain.Config):
+    stage: str = run.option('pretrain', 'what is timed', choices=('pretrain', 'detect', 'segment'))
+
+
+def main(cfg):
+    if cfg.stage == 'pretrain':
+        return time_pretraining(cfg)
+    torch.set_num_threads(1)        # what is repeated a thousand times is too small to share
+    if cfg.stage == 'detect':
+        return time_detection()
+    time_segmentation()
+
+
+def core_seconds(function):
+    """What one call takes of the core."""
+    began = time.process_time()
+    function()
+    return time.process_time() - began
+
+
+def best_of(function, times=3):
+    return min(core_seconds(function) for _ in range(times))
+
+
+def median(values):
+    return sorted(values)[len(values) // 2]
+
+
+def step_seconds(*flags):
+    """Median of a few steps of a real run of detect_seg.py, from its log."""
+    script = ROOT / 'detect_seg.py'
+    with tempfile.TemporaryDirectory() as folder:
+        words = ['--steps', '4', '--log_every', '1', '--device', 'cpu', '--out_dir', folder, *flags]
+        done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f'{" ".join(flags)}: {done.stderr[-500:]}')
+        seconds = [line['seconds'] for line in run.read_log(folder)]
+    return median([after - before for before, after in zip(seconds, seconds[1:])])
+
+
+# ---- stage 1 ----------------------------------------------------------------------------------------------------
+
+class Step:
+    """A training step in its five parts."""
+    PARTS = 'data', 'masks', 'teacher', 'model', 'optimizer'
+
+    def __init__(self, cfg, config, teacher, num, device):
+        self.cfg, self.num, self.device = cfg, num, device
+        self.position = torch.arange(num)
+        self.vit = run.to_device(M.init_weights(M.ViT(config)), cfg, device)
+        frozen = M.init_weights(M.ViT(teacher)).requires_grad_(False)   # as fast as one that learnt
+        self.target = mim_pretrain.Features(run.to_device(frozen, cfg, device), self.vit.grid)
+        self.adamw = run.make_optimizer(self.vit, cfg)
+        self.autocast = run.autocast(device)
+        self.data()
+        self.masks()
+
+    def data(self):
+        self.position += self.num
+        size = self.vit.image_size
+        batch = data.World().batch(self.position, size, device=self.device, want=('images',))
+        self.images = batch['images']
+
+    def masks(self):
+        mask = mim_pretrain.make_mask('block', self.position, self.vit.grid, 105 / 256)
+        drop = data.uniform(0, 'drop', self.position, 2 * len(self.vit.blocks))
+        self.mask = mask.to(self.device)
+        self.drop = drop.unflatten(1, (-1, 2)).to(self.device)
+
+    def teacher(self):
+        with torch.no_grad(), self.autocast:
+            self.targets = self.target.of(self.images)
+
+    def model(self):
+        with self.autocast:
+            predictions = self.vit(self.vit.normalize(self.images), self.mask, drop=self.drop)
+        loss = mim_pretrain.mim_loss(predictions, self.targets, self.mask, self.mask.sum())
+        loss.backward()
+
+    def optimizer(self):
+        run.clip_gradients(self.vit, self.cfg.grad_clip)
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+
+
+def time_pretraining(cfg):
+    device = run.setup(cfg)[2]
+    config = run.vit_config(cfg)
+    M.check_grid(config.image_size, config.image_size, config.patch_size)
+    teacher = plan.default_teacher(cfg.size, config.image_size // config.patch_size)
+    config.head = teacher.head
+
+    if device.type == 'cuda':
+        return time_gpu(cfg, config, teacher, device)
+    torch.set_num_threads(1)        # others use the machine too
+    beside_products(cfg, config, device)
+    split(cfg, config, teacher, device)
+    print(f'most memory held: {run.peak_memory(device) / 1e9:.2f} GB')
+
+
+def beside_products(cfg, config, device, num=4, rounds=7):
+    """A step beside its matrix products alone: medians over paired rounds, in turn because machines drift."""
+    config = dataclasses.replace(config, image_size=224, patch_size=14)
+    small = dataclasses.replace(config, depth=1)            # the teacher is not timed here
+    step = Step(cfg, config, small, num, device)
+    step.teacher()
+    products = matrix_products(config, num)
+
+    def learn():
+        step.model()
+        step.optimizer()
+    learn()
+    products()
+    pairs = [(core_seconds(learn), core_seconds(products)) for _ in range(rounds)]
+    seconds = median([whole for whole, _ in pairs])
+    share = median([part / whole for whole, part in pairs])
+    print(f'{cfg.size} at 224 px, patch 14, {num} images, one core: a step without its teacher takes {seconds:.3g} s, '
+          f'its matrix products alone {share:.2f} of that')
+
+
+def matrix_products(config, num):
+    """A function that makes the matrix products of a ViT's training step on `num` images and nothing else: three for
+    each of the forward pass's, its own and one for the gradient of either side. Each layer has weights of its own."""
+    N = (config.image_size // config.patch_size) ** 2
+    D, rows = config.width, num * (1 + N)
+    shapes = [(rows, D, 3 * D), (rows, D, D), (rows, D, config.mlp_width), (rows, config.mlp_width, D)]
+    shapes = shapes * config.depth
+    shapes += [(num * N, 3 * config.patch_size ** 2, D), (num * N, D, config.head)]
+    weights = [torch.randn(outputs, inputs) for _, inputs, outputs in shapes]
+    noise = {shape: torch.randn(shape) for rows, inputs, outputs in shapes
+             for shape in ((rows, inputs), (rows, outputs))}
+    heads = torch.randn(num * config.heads, 1 + N, D // config.heads)
+
+    def products():
+        for (rows, inputs, outputs), weight in zip(shapes, weights):
+            x, y = noise[rows, inputs], noise[rows, outputs]
+            torch.mm(x, weight.T)
+            torch.mm(y, weight)
+            torch.mm(y.T, x)
+        for _ in range(2 * config.depth):
+            scores = torch.bmm(heads, heads.mT)             # queries with keys; the gradient of their softmax
+            torch.bmm(scores, heads)                        # values; the gradients of queries, keys and values
+            torch.bmm(scores, heads)
+    return products
+
+
+def split(cfg, config, teacher, device, steps=20):
+    """Where the time of the recipe's own step goes."""
+    at_once = max(1, int(5e10 / run.flops_per_image(config)))           # a second or two
+    num = min(cfg.micro_batch or cfg.batch_size, at_once)
+    step = Step(cfg, config, teacher, num, device)
+    seconds = dict.fromkeys(Step.PARTS, 0.)
+    for n in range(2 + steps):
+        for name in Step.PARTS:
+            taken = core_seconds(getattr(step, name))
+            if n >= 2:                      # the first two warm up
+                seconds[name] += taken
+
+    total = sum(seconds.values())
+    per_second = num * steps / total
+    print(f'{cfg.size} at {config.image_size} px, patch {config.patch_size}, {num} images, one core: '
+          f'{per_second:.4g} images/s, of which')
+    for name, part in seconds.items():
+        print(f'  {name:<12} {part / total:6.1%}   {part / steps * 1e3:.1f} ms')
+
+    # masks of EVA's own grid
+    taken = best_of(lambda: mim_pretrain.block_mask(torch.arange(512), 16, 105))
+    print(f'{512 / taken:,.0f} masks/s on 16 x 16 patches, 512 at once')
+
+
+def time_gpu(cfg, config, teacher, device):
+    """A row for each way to train: the largest batch that fits, images/s, share of a matrix product's speed."""
+    flops, speed = run.training_flops(config, teacher), run.matmul_speed(device)
+    print(f'{cfg.size} at {config.image_size} px, patch {config.patch_size}, bf16, with a teacher of '
+          f'{teacher.width} x {teacher.depth} on {torch.cuda.get_device_name(device)}; '
+          f'8192^3 product: {speed / 1e12:.0f} TFLOP/s')
+
+    table = []
+    for compiled, checkpointed in ((False, False), (False, True), (True, False), (True, True)):
+        options = dataclasses.replace(cfg, compile=compiled, checkpoint_activations=checkpointed)
+        num, per_second, memory = fastest(options, config, teacher, device)
+        share = per_second * flops / speed
+        table.append([compiled, checkpointed, num, f'{per_second:.1f}', f'{share:.1%}', f'{memory / 1e9:.0f} GB'])
+    grid.print_table(['compile', 'checkpoint', 'images at once', 'images/s', 'MFU', 'memory'], table)
+
+
+def fastest(cfg, config, teacher, device):
+    """(images at once, images/s, bytes) of the largest power of two that fits in memory."""
+    best = 0, 0., 0
+    for num in (8, 16, 32, 64, 128, 256, 512, 1024):
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+        # until one does not fit
+        try:
+            step = Step(cfg, config, teacher, num, device)
+
+            def whole():
+                step.teacher()
+                step.model()
+                step.optimizer()
+            for _ in range(3):
+                whole()
+            taken = median([run.seconds(whole, device) for _ in range(7)])
+            best = num, num / taken, run.peak_memory(device)
+        except torch.OutOfMemoryError:
+            break
+    return best
+
+
+# ---- detection: inputs of the sizes that published comparisons use ----------------------------------------------
+
+def random_boxes(num, side, low, high, stream):
+    """Boxes within a square image, their sides log-uniform from low to high: [num, 4]."""
+    u = data.uniform(0, stream, torch.arange(num), 4)
+    size = low * (high / low) ** u[:, :2]
+    corner = u[:, 2:] * (side - size)
+    return torch.cat((corner, corner + size), 1)
+
+
+def random_pyramid(channels=256, side=1024, strides=(4, 8, 16, 32)):
+    """Maps of noise, as of a square image, each [1, channels, h, w] and channels last."""
+    maps = []
+    for stride in strides:
+        cells = side // stride
+        noise = data.uniform(0, f'level {stride}', torch.arange(cells ** 2), channels)
+        noise = noise.view(1, cells, cells, channels)
+        maps.append(noise.permute(0, 3, 1, 2))
+    return maps
+
+
+def world_truth(num=500, copies=20):
+    """A COCO json of scenes, and `copies` detections of each of their objects."""
+    dataset = data.open_instances('shapes', 'val')
+    truth = dict(images=[], annotations=[], categories=dataset.categories)
+    for batch in data.eval_batches(dataset, 50, 128, num, torch.device('cpu')):
+        for image, rows in dataset.truth(batch):
+            truth['images'].append(image)
+            truth['annotations'] += rows
+
+    rows = truth['annotations'] * copies
+    truth['annotations'] = [dict(row, id=n + 1) for n, row in enumerate(truth['annotations'])]
+    scores = data.uniform(0, 'results', torch.arange(len(rows)), 1)[:, 0].tolist()
+    return truth, [dict(row, score=score) for row, score in zip(rows, scores)]
+
+
+def time_detection():
+    """The core's seconds, best of three."""
+    pyramid, boxes = random_pyramid(), random_boxes(8000, 1024, 16, 800, 'boxes')
+    scores = data.uniform(0, 'scores', torch.arange(8000), 1)[:, 0]
+    by_class = data.uniform(0, 'soft', torch.arange(80), 1000)
+    truth, results = world_truth()
+
+    def say(what, function):
+        print(f'{best_of(function):8.3f} s  {what}', flush=True)
+
+    def pool(out):
+        return detect_seg.pool_boxes(pyramid, (4, 8, 16, 32), [boxes[:512]], out)
+
+    # parts of a detector, then whole steps
+    say('RoIAlign 7 x 7, 512 boxes, 256 channels, 4 levels of 1,024 pixels', lambda: pool(7))
+    say('RoIAlign 14 x 14', lambda: pool(14))
+    say('NMS of 8,000 boxes', lambda: detect_seg.nms(boxes, scores, .5))
+    say('soft-NMS of 1,000 boxes, 80 classes', lambda: detect_seg.soft_nms(boxes[:1000], by_class))
+    say(f'COCO boxes, 500 scenes, {len(results):,} detections', lambda: detect_seg.average_precision(truth, results))
+    say('COCO masks, the same', lambda: detect_seg.average_precision(truth, results, 'segm'))
+    for size in ('nano', 'micro'):
+        print(f'{step_seconds("--size", size):8.3f} s  training step of {size}, 8 images', flush=True)
+
+
+# ---- segmentation -----------------------------------------------------------------------------------------------
+
+def time_segmentation():
+    """The assignment of 200 queries to 100 masks, and training steps of each head."""
+    u = data.uniform(0, 'assign', torch.arange(200), 101).double().numpy()
+    costs = {'uniform costs': u[:, :100], 'full of ties': np.floor(9 * u[:, :100])}
+    costs['the worst, where all rows want the same columns'] = u[:, :1] * u[0, 1:]
+    for name, cost in costs.items():
+        taken = best_of(lambda: detect_seg.assign(cost), 5)
+        print(f'{1e3 * taken:8.1f} ms  assignment of 200 x 100, {name}')
+
+    for size in ('nano', 'micro'):
+        for flags in ('linear --freeze', 'mask2former', 'mask2former --adapter'):
+            taken = step_seconds('--size', size, '--head', *flags.split())
+            print(f'{taken:8.2f} s   training step of {size}, 8 images, {flags}', flush=True)
+
+
+if __name__ == '__main__':
+    run.main(main, Config, mim_pretrain.RECIPES)

@@ -1,0 +1,406 @@
+"""Readers of objects and label maps: masks as COCO keeps them, COCO's and LVIS's jsons, maps of classes. Masks are also
+compared with what COCO's own tools give; these fixtures lie in the folders named by GOLDEN, as for test_golden.py."""
+import json
+import os
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+from test_golden import fixtures
+
+
+def uniform(*shape, stream='test'):
+    return data.uniform(0, stream, torch.arange(1), int(np.prod(shape))).view(shape)
+
+
+# ---- masks
+
+def random_masks(num, size=(7, 9), stream='masks'):
+    """From empty to full."""
+    u = uniform(num, *size, stream=stream).numpy()
+    return list(u < np.linspace(0, 1, num)[:, None, None])
+
+
+def test_masks_survive_run_lengths_and_strings():
+    """bool to run lengths to COCO's string and back, from empty to full."""
+    for mask in random_masks(8):
+        runs = data.encode_mask(mask)
+        assert runs.sum() == mask.size and (runs[1:] > 0).all()
+        assert (data.string_to_runs(data.runs_to_string(runs)) == runs).all()
+        assert (data.decode_mask(runs, mask.shape) == mask).all()
+
+
+@pytest.mark.parametrize('at_least', [1, 2, 3])
+def test_merged_masks_are_those_of_pixels(at_least):
+    masks = random_masks(5)[1:4]
+    runs = data.merge_masks([data.encode_mask(mask) for mask in masks], at_least)
+    counts = sum(mask.astype(int) for mask in masks)
+    assert (data.decode_mask(runs, masks[0].shape) == (counts >= at_least)).all()
+
+
+def test_the_box_of_a_mask_is_that_of_its_pixels():
+    """An empty mask has none."""
+    for mask in random_masks(8)[1:]:
+        rows, columns = np.nonzero(mask)
+        box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert data.mask_box(data.encode_mask(mask), mask.shape[0]).tolist() == box
+    assert data.mask_box(data.encode_mask(np.zeros((4, 5), bool)), 4).tolist() == [0, 0, 0, 0]
+
+
+def test_a_box_as_polygon_fills_its_pixels():
+    """Of whole numbers, the polygon's pixels, area and box are the rectangle's."""
+    runs = data.fill_polygon([2, 1, 6, 1, 6, 4, 2, 4], (5, 8))
+    expected = np.zeros((5, 8), dtype=bool)
+    expected[1:4, 2:6] = True
+    assert (data.decode_mask(runs, (5, 8)) == expected).all()
+    assert data.mask_area(runs) == 12 and data.mask_box(runs, 5).tolist() == [2, 1, 6, 4]
+
+
+def xywh(box):
+    return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+
+
+@pytest.mark.parametrize('path', fixtures('masks*.pt'))
+def test_polygons(path):
+    """Every part, their union, its area and its box, to the pixel."""
+    fixture = torch.load(path, weights_only=True)
+    size = fixture['hw']
+    for name, case in fixture['polygons'].items():
+        for part, expected in zip(case['polygons'], case['part_masks']):
+            assert (data.decode_mask(data.fill_polygon(part, size), size) == expected.numpy()).all(), name
+        runs = data.fill_polygons(case['polygons'], size)
+        assert data.runs_to_string(runs) == case['rle'], name
+        assert data.mask_area(runs) == case['area'] and xywh(data.mask_box(runs, size[0])) == case['bbox'], name
+
+
+@pytest.mark.parametrize('path', fixtures('masks*.pt'))
+def test_boxes_as_masks(path):
+    """A box is the polygon of its corners."""
+    fixture = torch.load(path, weights_only=True)
+    for (x, y, w, h), expected in zip(fixture['boxes_to_masks']['boxes_xywh'], fixture['boxes_to_masks']['masks']):
+        runs = data.fill_polygon([x, y, x, y + h, x + w, y + h, x + w, y], fixture['hw'])
+        assert (data.decode_mask(runs, fixture['hw']) == expected.numpy()).all()
+
+
+@pytest.mark.parametrize('path', fixtures('masks*.pt'))
+def test_run_lengths(path):
+    """Masks to run lengths, to strings, and back."""
+    for name, case in torch.load(path, weights_only=True)['rle'].items():
+        mask = case['mask'].numpy()
+        runs = data.encode_mask(mask)
+        assert runs.tolist() == case['counts_uncompressed'], name
+        assert data.runs_to_string(runs) == case['counts_compressed'], name
+        assert data.string_to_runs(case['counts_compressed']).tolist() == case['counts_uncompressed'], name
+        assert (data.decode_mask(runs, case['size']) == mask).all(), name
+        assert data.mask_area(runs) == case['area'] and xywh(data.mask_box(runs, case['size'][0])) == case['bbox'], name
+
+
+@pytest.mark.parametrize('path', fixtures('masks*.pt'))
+def test_merging_masks(path):
+    """Union and intersection."""
+    case = torch.load(path, weights_only=True)['merge']
+    masks = [data.string_to_runs(text) for text in case['inputs']]
+    assert data.runs_to_string(data.merge_masks(masks)) == case['union']
+    assert data.runs_to_string(data.merge_masks(masks, len(masks))) == case['intersect']
+
+
+# ---- images with objects
+
+def write_json(folder, annotations, num_images=4, size=(24, 32), **fields):
+    """train.json, val.json and images 0.png, 1.png, ... of which image i is of one grey: 40 i."""
+    for split in ('train', 'val'):
+        os.makedirs(folder / split, exist_ok=True)
+        for i in range(num_images):
+            Image.new('RGB', size[::-1], (40 * i % 256,) * 3).save(folder / split / f'{i}.png')
+        images = [dict(id=10 + i, file_name=f'{i}.png', height=size[0], width=size[1]) for i in range(num_images)]
+        categories = [dict(id=3, name='cat'), dict(id=7, name='dog')]
+        held = dict(images=images, annotations=annotations, categories=categories)
+        (folder / f'{split}.json').write_text(json.dumps(held | fields))
+    return str(folder)
+
+
+def row(image=0, box=(2, 3, 10, 8), category=3, **fields):
+    return dict(image_id=10 + image, category_id=category, bbox=list(box), iscrowd=0, **fields)
+
+
+def test_categories_with_gaps_are_numbered_in_order(tmp_path):
+    """Ids 3 and 7 are labels 0 and 1."""
+    dataset = data.open_instances(write_json(tmp_path, [row(), row(category=7)]), 'val')
+    batch = dataset.batch(torch.arange(4), 32, train=False)
+    target = batch['targets'][batch['index'].index(0)]
+    assert dataset.classes == ['cat', 'dog'] and target['labels'].tolist() == [0, 1]
+
+
+def test_what_cannot_be_used_is_left_out_and_counted(tmp_path):
+    """Boxes outside the image or without area, masks of another size, unknown images and categories, absent images."""
+    whole = dict(size=[24, 32], counts=[0, 768])
+    folder = write_json(tmp_path, [row(), row(box=(40, 3, 5, 5)), row(box=(2, 3, 0, 5)), row(image=50),
+                                   row(category=4), row(segmentation=dict(size=[9, 9], counts=[81])),
+                                   row(box=(30, 20, 50, 50)), row(1, segmentation=whole, category=7)])
+    os.remove(tmp_path / 'train' / '3.png')
+    dataset = data.open_instances(folder, 'train')
+    assert Counter(what.split(' ')[0] for what, _ in dataset.broken) == dict(boxes=2, masks=1, annotations=2, images=1)
+    assert len(dataset) == 3 and [len(dataset.rows[10 + i]) for i in range(3)] == [2, 1, 0]
+    assert dataset.rows[10][1]['box'].tolist() == [30, 20, 32, 24]                          # cut at the border
+
+
+def test_crowds_are_judged_and_not_learnt(tmp_path):
+    """A crowd is no target, but among the rows that detections are judged by."""
+    crowd = row(segmentation=dict(size=[24, 32], counts=[0, 768])) | dict(iscrowd=1)
+    dataset = data.open_instances(write_json(tmp_path, [row(), crowd]), 'val')
+    batch = dataset.batch(torch.arange(4), 32, train=False)
+    n = batch['index'].index(0)
+    assert len(batch['targets'][n]['boxes']) == 1 and len(dataset.truth(batch)[n][1]) == 2
+
+
+def test_an_unreadable_image_is_replaced_and_named(tmp_path):
+    folder = write_json(tmp_path, [row(i) for i in range(4)])
+    (tmp_path / 'train' / '2.png').write_bytes(b'no image')
+    dataset = data.open_instances(folder, 'train')
+    batch, = data.batches(dataset, 4, 32, 0, 1, 0, 'cpu')
+    assert sorted(batch['index']) == [0, 1, 3, 3]
+    assert data.report_broken(dataset) == '1 of 4 images could not be read and were replaced: 2.png'
+
+
+@pytest.mark.parametrize('text, message', [
+    ('{', 'cannot be read as json'), ('[]', "not a COCO json: expected a list 'images'"),
+    ('{"images": [], "annotations": [{}], "categories": []}', "expected a list 'annotations'"),
+    ('{"images": [], "annotations": [], "categories": []}', 'none of its 0 images')])
+def test_other_json_is_refused(tmp_path, text, message):
+    """One line that says what was expected."""
+    (tmp_path / 'train.json').write_text(text)
+    with pytest.raises(data.Refused, match=re.escape(message)):
+        data.open_instances(str(tmp_path), 'train')
+
+
+def test_a_folder_without_boxes_says_what_was_looked_for(tmp_path):
+    """Not images alone."""
+    with pytest.raises(data.Refused, match='train.json, annotations/instances_train'):
+        data.open_instances(str(tmp_path), 'train')
+
+
+@pytest.mark.parametrize('jitter', [(1.,), (2., 1.), (0., 1.)])
+def test_a_jitter_that_is_no_range_is_refused(jitter):
+    for open_them in (data.open_instances, data.open_maps):
+        with pytest.raises(data.Refused, match='--scale_jitter'):
+            open_them('shapes', 'train', scale_jitter=jitter)
+
+
+@pytest.mark.parametrize('form', ['polygon', 'runs'])
+def test_boxes_and_masks_go_where_the_image_goes(tmp_path, form):
+    """After jitter and mirroring, a white rectangle's pixels, its mask and its box are still the same place."""
+    folder = write_json(tmp_path, [row(i, box=(8, 6, 12, 10)) for i in range(4)])
+    mask = np.zeros((24, 32), dtype=bool)
+    mask[6:16, 8:20] = True
+    for i in range(4):
+        Image.fromarray((255 * mask).astype(np.uint8)).convert('RGB').save(tmp_path / 'train' / f'{i}.png')
+    if form == 'runs':
+        held = json.loads((tmp_path / 'train.json').read_text())
+        for part in held['annotations']:
+            part['segmentation'] = dict(size=[24, 32], counts=data.encode_mask(mask).tolist())
+        (tmp_path / 'train.json').write_text(json.dumps(held))
+    dataset = data.open_instances(folder, 'train', scale_jitter=(.6, 2.))
+    batch = dataset.batch(torch.arange(24), 64, seed=1)
+    sides = set()
+    for image, size, target in zip(batch['images'], batch['sizes'], batch['targets']):
+        if not len(target['boxes']):
+            continue
+        x1, y1, x2, y2 = target['boxes'][0].round().int().tolist()
+        seen = image[0] > 127
+        mask, = target['masks']
+        if form == 'polygon':
+            mask = torch.from_numpy(data.decode_mask(data.fill_polygons(mask, size), size))
+        mask = F.pad(mask, (0, 64 - size[1], 0, 64 - size[0]))
+        box = torch.zeros(64, 64, dtype=torch.bool)
+        box[y1:y2, x1:x2] = True
+        for place in (mask, box):
+            assert (seen & place).sum() > .8 * (seen | place).sum()
+        sides.add(size)
+    assert len(sides) > 5
+
+
+def test_rare_classes_are_shown_more_often(tmp_path, monkeypatch):
+    """LVIS's repeat factor: every image at least once an epoch, one with a rare class as often as its factor says."""
+    folder = write_json(tmp_path, [row(i) for i in range(39)] + [row(39, category=7)], 40)
+    held = json.loads((tmp_path / 'train.json').read_text())
+    for category in held['categories']:
+        category['frequency'] = 'f'
+    (tmp_path / 'train.json').write_text(json.dumps(held))
+    monkeypatch.setattr(data, 'REPEAT', .1)         # dogs are in 1 of 40 images: sqrt(.1 / .025) = twice
+    dataset = data.open_instances(folder, 'train')
+    assert len(dataset) == 41
+    for epoch in range(3):
+        counts = Counter(dataset.index(41 * epoch + torch.arange(41), seed=0))
+        assert counts[39] == 2 and all(counts[i] == 1 for i in range(39))
+
+
+@pytest.mark.parametrize('vocabulary, num', [('coarse', data.NUM_KINDS), ('fine', data.NUM_FINE)])
+def test_the_world_as_a_json(vocabulary, num):
+    """Every object is among the truth with its class, its box around its mask."""
+    dataset = data.open_instances('shapes', 'val', vocabulary=vocabulary)
+    batch, = data.eval_batches(dataset, 6, 48, 6, 'cpu')
+    assert len(dataset.classes) == len(dataset.categories) == len(dataset.frequencies()) == num
+    assert dataset.lvis == data.is_lvis(dict(categories=dataset.categories)) == (vocabulary == 'fine')
+    for (image, rows), target in zip(dataset.truth(batch), batch['targets']):
+        assert [row['category_id'] for row in rows] == target['labels'].tolist()
+        for part in rows:
+            runs = data.read_segmentation(part['segmentation'], (image['height'], image['width']))
+            assert xywh(data.mask_box(runs, image['height'])) == part['bbox'] and part['area'] >= data.SMALLEST
+
+
+# ---- images with a class for every pixel
+
+def write_maps(folder, num=4, size=(24, 20), K=3, mode='L'):
+    """Images whose colour tells the class of each pixel, with label maps, and the names of their classes."""
+    for split in ('train', 'val'):
+        for base in ('images', 'annotations'):
+            os.makedirs(folder / base / split, exist_ok=True)
+        for i in range(num):
+            classes = (uniform(*size, stream=f'{split}{i}').numpy() * K).astype(np.uint8)
+            classes = np.kron(classes[::4, ::4], np.ones((4, 4), np.uint8))[:size[0], :size[1]]
+            Image.fromarray(np.stack([classes * 80] * 3, -1)).save(folder / 'images' / split / f'{i}.png')
+            label = Image.fromarray(classes.astype(np.uint16) if mode == 'I;16' else classes)
+            if mode == 'P':
+                label.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+            label.save(folder / 'annotations' / split / f'{i}.png')
+    (folder / 'classes.txt').write_text(''.join(f'class {k}\n' for k in range(K)))
+    return str(folder)
+
+
+@pytest.mark.parametrize('mode', ['L', 'P', 'I;16'])
+def test_label_maps_of_all_kinds(mode, tmp_path):
+    """Grey, palette and 16 bits hold the same classes."""
+    image, classes = data.open_maps(write_maps(tmp_path, mode=mode), 'train').read(0)
+    assert (np.array(image)[..., 0] // 80 == classes).all() and classes.max() == 2
+
+
+def test_crops_show_the_same_part_of_image_and_labels(tmp_path, monkeypatch):
+    """Scaled, cut, mirrored: the colour still tells the class; what is beyond the image is ignored."""
+    monkeypatch.setattr(data, 'distort', lambda image, u: data.to_tensor(image))
+    maps = data.open_maps(write_maps(tmp_path), 'train', scale_jitter=(1., 2.))
+    batch = maps.batch(torch.arange(16), 20)
+    known = batch['labels'] != data.IGNORED
+    right = (batch['images'][:, 0].float() / 80).round() == batch['labels']
+    assert known.float().mean() > .9 and right[known].float().mean() > .8       # bilinear edges
+    again = maps.batch(torch.arange(8, 16), 20)
+    assert torch.equal(again['labels'], batch['labels'][8:])
+
+
+def test_crops_are_not_mostly_of_one_class_if_others_are_near(monkeypatch):
+    """Of an image with a corner of another class, crops in which each has its quarter are twice as many."""
+    labels = np.zeros((64, 64), np.int16)
+    labels[:32, :32] = 1
+    image = Image.new('RGB', (64, 64))
+    counts = []
+    for share in (.75, 1.):
+        monkeypatch.setattr(data, 'LARGEST_SHARE', share)
+        u = data.uniform(0, 'cut', torch.arange(60), 32).tolist()
+        parts = [data.crop_maps(image, labels, 16, (4., 4.), row)[1] for row in u]
+        counts.append(sum(.25 < (part == 1).float().mean().item() < .75 for part in parts))
+    assert counts[0] >= 2 * counts[1] > 0
+
+
+def test_colours_change_within_their_limits():
+    """Half of the images or more change; a grey stays grey under hue and saturation."""
+    image = Image.new('RGB', (4, 4), (120, 120, 120))
+    found = torch.stack([data.distort(image, u) for u in data.uniform(0, 'distort', torch.arange(200), 8).tolist()])
+    changed = (found != 120).flatten(1).any(1).float().mean()
+    assert .5 < changed < .9 and (found.amax(1) - found.amin(1)).max() <= 2
+    assert found.min() >= (120 - 32) // 2 - 1
+
+
+def put_map(folder, images, labels, values):
+    """An image and its label map, of these values, in folders of their own."""
+    for base in (images, labels):
+        os.makedirs(folder / base, exist_ok=True)
+    Image.new('RGB', (2, 2)).save(folder / images / '0.png')
+    Image.fromarray(np.uint8(values)).save(folder / labels / '0.png')
+
+
+def test_layouts_that_tell_their_classes(tmp_path):
+    """ADE20K's value 0 is none, COCO-Stuff's values have gaps; 255 is always ignored."""
+    put_map(tmp_path / 'ade', 'images/validation', 'annotations/validation', [[0, 1], [2, 255]])
+    maps = data.open_maps(str(tmp_path / 'ade'), 'val')
+    assert len(maps.classes) == 150 and maps.read(0)[1].tolist() == [[-1, 0], [1, -1]]
+    put_map(tmp_path / 'stuff', 'images/val2017', 'annotations/val2017', [[0, 10], [11, 181]])
+    maps = data.open_maps(str(tmp_path / 'stuff'), 'val')
+    assert len(maps.classes) == 171 and maps.read(0)[1].tolist() == [[0, 10], [-1, 170]]
+
+
+@pytest.mark.parametrize('names, first', [([f'n{k}' for k in range(150)], 'n0'), (['-', 'wall', 'tree'], 'wall'),
+                                          (['none', 'wall', 'tree'], 'none')])
+def test_names_of_ade20ks_values(names, first, tmp_path):
+    """Its own lists of 150 leave out the value 0; other files say every value."""
+    put_map(tmp_path, 'images/training', 'annotations/training', [[0, 1], [2, 255]])
+    (tmp_path / 'classes.txt').write_text('\n'.join(names))
+    maps = data.open_maps(str(tmp_path), 'train')
+    labels = maps.read(0)[1]
+    assert maps.classes[0] == first and labels[0, 0] == (0 if first == 'none' else -1)
+    assert maps.classes[labels[0, 1]] == names[0 if len(names) == 150 else 1]
+
+
+def test_a_file_of_names_says_which_values_are_none(tmp_path):
+    """The one that is given comes before the data's; the classes close up."""
+    put_map(tmp_path, 'train', 'trainannot', [[0, 1], [2, 255]])
+    (tmp_path / 'classes.txt').write_text('road\nsky\ncar\n')
+    maps = data.open_maps(str(tmp_path), 'train')
+    assert maps.classes == ['road', 'sky', 'car'] and maps.read(0)[1].tolist() == [[0, 1], [2, -1]]
+    (tmp_path / 'names').write_text('road\n-\ncar\n')
+    maps = data.open_maps(str(tmp_path), 'train', str(tmp_path / 'names'))
+    assert maps.classes == ['road', 'car'] and maps.read(0)[1].tolist() == [[0, -1], [1, -1]]
+
+
+def test_a_number_of_classes_is_refused(tmp_path):
+    put_map(tmp_path, 'train', 'trainannot', [[0, 1], [2, 255]])
+    with pytest.raises(data.Refused, match='--classes 11 .*a line for each value'):
+        data.open_maps(str(tmp_path), 'train', '11')
+    with pytest.raises(data.Refused, match='Give --classes FILE'):
+        data.open_maps(str(tmp_path), 'train')
+
+
+def spoil(folder, how, names):
+    for name in names:
+        path = folder / 'annotations' / 'train' / f'{name}.png'
+        if how == 'value':
+            Image.fromarray(np.full((24, 20), 7, np.uint8)).save(path)
+        elif how == 'size':
+            Image.fromarray(np.zeros((8, 8), np.uint8)).save(path)
+        elif how == 'colours':
+            Image.new('RGB', (20, 24)).save(path)
+        elif how == 'damaged':
+            path.write_bytes(path.read_bytes()[:50])
+        elif how == 'missing':
+            os.remove(path)
+
+
+@pytest.mark.parametrize('how, message', [
+    ('value', '.png holds the value 7, which is none of the 3 classes'), ('size', '.png is of 8 x 8 pixels'),
+    ('colours', 'has 3 channels'), ('damaged', '.png cannot be read'), ('missing', 'none of the 4 images')])
+def test_label_maps_that_do_not_fit(how, message, tmp_path):
+    """All of them: one line. One of them: it is left out, and counted with the reason."""
+    write_maps(tmp_path)
+    spoil(tmp_path, how, [0])
+    maps = data.open_maps(str(tmp_path), 'train')
+    list(data.batches(maps, 4, 16, 0, 1, 0, 'cpu'))
+    (_, name), = maps.broken
+    assert message in name or how == 'missing'
+    assert len(list(maps.truth(range(len(maps)), 'cpu'))) == 3
+    spoil(tmp_path, how, range(1, 4))
+    with pytest.raises(data.Refused, match=re.escape(message)):
+        data.open_maps(str(tmp_path), 'train')
+
+
+def test_the_worlds_maps():
+    """Grounds, then kinds; judged images are those of the positions asked for."""
+    maps = data.open_maps('shapes', 'val', image_size=24)
+    parts = list(maps.truth(range(20), 'cpu'))
+    whole = maps.batch(torch.arange(20), 24)
+    assert maps.classes == [*data.STUFF, *data.KINDS]
+    assert torch.equal(torch.cat([labels for _, labels in parts]), whole['labels'])
+    assert torch.equal(torch.cat([images for images, _ in parts]), whole['images'])

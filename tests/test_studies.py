@@ -1,0 +1,429 @@
+"""The studies: branches, running and resuming, tables, fits and pictures, what tells a change from noise."""
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import clip_train
+import detect_seg
+import finetune
+import mim_pretrain
+import model as M
+import run
+from test_mim_pretrain import config, small      # noqa: F401    small: a fixture that every test here uses
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / 'studies'))
+import compare          # noqa: E402
+import exercises        # noqa: E402
+import grid             # noqa: E402
+import plan             # noqa: E402
+import plot             # noqa: E402
+import scaling          # noqa: E402
+import study            # noqa: E402
+
+STAGES = {stage.__name__ + '.py': stage for stage in (mim_pretrain, clip_train, finetune, detect_seg)}
+RECIPE = scaling.RECIPES['cpu']
+WEIGHTS = {size: scaling.vit_of(size, RECIPE)[1] for size in ('pico', 'nano', 'micro', 'mini')}
+
+
+def refused(capsys, function, *arguments):
+    """The one line that a study prints when it refuses."""
+    with pytest.raises(SystemExit) as stop:
+        function(*arguments)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith('error: ')
+    return lines[0]
+
+
+# ---- constant learning rates and branches
+
+def test_the_rate_before_a_cooldown_does_not_depend_on_steps():
+    """Warm-up, then constant, then linear to min_lr; a longer run begins alike."""
+    cfg = lambda steps: mim_pretrain.Config(steps=steps, lr=1., warmup_steps=10, min_lr=0., cooldown=20)
+    rates = [run.lr_at(step, cfg(100)) for step in range(101)]
+    assert rates[10:81] == [1.] * 71 and rates[90] == pytest.approx(.5) and rates[100] == 0
+    assert [run.lr_at(step, cfg(200)) for step in range(81)] == rates[:81]
+
+
+def test_a_branch_equals_a_run_of_its_own(tmp_path):
+    """6 steps of which 3 cool down, and a branch of it to 10 steps: bit for bit what a run of 10 steps alone is."""
+    flags = lambda steps, cooldown: ['--steps', str(steps), '--cooldown', str(cooldown), '--warmup_steps', '1',
+                                     '--save_every', str(steps - cooldown), '--out_dir', str(tmp_path / str(steps))]
+    mim_pretrain.train(config(tmp_path, *flags(6, 3)))
+    mim_pretrain.train(config(tmp_path, *flags(10, 4), '--branch', str(tmp_path / '6')))
+    mim_pretrain.train(config(tmp_path, *flags(10, 4), '--out_dir', str(tmp_path / 'alone')))
+    branch, alone = (M.load(str(tmp_path / name / 'model.pt')).state_dict() for name in ('10', 'alone'))
+    assert all(torch.equal(branch[name], alone[name]) for name in alone)
+    log = [json.loads(line)['step'] for line in open(tmp_path / '10' / 'log.jsonl')]
+    assert log == list(range(3, 10))
+
+
+def test_where_a_cooldown_begins_stays(tmp_path):
+    """However many checkpoints come after it."""
+    mim_pretrain.train(config(tmp_path, '--steps', '8', '--cooldown', '6', '--save_every', '2'))
+    kept = [os.path.basename(path) for path in run.list_checkpoints(str(tmp_path / 'run'))]
+    assert kept == ['step_0000002', 'step_0000004', 'step_0000006']
+
+
+def test_branches_that_cannot_be_are_one_line(tmp_path):
+    """No such run, another rate, rates that fall too soon, a cool-down that does not fit."""
+    usual = ['--steps', '8', '--cooldown', '3', '--warmup_steps', '1', '--save_every', '3']
+    mim_pretrain.train(config(tmp_path, *usual, '--steps', '6'))
+    own = ['--branch', str(tmp_path / 'run')]
+    for flags, words in ((['--branch', 'nowhere'], 'no checkpoint up to step 5'), ([*own, '--lr', '.5'], '--lr 0.5'),
+                         ([*own, '--steps', '4', '--cooldown', '2'], 'no checkpoint up to step 2'),
+                         ([*own, '--cooldown', '0'], 'give both runs --cooldown'),
+                         (['--cooldown', '99'], '--cooldown 99 is longer')):
+        with pytest.raises(run.Refused, match=words):
+            mim_pretrain.train(config(tmp_path, *usual, '--out_dir', str(tmp_path / 'other'), *flags))
+
+
+# ---- commands
+
+def understood(words):
+    """The Config that a run's command is taken as."""
+    stage = STAGES[Path(words[0]).name]
+    assert os.path.exists(words[0])
+    return run.parse_config(stage.Config, stage.RECIPES, words[1:])
+
+
+@pytest.mark.parametrize('device', scaling.RECIPES)
+@pytest.mark.parametrize('name', scaling.STUDIES)
+def test_every_run_of_scaling_is_a_command_that_is_understood(name, device, tmp_path):
+    """Names are unique, branches point to runs of the study, the stage takes the flags, and no student sees as
+    many images as the teacher."""
+    recipe = scaling.RECIPES[device]
+    taught = recipe['teacher_steps'] * clip_train.RECIPES[recipe['teacher']]['batch_size']
+    first, then = scaling.runs_of(name, recipe)
+    names = [one['name'] for one in first + then]
+    assert len(set(names)) == len(names) and all(one.get('after', names[0]) in names for one in first + then)
+    for one in first + then:
+        cfg = understood(scaling.as_command(one, recipe, tmp_path)['words'])
+        M.check_grid(cfg.image_size, cfg.image_size, cfg.patch_size)
+        if not one['head']:
+            assert cfg.steps * cfg.batch_size < taught and cfg.save_every == cfg.steps - cfg.cooldown
+
+
+@pytest.mark.parametrize('name', study.STUDIES)
+def test_every_run_of_a_study_is_a_command_that_is_understood(name):
+    """And no two have one folder."""
+    own = study.STUDIES[name]
+    for script, out_dir, *flags in own.get('before', []):
+        understood([str(ROOT / script), '--out_dir', out_dir, *flags])
+    runs = [study.make_run(name, arm, steps, lr, seed, 'shapes') for arm, steps in study.cells_of(own)
+            for lr in own.get('rates', (None,)) for seed in own['seeds']]
+    folders = {understood(one['words']).out_dir for one in runs}
+    assert len(folders) == len(runs)
+
+
+def test_the_held_out_size_comes_last():
+    """None of its runs is in the part that the prediction is made from, its bracket included."""
+    first, then = scaling.runs_of('sizes', RECIPE)
+    assert {one['size'] for one in first} == {'pico', 'nano', 'micro'} and {one['size'] for one in then} == {'mini'}
+    seeds = {(one['size'], one['steps']): 0 for one in first if one['factor'] == 1}
+    assert sum(one['factor'] == 1 for one in first) - len(seeds) >= 8          # degrees of freedom
+
+
+def test_the_plan_counts_the_papers_parameters(tmp_path, monkeypatch, capsys):
+    """With neither data nor teacher, and leaving nothing behind."""
+    monkeypatch.chdir(tmp_path)
+    flags = ['--size', 'g', '--devices', '128', '--micro_batch', '32']
+    plan.plan(run.parse_config(plan.Config, mim_pretrain.RECIPES, flags))
+    assert '1,012,229,632' in capsys.readouterr().out and not os.listdir(tmp_path)
+
+
+# ---- running
+
+def stand_in(name, code='pass', **columns):
+    """A run that notes when it ran, and writes a result."""
+    code = ('import json, os, sys, time; name = sys.argv[1]; time.sleep(.05); os.makedirs(name, exist_ok=True); '
+            f'open("order.txt", "a").write(name + "\\n"); {code}; '
+            'json.dump(dict(skill=.5, command="python a, b"), open(name + "/result.json", "w"))')
+    return dict(columns, name=name, words=['-c', code, name], lr=.005859)
+
+
+def test_finished_runs_are_not_repeated(tmp_path, monkeypatch):
+    """A study that fails at its third run goes on with it; a branch waits for what it branches off."""
+    monkeypatch.chdir(tmp_path)
+    runs = [stand_in('b', after='a'), stand_in('a'), stand_in('c', after='b', row='x, y')]
+    broken = dict(runs[2], words=['-c', 'import sys; sys.exit("no such thing")'])
+    with pytest.raises(SystemExit, match='c: no such thing'):
+        grid.run_all([*runs[:2], broken], tmp_path)
+    assert [row['name'] for row in grid.read_csv('runs.csv')] == ['a', 'b']
+    rows = grid.run_all(runs, tmp_path, 2, lambda one, result: dict(N=7, nothing=math.nan))
+    assert open('order.txt').read().split() == ['a', 'b', 'c']
+    assert rows[2] == dict(name='c', lr=.005859, skill=.5, row='x, y', N=7, nothing=None)
+
+
+def test_what_a_stage_refuses_is_passed_on(tmp_path, capsys):
+    code = 'import sys; print("error: --size huge is unknown", file=sys.stderr); sys.exit(2)'
+    line = refused(capsys, grid.run_all, [dict(name='a', words=['-c', code])], tmp_path)
+    assert line == 'error: --size huge is unknown'
+
+
+def test_a_study_that_is_stopped_stops_its_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = 'import signal, time; signal.signal(15, lambda *_: open("told", "w").close() or exit(143)); ' \
+           'open("up", "w").close(); time.sleep(60)'
+    monkeypatch.setattr(grid.time, 'sleep', lambda _: os.path.exists('up') and sys.exit(130) or time.monotonic())
+    with pytest.raises(SystemExit):
+        grid.run_all([dict(name='a', words=['-c', code])], tmp_path)
+    assert os.path.exists('told')
+
+
+# ---- intervals and tables
+
+def test_an_interval_by_hand():
+    """Three values of deviation 1: Student's t of two degrees of freedom, over the root of three."""
+    mean, half = grid.interval([1., 2., 3.])
+    assert mean == 2 and half == pytest.approx(4.303 / 3 ** .5)
+    assert grid.t95(30) == 2.042 and grid.t95(60) == pytest.approx(2.000, abs=1e-3)
+
+
+def test_differences_are_of_one_seed():
+    """Of those that both have; none where a number is missing."""
+    ours = {0: dict(skill=.5), 1: dict(skill=.7), 2: dict(skill=.9, miou=1.)}
+    theirs = {1: dict(skill=.4), 2: dict(skill=.8)}
+    assert grid.differences(ours, theirs, 'skill') == pytest.approx([.3, .1])
+    assert grid.differences(ours, theirs, 'miou') == []
+
+
+@pytest.mark.parametrize('name, expected', [
+    ('targets', '| clip at 1200 - pixels at 1200 | 28.9 ± 3.5 |'),
+    ('clip', '| EVA at 80 - teacher at 80 | 5.0 ± 6.4 |'),
+    ('segment', '| EVA at 400 - scratch at 400 | 27.2 ± 0.8 |')])
+def test_tables_come_out_of_the_csv(name, expected, monkeypatch, capsys):
+    """The numbers that the docs quote."""
+    monkeypatch.setattr(sys, 'argv', ['study.py', name, '--csv', str(ROOT / f'studies/{name}.csv')])
+    study.main()
+    assert expected in capsys.readouterr().out
+
+
+# ---- fits
+
+def made_up(noise, seed=0, sizes=('pico', 'nano', 'micro'), law=(.25, 3., .3, 30., .5)):
+    """Rows whose losses follow a known law, each run and its branches with some luck of their own."""
+    E, A, a, B, b = law
+    rng, rows = np.random.default_rng(seed), []
+    for size in sizes:
+        for s in (0, 1):
+            luck = noise * rng.normal()
+            for one in scaling.lengths(RECIPE, size, s):
+                N, D = WEIGHTS[size], one['steps'] * one['batch_size']
+                loss = (E + A * N ** -a + B * D ** -b) * (1 + luck + noise / 3 * rng.normal())
+                rows.append(dict(one, N=N, flops=6 * N * D, skill=1 - loss, train_skill=1 - loss, head=None,
+                                 knn_top1=.9 - loss, linear_top1=.9 - loss))
+    return rows
+
+
+def test_the_joint_law_is_found():
+    """Weights and images at once, from three sizes and three lengths."""
+    law = scaling.joint(made_up(0.), draws=1)
+    assert law['numbers'][0, 3:] == pytest.approx([.3, .5], rel=.1)
+    N, D = WEIGHTS['mini'], 6400 * 16
+    assert scaling.predict(law, N, D)[0, 0] == pytest.approx(.25 + 3 * N ** -.3 + 30 * D ** -.5, abs=1e-3)
+
+
+@pytest.mark.parametrize('E, a, b', [(.3, .4, .7), (0., .8, .2), (.2, .15, 1.)])
+def test_other_laws_are_found(E, a, b):
+    """Exact losses: the exponents to the lattice's step, the curve within two thousandths, beyond the points too."""
+    A, B = .1 * WEIGHTS['nano'] ** a, .1 * 50_000 ** b
+    law = scaling.joint(made_up(0., law=(E, A, a, B, b)), draws=1, num=48)
+    assert law['numbers'][0, 3:] == pytest.approx([a, b], rel=.1)
+    N, D = WEIGHTS['mini'], 6400 * 16
+    assert scaling.predict(law, N, D)[0, 0] == pytest.approx(E + A * N ** -a + B * D ** -b, abs=2e-3)
+
+
+def test_the_order_in_which_runs_finish_changes_no_prediction():
+    """A place in a run is a length, whichever study ran it first; a run without all its lengths is left out."""
+    rows, N, D = made_up(.01), WEIGHTS['mini'], 6400 * 16
+    shuffled = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    guesses = [scaling.forecast(scaling.joint(some, draws=50, num=8), N, D, 2)
+               for some in (rows, sorted(shuffled, key=lambda row: rows.index(row) // 3), rows + [dict(rows[0], seed=9)])]
+    assert guesses[0] == guesses[1] == guesses[2]
+
+
+def test_numbers_of_a_fit_are_never_negative():
+    """A law that rises with size is fitted as one that size does not change."""
+    N, D = np.geomspace(1e4, 1e6, 5), np.array([1e4, 1e5, 1e6])
+    law = scaling.fit(N, D, .3 + .02 * np.log10(N)[:, None] + D ** -.5, num=8)
+    assert (law['numbers'] >= 0).all() and law['numbers'][0, 1] == 0
+    assert scaling.predict(law, 1e7, 1e6)[0, 0] <= .42
+
+
+def test_intervals_cover_what_is_held_out():
+    """Of 50 made-up studies, the 90% interval holds the largest size's own run in four fifths or more, and is of use:
+    narrower than half the drop from the smallest size."""
+    N, D = WEIGHTS['mini'], 6400 * 16
+    held, widths = [], []
+    for seed in range(50):
+        guess = scaling.forecast(scaling.joint(made_up(.01, seed), draws=100, num=16), N, D, 2)
+        rng = np.random.default_rng(1000 + seed)
+        loss = (.25 + 3 * N ** -.3 + 30 * D ** -.5) * (1 + .01 * rng.normal() + .01 / 3 * rng.normal())
+        held.append(guess['low'] <= loss <= guess['high'])
+        widths.append(guess['high'] - guess['low'])
+    drop = 3 * (WEIGHTS['pico'] ** -.3 - N ** -.3)
+    assert np.mean(held) >= .8 and np.mean(widths) < drop / 2
+
+
+def test_pooled_deviation_by_hand():
+    """Within cells only, over their degrees of freedom."""
+    std, freedom = scaling.pooled([[1., 3.], [10., 10., 13.]])
+    assert freedom == 3 and std == pytest.approx(((1 + 1 + 1 + 1 + 4) / 3) ** .5)
+
+
+def test_ranks_are_compared():
+    assert scaling.spearman([1, 2, 3, 4], [10, 20, 30, 1e6]) == pytest.approx(1)
+    assert scaling.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert scaling.spearman([1, 2, 3, 4], [0, 0, 5, 5]) == pytest.approx(scaling.spearman([2, 1, 4, 3], [0, 0, 5, 5]))
+
+
+def test_a_study_is_reported_and_drawn_from_its_csv(tmp_path, capsys):
+    """The prediction is written before the held-out size is there and not again; report and pictures need the csv
+    alone."""
+    rows = [dict(row, head='', unique=0) for row in made_up(.003)]
+    grid.write_csv(tmp_path / 'runs.csv', rows)
+    scaling.write_prediction(tmp_path, RECIPE)
+    said = (tmp_path / 'prediction.json').read_text().replace('"runs": 18', '"runs": 17')
+    (tmp_path / 'prediction.json').write_text(said)
+    grid.write_csv(tmp_path / 'runs.csv', rows + made_up(.003, seed=1, sizes=('mini',))[:3])
+    scaling.write_prediction(tmp_path, RECIPE)
+    assert (tmp_path / 'prediction.json').read_text() == said
+    scaling.report(grid.read_csv(tmp_path / 'runs.csv'), RECIPE, tmp_path / 'prediction.json', tmp_path)
+    out = capsys.readouterr().out
+    assert '9 degrees of freedom' in out and '| mini at 1600 |' in out and 'L(N, D) = E' in out
+    assert Image.open(tmp_path / 'scaling.png').size[0] == 2 * 720 and (tmp_path / 'eva.png').exists()
+
+
+@pytest.mark.parametrize('name', scaling.STUDIES)
+def test_a_study_alone_is_reported(name, tmp_path, capsys):
+    """In a folder of its own, with one seed of each of its runs, and with its first run alone."""
+    first, then = scaling.runs_of(name, RECIPE)
+    rows = [dict(one, N=WEIGHTS[one['size']], flops=1e9 * one['steps'], skill=.5 + one['steps'] / 1e5 + i / 1e4,
+                 train_skill=.6, linear_top1=.7 + i / 1e3, knn_top1=.7 - i / 1e3) for i, one in enumerate(first + then)]
+    for some in (rows[:1], rows):
+        grid.write_csv(tmp_path / 'runs.csv', some)
+        scaling.report(grid.read_csv(tmp_path / 'runs.csv'), RECIPE, tmp_path / 'prediction.json', tmp_path)
+    assert (tmp_path / 'eva.png').exists()
+
+
+def test_runs_with_other_settings_are_not_taken_for_this_ones(tmp_path, capsys):
+    one = dict(scaling.student(RECIPE, 'pico', 0, RECIPE['steps'][0]), lr=.123)
+    grid.write_csv(tmp_path / 'runs.csv', [one])
+    assert 'pico-0-1600 with other settings' in refused(capsys, scaling.run_study, 'sizes', tmp_path, 'cpu', 2)
+
+
+def test_curves_are_drawn(tmp_path):
+    """Of nothing, of one point, on logarithmic axes."""
+    for curves, log in (({'a': []}, ''), ({'a': [(3, 1.)]}, 'xy'), ({'a': [(1, 1e3), (1e6, 1.)]}, 'xy')):
+        plot.draw_curves(tmp_path / 'curve.png', curves, {'b': [(10, 2., 3., 4.)]}, log=log)
+        assert Image.open(tmp_path / 'curve.png').size == (960, 600)
+
+
+# ---- a change, or noise?
+
+PICO = ['--', '--size', 'pico', '--batch_size', '4', '--device', 'cpu']        # flags of both sides
+
+
+@pytest.fixture
+def trees(tmp_path, monkeypatch):
+    """The working tree, its pictures made of few patches, and a copy of it that differs by one line."""
+    monkeypatch.chdir(tmp_path)
+    for name in ('tree', 'other'):
+        os.mkdir(name)
+        for path in ROOT.glob('*.py'):
+            shutil.copy(path, name)
+        text = Path(name, 'mim_pretrain.py').read_text()
+        Path(name, 'mim_pretrain.py').write_text(text.replace('\nBANK = 65_536', '\nBANK = 1024'))
+    text = Path('other', 'mim_pretrain.py').read_text()
+    Path('other', 'mim_pretrain.py').write_text(text.replace("losses = -F.cosine", "losses = -2 * F.cosine", 1))
+    monkeypatch.setattr(grid, 'ROOT', tmp_path / 'tree')
+
+
+def test_a_changed_line_is_compared_seed_by_seed(trees, capsys):
+    """Two real runs a side, each of its own code; the same command again runs nothing."""
+    command = ['--steps', '4', '--seeds', '2', '--against', 'other', *PICO]
+    compare.main(command)
+    out = capsys.readouterr().out
+    assert 'differs from other in: mim_pretrain.py' in out and '4 of 4 runs to do' in out
+    assert '| skill |' in out and '| linear_top1 |' in out and 'noise |' in out
+    first = [[json.loads(line)['loss'] for line in open(path)] for path in Path('out/compare').glob('*/seed-0/log.jsonl')]
+    assert sorted(first)[0] == pytest.approx([2 * loss for loss in sorted(first)[1]], rel=.2)
+    compare.main(command)
+    assert '0 of 4 runs to do' in capsys.readouterr().out
+
+
+def test_where_nothing_differs_nothing_runs(trees, capsys):
+    shutil.copy('tree/mim_pretrain.py', 'other')
+    compare.main(['--against', 'other', *PICO])
+    assert capsys.readouterr().out.startswith('nothing differs from other') and not os.path.exists('out')
+
+
+def test_a_revision_of_git_is_the_other_side(trees, capsys):
+    """As committed, not as edited since; files of other stages do not count."""
+    git = lambda *words: subprocess.run(['git', '-C', 'tree', '-c', 'user.name=a', '-c', 'user.email=a@b', *words],
+                                        check=True, capture_output=True)
+    git('init', '-q')
+    git('add', '.')
+    git('commit', '-q', '-m', 'one')
+    Path('tree/finetune.py').write_text('')
+    compare.main([])
+    assert capsys.readouterr().out.startswith('nothing differs from HEAD')
+    Path('tree/data.py').write_text('')
+    assert compare.code_of('HEAD') == {**compare.code_of('tree'), 'data.py': (ROOT / 'data.py').read_text()}
+
+
+@pytest.mark.parametrize('words, expected', [
+    (['--against', 'nowhere'], 'nowhere'), (['--against', '.'], 'no mim_pretrain.py'), (['--seeds', '1'], '--seeds 1'),
+    (['--steps', 'few'], 'few'), (['--mask', 'random'], '--mask: flags'), (['--', '--seed', '3'], '--seeds N'),
+    (['--against', 'other', '--jobs', '0'], '--jobs 0')])
+def test_compare_refuses_in_one_line(trees, capsys, words, expected):
+    assert expected in refused(capsys, compare.main, words)
+
+
+def rows_of(values, **same):
+    return {seed: dict(skill=value, linear_top1=value, **same) for seed, value in enumerate(values)}
+
+
+def test_verdicts():
+    """An interval that holds 0 is noise; skill is compared within one task only."""
+    theirs = rows_of([.5, .6, .7], baseline=.4)
+    assert compare.judge(rows_of([.6, .71, .81], baseline=.4), theirs, 'skill')[1] == 'not noise'
+    assert compare.judge(rows_of([.6, .5, .8], baseline=.4), theirs, 'skill')[1] == 'noise'
+    assert compare.judge(rows_of([.6, .71, .81], baseline=.3), theirs, 'skill')[1] == 'another task'
+    assert compare.judge(rows_of([.6, .71, .81], baseline=.3), theirs, 'linear_top1')[1] == 'not noise'
+    assert compare.judge(theirs, theirs, 'knn_top1')[1] == 'not measured'
+
+
+def test_seeds_that_would_tell():
+    """The fewest whose interval is narrower than the difference seen, if it and the deviation stayed."""
+    differences = [.01, .03, -.01]                      # mean .01, deviation .02
+    n = int(compare.seeds_to_tell(differences))
+    assert grid.t95(n - 1) * .02 / n ** .5 < .01 <= grid.t95(n - 2) * .02 / (n - 1) ** .5
+    assert compare.seeds_to_tell([.01, -.01]) == compare.seeds_to_tell([0., 0.]) == 'more than 100'
+
+
+# ---- exercises
+
+@pytest.mark.parametrize('name', exercises.EXERCISES)
+def test_every_exercise_changes_the_code_as_it_is(name):
+    """Its lines are there once, what comes out is Python, and its flags are understood."""
+    flags, lines = exercises.EXERCISES[name]
+    code = compare.code_of(ROOT)
+    changed = exercises.change(code, lines)
+    for file, _, _ in lines:
+        compile(changed[file], file, 'exec')
+        assert changed[file] != code[file]
+    if '--size' not in flags:
+        run.parse_config(mim_pretrain.Config, mim_pretrain.RECIPES, flags.split())
+    assert flags or lines
