@@ -1259,8 +1259,7 @@ class Clips(Folder):
     """A folder of clips, each a folder of frames in the order of their names; splits, classes as Folder's.
     T frames of each are seen, one from every T-th of it: [T, 3, S, S]. Judged are 4 choices of frames times
     3 squares along the longer side: [12, T, 3, S, S]."""
-    TIMES = (.125, .375, .625, .875)
-    PLACES = (0, .5, 1)
+    VIEWS = (4, 3)
 
     def __init__(self, path, split='train', frames=8, views=Views()):
         self.frames = frames
@@ -1286,10 +1285,12 @@ class Clips(Folder):
         return torch.stack([load_crop(path, image_size, u, self.views.crop) for path in paths])
 
     def eval_view(self, i, image_size):
+        num_times, num_places = self.VIEWS
         views = []
-        for time in self.TIMES:
-            paths = self.frame_paths(i, [time] * self.frames)
-            for place in self.PLACES:
+        for time in range(num_times):
+            paths = self.frame_paths(i, [(time + .5) / num_times] * self.frames)
+            for n in range(num_places):
+                place = n / (num_places - 1)
                 frames = [load_view(path, image_size, self.views.share, place) for path in paths]
                 views.append(torch.stack(frames))
         return torch.stack(views)

@@ -106,6 +106,7 @@ RECIPES = {'boxes': BOXES, 'linear': MAPS, 'mask2former': {**MAPS, **WITH_ADAPTE
 
 NUM_EVAL = 500              # validation images of the built-in world; of others all
 NUM_ASKED = 50              # LVIS: classes that a batch is asked for
+TILE = 320                  # pixels along a side of a picture in a run's sheet
 LINEAR_RATE = 10.           # times --lr, of a linear head: it starts from nothing, on features that are there
 SAID = 'box_ap', 'box_ap50', 'mask_ap', 'mask_ap50', 'miou', 'pixel_accuracy'       # during a run
 IMAGENET_MEAN = .485, .456, .406        # the released models'
@@ -141,8 +142,7 @@ def encode_boxes(boxes, targets, weights):
     size = boxes[:, 2:] - boxes[:, :2]
     goal = targets[:, 2:] - targets[:, :2]
     shift = (targets[:, :2] + .5 * goal - boxes[:, :2] - .5 * size) / size
-    growth = (goal / size).log()
-    return torch.cat((shift, growth), 1) * boxes.new_tensor(weights)
+    return torch.cat((shift, (goal / size).log()), 1) * boxes.new_tensor(weights)
 
 
 def decode_boxes(boxes, deltas, weights):
@@ -290,9 +290,7 @@ def choose_proposals(logits, deltas, anchors, image_size, before, after, thresho
     """One image's region proposals: boxes [m, 4] and logits [m], best first.
     The `before` best anchors of each level are moved and clipped; NMS within levels leaves `after` of them.
     By level: logits [n], deltas [n, 4], anchors [n, 4]."""
-    boxes = []
-    scores = []
-    levels = []
+    boxes, scores, levels = [], [], []
     for level, anchor in enumerate(anchors):
         score, index = logits[level].topk(min(before, len(anchor)))
         boxes.append(decode_boxes(anchor[index], deltas[level][index], (1., 1., 1., 1.)))
@@ -303,8 +301,7 @@ def choose_proposals(logits, deltas, anchors, image_size, before, after, thresho
     levels = torch.cat(levels)
 
     index = has_area(boxes).nonzero()[:, 0]
-    kept = nms(boxes[index], scores[index], threshold, levels[index])[:after]
-    index = index[kept]
+    index = index[nms(boxes[index], scores[index], threshold, levels[index])[:after]]
     return boxes[index], scores[index]
 
 
@@ -375,13 +372,6 @@ def bin_weights(start, end, out, size, ratio):
     return begin.long(), stop.long(), weights / share[:, None, None]
 
 
-def box_windows(image, y, x):
-    """[(image, rows, columns) of the map] for every box. image [R]; y and x: as of bin_weights."""
-    tall = [slice(top, bottom) for top, bottom in zip(y[0].tolist(), y[1].tolist())]
-    wide = [slice(left, right) for left, right in zip(x[0].tolist(), x[1].tolist())]
-    return list(zip(image.tolist(), tall, wide))
-
-
 class PoolBoxes(torch.autograd.Function):
     """weights of y @ window of the map @ weights of x, for each box [R, C, out, out].
     Bilinear interpolation is separable, and so is its mean over a bin. Two small products a box
@@ -390,14 +380,18 @@ class PoolBoxes(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, features, image, y, x):
-        ctx.windows = box_windows(image, y, x)
-        ctx.weights = y[2], x[2]
+        # the part of the map that each box needs
+        top, bottom, rows = y                                   # [R], [R], [R, out, cells]
+        left, right, columns = x
+        tall = map(slice, top.tolist(), bottom.tolist())
+        wide = map(slice, left.tolist(), right.tolist())
+        ctx.windows = list(zip(image.tolist(), tall, wide))
+        ctx.weights = rows, columns
         ctx.shape = features.shape
-        rows, columns = ctx.weights                             # each [R, out, cells]
-        R, out, _ = rows.shape
 
         # channels last, as matrix products want them
         cells = features.permute(0, 2, 3, 1).contiguous()       # [B, H, W, C]
+        R, out, _ = rows.shape
         pooled = cells.new_empty(R, out, out, cells.shape[3])
 
         # a box has the weights of its own h and w cells, then zeros
@@ -471,8 +465,7 @@ def pool_boxes(pyramid, strides, boxes, out):
     boxes = torch.cat(boxes)
     level = box_levels(boxes, strides)
 
-    order = []
-    pooled = []
+    order, pooled = [], []
     for i, features in enumerate(pyramid):
         here = (level == i).nonzero()[:, 0]
         order.append(here)
@@ -509,7 +502,7 @@ def paste_mask(mask, box, size):
 
 def mask_targets(masks, boxes, size):
     """What the mask head should say: each object within its box, bool [n, size, size].
-    masks: an object's polygons [[x, y, ...], ...], or bool [H, W]; boxes [n, 4]."""
+    masks: an object's polygons [[x, y, ...], ...], or bool [H, W]; boxes [n, 4], on the CPU."""
     targets = [torch.zeros(0, size, size, dtype=torch.bool)]
     for mask, box in zip(masks, boxes):
         if isinstance(mask, list):
@@ -519,10 +512,9 @@ def mask_targets(masks, boxes, size):
             runs = data.fill_polygons(parts, (size, size))
             cells = torch.from_numpy(data.decode_mask(runs, (size, size)))
         else:
-            mask = torch.as_tensor(mask, dtype=torch.float32)
+            mask = torch.as_tensor(mask, dtype=torch.float32).cpu()
             first = torch.zeros(1, dtype=torch.long)
-            cells = roi_align(mask[None, None], box[None].to(mask.device), first, size)
-            cells = cells[0, 0].cpu() >= .5
+            cells = roi_align(mask[None, None], box[None], first, size)[0, 0] >= .5
         targets.append(cells[None])
     return torch.cat(targets)
 
@@ -548,7 +540,7 @@ class NormConv(nn.Conv2d):
 
 
 def enlarge(inputs, outputs):
-    """A map of twice the side."""
+    """To a map of twice the side."""
     return nn.ConvTranspose2d(inputs, outputs, 2, 2)
 
 
@@ -563,19 +555,16 @@ class Pyramid(nn.Module):
     def __init__(self, width, channels):
         super().__init__()
         half = width // 2
-        quarter = width // 4
-        self.levels = nn.ModuleList()
-        self.levels.append(nn.Sequential(
-            enlarge(width, half), ChannelNorm(half, 1e-6), nn.GELU(), enlarge(half, quarter),
-            *two_convs(quarter, channels)))
-        self.levels.append(nn.Sequential(enlarge(width, half), *two_convs(half, channels)))
-        self.levels.append(nn.Sequential(*two_convs(width, channels)))
-        self.levels.append(nn.Sequential(nn.MaxPool2d(2), *two_convs(width, channels)))
+        self.levels = nn.ModuleList([
+            nn.Sequential(enlarge(width, half), ChannelNorm(half, 1e-6), nn.GELU(),
+                          enlarge(half, half // 2), *two_convs(half // 2, channels)),
+            nn.Sequential(enlarge(width, half), *two_convs(half, channels)),
+            nn.Sequential(*two_convs(width, channels)),
+            nn.Sequential(nn.MaxPool2d(2), *two_convs(width, channels))])
 
     def forward(self, x):
         levels = [level(x) for level in self.levels]
-        levels.append(levels[-1][:, :, ::2, ::2])
-        return levels
+        return levels + [levels[-1][:, :, ::2, ::2]]
 
 
 class Proposer(nn.Module):
@@ -589,8 +578,7 @@ class Proposer(nn.Module):
 
     def forward(self, pyramid):
         """-> logits [B, n] and deltas [B, n, 4] of each level, in the order of make_anchors."""
-        logits = []
-        deltas = []
+        logits, deltas = [], []
         for x in pyramid:
             for conv in self.convs:
                 x = conv(x).relu()
@@ -787,8 +775,7 @@ class Detector(nn.Module):
         """logits [B, n], deltas [B, n, 4], anchors [n, 4] -> the two losses of the region proposals."""
         num = self.config.num_anchors
         u = draw('anchors', len(anchors))                               # [B, n]
-        labels = []
-        goals = []
+        labels, goals = [], []
         for i, target in enumerate(targets):
             label, goal = rpn_targets(anchors, target['boxes'], u[i], num)
             labels.append(label)
@@ -863,9 +850,7 @@ class Detector(nn.Module):
     def mask_loss(self, pyramid, boxes, labelled, targets):
         """Cross-entropy of the masks of the boxes that show an object, in the channel of its class.
         boxes: [n, 4] of each image; labelled: what label_boxes says of them."""
-        shown = []
-        labels = []
-        goals = []
+        shown, labels, goals = [], [], []
         for part, (classes, _, index), target in zip(boxes, labelled, targets):
             rows = (classes < self.config.num_classes).nonzero()[:, 0]
             masks = [target['masks'][i] for i in index[rows].tolist()]
@@ -1223,8 +1208,7 @@ def precision_and_recall(truth, results, kind, most):
     recall = np.full((*shape, len(most), len(COCO_IOUS)), -1.)
     for k, category in enumerate(pairs):
         # all images' detections, best first, and how good they are among those of their image
-        judged = []
-        places = []
+        judged, places = [], []
         for pair in pairs[category]:
             found = best_of(results.get(pair, []), most[-1])
             judged.append(judge_pair(images[pair[0]], objects.get(pair, []), found, kind))
@@ -1405,7 +1389,7 @@ def vocabulary_gap(truth, results, coarse, fine_ap):
     return metrics
 
 
-def draw_objects(image, boxes, labels, masks, words, side=640):
+def draw_objects(image, boxes, labels, masks, words, side):
     """A PIL image of uint8 [3, H, W] with boxes [n, 4], masks (bool [H, W]) and words, `side` long."""
     pixels = image.permute(1, 2, 0).cpu().float()
     for label, mask in zip(labels, masks):
@@ -1425,12 +1409,13 @@ def draw_objects(image, boxes, labels, masks, words, side=640):
     return picture
 
 
-def draw_found(image, found, names, threshold=.5):
+def draw_found(image, found, names, side, threshold=.5):
     """draw_objects of what was found with at least this score."""
     rows = (found['scores'] >= threshold).nonzero()[:, 0].tolist()
     labels = found['classes'][rows].tolist()
     words = [f'{names[label]} {found["scores"][row]:.2f}' for label, row in zip(labels, rows)]
-    return draw_objects(image, found['boxes'][rows], labels, [found['pasted'][row] for row in rows], words)
+    masks = [found['pasted'][row] for row in rows]
+    return draw_objects(image, found['boxes'][rows], labels, masks, words, side)
 
 
 def show_boxes(model, dataset, cfg, device, num=6):
@@ -1449,8 +1434,8 @@ def show_boxes(model, dataset, cfg, device, num=6):
             masks.append(mask)
         labels = target['labels'].tolist()
         words = [dataset.classes[label] for label in labels]
-        columns['truth'].append(draw_objects(image, target['boxes'], labels, masks, words))
-        columns['found'].append(draw_found(image, found[n], dataset.classes))
+        columns['truth'].append(draw_objects(image, target['boxes'], labels, masks, words, TILE))
+        columns['found'].append(draw_found(image, found[n], dataset.classes, TILE))
     return columns, {}
 
 
@@ -1463,7 +1448,7 @@ def boxes_in(model, image, names, cfg, device):
     pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)
     batch = dict(images=data.pad_to(pixels, S)[None].to(device), sizes=[size])
     found = find(model, batch, [original], ways_to_choose(cfg, model.config.sigmoid), device)[0]
-    return draw_found(torch.from_numpy(np.array(image)).permute(2, 0, 1), found, names), {}
+    return draw_found(torch.from_numpy(np.array(image)).permute(2, 0, 1), found, names, 2 * TILE), {}
 
 
 # ---- maps: mean IoU -----------------------------------------------------------------------------
@@ -1536,13 +1521,10 @@ def assign(cost):
         # the nearest column is used, until it is a free one
         while row_of[column] >= 0:
             used[column] = True
-            distance[column] = np.inf
             i = row_of[column]
-            reduced = cost[i] - u[i] - v
-            reduced[used] = np.inf
-            nearer = reduced < distance
-            distance[nearer] = reduced[nearer]
-            way[nearer] = column
+            reduced = np.where(used, np.inf, cost[i] - u[i] - v)
+            way[reduced < distance] = column
+            distance = np.where(used, np.inf, np.minimum(reduced, distance))
             column = distance.argmin()
             step = distance[column]
             u[row_of[used]] += step
@@ -1628,7 +1610,8 @@ def mask_losses(logits, masks, targets, draw, layer, P):
     for i, (classes, wanted) in enumerate(targets):
         cost = match_cost(logits[i], masks[i], classes, wanted, judged[i:i + 1])
         cost = cost.nan_to_num(1e9, 1e9, -1e9).double()
-        queries, columns = assign(cost.cpu().numpy())
+        pairs = torch.from_numpy(np.stack(assign(cost.cpu().numpy())))
+        queries, columns = pairs.to(logits.device)
         labels[i, queries] = classes[columns]
         n = len(queries)
         if n:
@@ -1676,8 +1659,7 @@ def cell_centres(sizes, device=None):
     for h, w in sizes:
         y = (torch.arange(h, device=device) + .5) / h
         x = (torch.arange(w, device=device) + .5) / w
-        y, x = torch.meshgrid(y, x, indexing='ij')
-        places.append(torch.stack((x, y), -1).flatten(0, 1))
+        places.append(torch.cartesian_prod(y, x).flip(1))
     return torch.cat(places)
 
 
@@ -2008,10 +1990,8 @@ class Adapter(nn.Module):
         cells = cell_centres(sizes, images.device)
         centres = cell_centres([(h, w)], images.device)
 
-        pixels = images
-        if vit.patch_size != 16:
-            pixels = F.interpolate(images, size=(16 * h, 16 * w), mode='bilinear')
-        finest, *maps = self.prior(pixels)
+        resized = F.interpolate(images, size=(16 * h, 16 * w), mode='bilinear')
+        finest, *maps = self.prior(resized)
         beside = to_tokens([x + embed[:, None, None] for x, embed in zip(maps, self.level_embed)])
         after = []                                          # the patches after each quarter of the blocks
         begins = [len(vit.blocks) * i // 4 for i in range(5)]
@@ -2480,7 +2460,7 @@ def draw_sheet(model, dataset, cfg, device):
     columns, names = show(model, dataset, cfg, device)
     model.train()
     what = 'objects' if cfg.head == 'boxes' else 'classes'
-    run.draw_sheet(f'{cfg.out_dir}/{what}.png', columns, 320, names)
+    run.draw_sheet(f'{cfg.out_dir}/{what}.png', columns, TILE, names)
 
 
 def class_colour(k):
@@ -2519,7 +2499,7 @@ def apply_model(cfg, device, rank, world):
     picture, legend = apply(model, image, names, cfg, device)
     os.makedirs(cfg.out_dir, exist_ok=True)
     path = f'{cfg.out_dir}/{Path(cfg.image).stem}.found.png'
-    run.draw_sheet(path, {'image': [image], 'found': [picture]}, 640, legend)
+    run.draw_sheet(path, {'image': [image], 'found': [picture]}, 2 * TILE, legend)
     print0(path)
 
 

@@ -399,6 +399,9 @@ def find_target(cfg, kind, grid, device, teacher=None):
         teacher = M.load(find_teacher(cfg))
     if kind == 'untrained':
         teacher = M.init_weights(type(teacher)(teacher.config)).eval()
+    depth = len(getattr(teacher, 'visual', teacher).blocks) if cfg.target_layer else 0
+    if cfg.target_layer > depth:
+        raise M.Refused(f'--target_layer {cfg.target_layer} is none of the teacher\'s {depth} blocks')
     teacher = run.to_device(teacher.requires_grad_(False), cfg, device)
     if kind == 'tokens':
         return Tokens(teacher, grid, cfg.target_layer)

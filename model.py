@@ -328,9 +328,17 @@ class ViT(nn.Module):
             x = x[:, 1:]
         return self.head(self.norm(x))
 
-    def patch_features(self, images):
-        """What the head makes of every patch, whatever the pooling: EVA's MIM target [B, N, head]."""
-        return self.head(self.norm(self.tokens(images)[:, 1:]))
+    def patch_features(self, images, layer=0):
+        """What the head makes of every patch, whatever the pooling: EVA's MIM target [B, N, head].
+        With layer the patches' tokens after so many blocks [B, N, D]."""
+        kept = {}
+
+        def between(i, x):
+            kept[i] = x[:, 1:]
+            return x
+
+        x = self.tokens(images, between=between if layer else None)
+        return kept[layer] if layer else self.head(self.norm(x[:, 1:]))
 
 
 @functools.lru_cache
@@ -506,8 +514,8 @@ class CLIP(nn.Module):
     def encode_text(self, text):
         return self.text(text)                         # [B, embed]
 
-    def patch_features(self, images):
-        return self.visual.patch_features(images)      # [B, N, embed]
+    def patch_features(self, images, layer=0):
+        return self.visual.patch_features(images, layer)      # [B, N, embed]
 
     def normalize(self, images):
         return self.visual.normalize(images)           # [B, 3, H, W]
@@ -570,7 +578,7 @@ def init_weights(model, seed=0, gain=0):
             elif is_clip:
                 weight.normal_(0, std, generator=generator)
             else:
-                # EVA's: less where a branch ends the deeper the block
+                # EVA's are smaller where a branch ends, by the depth
                 if 'attn.proj' in name or 'mlp.fc2' in name:
                     layer = int(name.split('.')[1]) + 1
                     std = std / (2 * layer) ** .5
@@ -658,7 +666,8 @@ HF_BLOCKS = under('encoder.layers.*.', 'blocks.*.', [
     ('self_attn.out_proj.*', 'attn.proj.*', 'same'),
     ('layer_norm*.*', 'norm*.*', 'same'),
     ('mlp.*.*', 'mlp.*.*', 'same')])
-HF_BLOCKS += under('embeddings.', '', [('position_embedding.weight', 'pos_embed', 'squeeze'), ('position_ids', '-', 'drop')])
+HF_BLOCKS += [('embeddings.position_embedding.weight', 'pos_embed', 'squeeze'),
+              ('embeddings.position_ids', '-', 'drop')]
 HF_VISION = HF_BLOCKS + [
     ('embeddings.class_embedding', 'class_token', 'squeeze'),
     ('embeddings.patch_embedding.weight', 'patch_embed.weight', 'same'),
@@ -735,8 +744,9 @@ def translate(state, rules):
             for name in names:
                 if name not in left and name != '-':
                     raise Refused(f'weights do not fit the model: missing {name}')
-            zeros = torch.zeros_like(left[first])
-            pieces = [left.pop(name, zeros) for name in names]
+            pieces = [left.pop(name) for name in names if name != '-']
+            if '-' in names:
+                pieces.insert(names.index('-'), torch.zeros_like(pieces[0]))
             if len({piece.shape for piece in pieces}) > 1:
                 raise Refused(f'weights do not fit the model: {", ".join(names)} differ in shape')
             tensor = torch.cat(pieces) if len(pieces) > 1 else pieces[0]

@@ -1,9 +1,6 @@
 """
-What every run needs and no stage should write again: options, processes and sharding, optimizer and
-schedule, save and resume, the log. The loops are in the stage files; they call these functions by name.
-
-    python mim_pretrain.py                                 # one process, plain tensors, nothing distributed
-    torchrun --nproc_per_node=8 mim_pretrain.py --size g   # weights and AdamW's state over eight GPUs
+What every run needs, written once: options, processes and sharding, optimizer and schedule, save and
+resume, the log. The loops are in the stage files; they call these functions by name.
 """
 import argparse
 import contextlib
@@ -21,11 +18,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,14 +28,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as dcp_state
+import torch.distributed.fsdp as fsdp
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
-                                    register_fsdp_forward_method)
 from torch.distributed.nn.functional import all_gather
-from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
@@ -53,29 +44,26 @@ from model import Refused
 def option(default, help, choices=None, low=0, high=1e12, below=None):
     """A field of a Config that is a flag too: --help, the check and the refusal are made of this.
     A string is one of choices; a number lies from low to high, or from low to just under `below`."""
-    # what it takes, in words
     takes = ''
     if choices:
         takes = 'one of ' + ', '.join(choice for choice in choices if choice)
     elif below is not None:
         takes = f'{low:g} to below {below:g}'
         high = math.nextafter(below, low)
-    elif type(default) in (int, float) or type(default) is tuple and default:
+    elif type(default) in (int, float, tuple) and default != ():
         takes = f'{low:g} to {high:g}' if high < 1e12 else f'{low:g} or more'
 
     def fits(value):
-        if choices:
-            return value in choices
         parts = value if type(value) is tuple else (value,)
-        return all(low <= part <= high for part in parts if isinstance(part, (int, float)))
+        within = all(low <= part <= high for part in parts if isinstance(part, (int, float)))
+        return value in choices if choices else within
 
-    # its line in --help
     brackets = '; '.join(str(part) for part in (default, takes) if part not in ('', None, ()))
-    help = f'{help} ({brackets})'.removesuffix(' ()')
+    help += f' ({brackets})' if brackets else ''
     return dataclasses.field(default=default, metadata=dict(help=help, takes=takes, fits=fits))
 
 
-@dataclass
+@dataclasses.dataclass
 class Run:
     """What every stage honours. Fields without option(...) are a recipe's constants, no flags."""
     size: str = option('nano', 'row of RECIPES: a row of SIZES in model.py, or one of its recipes, as g-560')
@@ -111,20 +99,21 @@ class Run:
     grad_clip: float = 1e9              # largest global gradient norm
 
 
+cpu_group = None        # the processes' gloo group, for what may take long: a teacher, a checkpoint
+
 # options that change how a run is made, not what it computes
 NEVER_DIFFER = {'out_dir', 'micro_batch', 'device', 'compile', 'checkpoint_activations', 'save_every',
                 'log_every', 'workers', 'eval', 'image', 'words', 'templates', 'branch'}
-
-CLASSES = 'name the classes with --classes FILE, a line for each value, - where it is none'
-GONE = {  # flags and values of earlier versions, and what to do now
+TORCHRUN = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'}
+STOPPING = signal.SIGTERM, signal.SIGINT        # of a cluster's scheduler, of Ctrl-C
+FORMAT = 2              # of checkpoints; the earliest have no number
+NUM_PROBE = 2048        # training images that fit the probes, and validation images that judge them
+GONE = {  # flags of earlier versions, and what to do now
     'plan': 'use python studies/plan.py', 'devices': 'use python studies/plan.py',
     'bench': 'use python studies/speed.py', 'study': 'use python studies/scaling.py',
-    'shard': 'torchrun always divides weights, gradients and optimizer over the processes',
-    'micro_batch': 'use --checkpoint_activations or more processes',
-    'whole': 'clip_train.py --eval takes val/, or all of data without it; maps are tested in windows',
-    'erase': 'use --mixup or --cutmix', 'jitter': 'use --scale_jitter',
-    'probe knn': 'use python mim_pretrain.py --eval', 'augment jitter': 'use --augment colour',
-    'ignore': CLASSES, 'zero_label': CLASSES,
+    'micro_batch': 'use --checkpoint_activations or more processes', 'erase': 'use --mixup or --cutmix',
+    'shard': 'torchrun always shards', 'jitter': 'use --scale_jitter', 'whole': '--eval takes val/ or all data',
+    'ignore': 'use --classes FILE, with - for such a value', 'zero_label': 'use --classes FILE, - for value 0',
 }
 
 
@@ -138,18 +127,16 @@ def parse_config(Config, RECIPES, argv=None):
         raise Refused(f'--size {size} is unknown; use one of {", ".join(RECIPES)}')
     if 'epochs' in flags and 'steps' in flags:
         raise Refused('--epochs and --steps both say how long to train; give one of them')
-
-    cfg = Config(**{**RECIPES[size], **flags})
-    micro_batch = getattr(cfg, 'micro_batch', 0)
-    if micro_batch and cfg.batch_size % micro_batch:
-        raise Refused(f'--batch_size {cfg.batch_size} is not a multiple of --micro_batch {micro_batch}')
-    return cfg
+    return Config(**(RECIPES[size] | flags))
 
 
 def read_flags(Config, argv):
     """{name: value} of the flags that are given; a flag that is gone says where it went."""
-    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False, epilog=(
-        "Defaults stand in brackets; the size's row of RECIPES goes before them, and a flag before both."))
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.epilog = "Defaults stand in brackets; the size's row of RECIPES overrides them, and a flag both."
+
+    def comma_separated(text):
+        return tuple(float(part) for part in text.split(','))
 
     def refuse(message):
         raise Refused(f'{message}; --help lists the options')
@@ -157,17 +144,12 @@ def read_flags(Config, argv):
 
     # a flag for each field that is an option
     options = {field.name: field for field in dataclasses.fields(Config) if field.metadata}
+    special = {bool: dict(action=argparse.BooleanOptionalAction), list: dict(nargs='+', metavar='TEXT'),
+               tuple: dict(type=comma_separated, metavar='A,B')}
     for name, field in options.items():
-        kind = dict(type=field.type, metavar=field.type.__name__.upper())
-        if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        if field.type is list:
-            kind = dict(nargs='+', metavar='TEXT')
-        if field.type is tuple:
-            kind = dict(type=comma_separated, metavar='A,B')
+        kind = special.get(field.type) or dict(type=field.type, metavar=field.type.__name__.upper())
         parser.add_argument(f'--{name}', help=field.metadata['help'].replace('%', '%%'), **kind)
 
-    # what is given
     flags, unknown = parser.parse_known_args(argv)
     for word in unknown:
         name = word.lstrip('-').partition('=')[0].removeprefix('no-')
@@ -177,15 +159,9 @@ def read_flags(Config, argv):
             raise Refused(f'--{name} is no flag: it is a constant, in Config and RECIPES of the stage')
         refuse(f'{word} is not an option')
     for name, value in vars(flags).items():
-        if f'{name} {value}' in GONE:
-            raise Refused(f'--{name} {value} is gone: {GONE[f"{name} {value}"]}')
         if not options[name].metadata['fits'](value):
             raise Refused(f'--{name} {value} does not fit; use {options[name].metadata["takes"]}')
     return vars(flags)
-
-
-def comma_separated(text):
-    return tuple(float(part) for part in text.split(','))
 
 
 def main(train, Config, RECIPES):
@@ -193,12 +169,8 @@ def main(train, Config, RECIPES):
     try:
         train(parse_config(Config, RECIPES))
     except Refused as error:
-        if get_rank() == 0:
-            print(f'error: {error}', file=sys.stderr)
+        print0(f'error: {error}', file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:       # before or after the loop, which has a handler of its own
-        print0('\nstopped; the same command goes on from the last checkpoint, if there is one')
-        sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -214,58 +186,48 @@ def writing(path):
 
 # ---- processes and devices ---------------------------------------------------------------------------
 
-cpu_group = None        # the processes' gloo group, for what may take long: a teacher, a checkpoint
-
-
 def get_rank():
     return int(os.environ.get('RANK', 0))
 
 
-def print0(*values):
-    """Prints on the first process only."""
+def print0(*values, file=None):
     if get_rank() == 0:
-        print(*values, flush=True)
+        print(*values, file=file, flush=True)
 
 
 def setup(cfg):
     """(rank, number of processes, device, mesh) by torchrun's variables; no mesh with one process."""
     global cpu_group
-    rank = get_rank()
     world = int(os.environ.get('WORLD_SIZE', 1))
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
-    local_world = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-
-    device = find_device(cfg.device, local_rank, local_world)
+    device = find_device(cfg.device, local_rank, int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')      # TF32 where autocast keeps float32
-    if world == 1:
-        return rank, world, device, None
 
-    # several processes: each has an equal part of every batch
+    # each process has an equal part of every batch, in equal parts again
     multiple = world * (getattr(cfg, 'micro_batch', 0) or 1)
     if cfg.batch_size % multiple:
-        raise Refused(f'--batch_size {cfg.batch_size} does not divide over {world} processes; '
-                      f'use a multiple of {multiple}, or fewer processes')
+        raise Refused(f'--batch_size {cfg.batch_size} is no multiple of {multiple}: processes x --micro_batch')
+    if world == 1:
+        return get_rank(), world, device, None
     if not dist.is_initialized():
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
         cpu_group = dist.new_group(backend='gloo', timeout=timedelta(days=30))
-    return rank, world, device, init_device_mesh(device.type, (world,), mesh_dim_names=('shard',))
+    return get_rank(), world, device, dist.init_device_mesh(device.type, (world,))
 
 
 def find_device(name, local_rank, local_world):
     """The torch.device that --device means; each process of a machine has a GPU of its own."""
     gpus = torch.cuda.device_count()
-    there = dict(cuda=gpus > 0, mps=torch.backends.mps.is_available(), cpu=True)
-    kinds = [kind for kind in there if there[kind]]
-
-    name = name or kinds[0]
-    if name not in kinds + [f'cuda:{i}' for i in range(gpus)]:
-        raise Refused(f'--device {name} is not on this machine; use {" or ".join(kinds)}')
-    if local_world > 1 and name not in ('cuda', 'cpu'):
-        raise Refused(f'--device {name} is one device for {local_world} processes; use cuda or cpu')
-    if name == 'cuda' and local_world > gpus:
-        raise Refused(f'{local_world} processes on a machine with {gpus} GPUs; use --nproc_per_node={gpus}')
+    num = dict(cuda=gpus, mps=int(torch.backends.mps.is_available()), cpu=local_world)
+    num |= {f'cuda:{i}': 1 for i in range(gpus)}
+    there = [kind for kind in num if num[kind]]
+    name = name or there[0]
+    if name not in there:
+        raise Refused(f'--device {name} is not on this machine; use {" or ".join(there)}')
+    if local_world > num[name]:
+        raise Refused(f'--device {name} suits --nproc_per_node={num[name]}, not {local_world}')
     return torch.device(name, local_rank) if name == 'cuda' else torch.device(name)
 
 
@@ -275,8 +237,7 @@ def autocast(device):
 
 
 def on_first(function, *args, **options):
-    """Calls it on the first process while the others wait, however long.
-    All of them return or raise what it does."""
+    """Calls it on the first process; the others wait, however long, and return or raise what it does."""
     answer = [None, None]
     if get_rank() == 0:
         try:
@@ -300,10 +261,9 @@ def sum_over_processes(x):
 
 def max_over_processes(number):
     """The largest of the processes' numbers, agreed on by their CPUs: no device has to wait."""
-    if not dist.is_initialized():
-        return number
     x = torch.tensor(number, dtype=torch.float64)
-    dist.all_reduce(x, dist.ReduceOp.MAX, cpu_group)
+    if dist.is_initialized():
+        dist.all_reduce(x, dist.ReduceOp.MAX, cpu_group)
     return x.item()
 
 
@@ -322,43 +282,38 @@ def gather_lists(rows):
 
 
 def to_device(model, cfg, device, mesh=None):
-    """Moves a model to its device and prepares its blocks, in place: they compute activations again if asked
-    to, are compiled (on cuda, or where asked), and are sharded. The rest of the weights is one more shard."""
+    """Moves a model; in place, its blocks are compiled, made to compute activations again, and sharded."""
     model.to(device)
     compiled = device.type == 'cuda' if cfg.compile is None else cfg.compile
 
     # bf16 halves what is gathered; gradients are summed, and the residual stream stays, in float32
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if device.type == 'cuda' else None,
-                                  reduce_dtype=torch.get_default_dtype(), cast_forward_inputs=False)
-
+    half = torch.bfloat16 if device.type == 'cuda' else None
+    policy = fsdp.MixedPrecisionPolicy(half, torch.get_default_dtype(), cast_forward_inputs=False)
+    again = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
     for block in [module for module in model.modules() if isinstance(module, M.Block)]:
         if compiled:
             block.forward = torch.compile(block.forward)
         if cfg.checkpoint_activations and any(weight.requires_grad for weight in block.parameters()):
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
-                                              preserve_rng_state=False)
+            block.forward = functools.partial(again, block.forward)
         if mesh:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
+            fsdp.fully_shard(block, mesh=mesh, mp_policy=policy)
 
     if mesh:
-        warnings.filterwarnings('ignore', message='FSDP2-wrapped module')      # we change no output in place
-        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        fsdp.fully_shard(model, mesh=mesh, reshard_after_forward=True)
         for name in ('features', 'patch_features', 'encode_image', 'encode_text'):
             if hasattr(model, name):        # they gather weights as forward does
-                register_fsdp_forward_method(model, name)
+                fsdp.register_fsdp_forward_method(model, name)
     return model
 
 
 @contextlib.contextmanager
 def gathered(model):
     """All weights whole on every process meanwhile: each runs the model as often as it has images."""
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    units = [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
-
     yield
-
     for unit in units:
         unit.set_reshard_after_forward(True, recurse=False)
         unit.reshard()
@@ -366,14 +321,12 @@ def gathered(model):
 
 def send(tensor, device):
     """A CPU's tensor on the device. From pinned memory nothing waits for what the device is doing."""
-    if device.type == 'cuda':
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    pinned = tensor.pin_memory() if device.type == 'cuda' else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 def ahead(batches, device):
-    """The same batches. On cuda a thread makes the next two on a stream of its own while the device
-    computes: reading, rendering, masks and transfers cost the training no time."""
+    """The same batches. On cuda a thread makes the next two meanwhile, on a stream of its own."""
     return in_thread(batches, torch.cuda.Stream(device)) if device.type == 'cuda' else batches
 
 
@@ -401,14 +354,8 @@ def in_thread(items, stream=None, depth=2):
             yield item
 
 
-STOPPING = signal.SIGTERM, signal.SIGINT        # of a cluster's scheduler, of Ctrl-C
-TORCHRUN = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'GROUP_RANK', 'MASTER_ADDR', 'MASTER_PORT'}
-
-
 def run_stage(script, out_dir, *flags):
-    """Another stage's command, unless out_dir has its result, as a process of its own.
-    Our signals are passed on to it: it saves and leaves, and we after it. Whatever else ends it early ends
-    us too, since it said why."""
+    """Another stage's command, unless out_dir has its result. Signals to us end it; its failure ends us."""
     if os.path.exists(f'{out_dir}/result.json'):
         return
     print0(f'first {script}, once ({out_dir}):')
@@ -418,13 +365,10 @@ def run_stage(script, out_dir, *flags):
 
     def pass_on(number, frame):
         child.send_signal(number)
-
     before = {number: signal.signal(number, pass_on) for number in STOPPING}
-    try:
-        code = child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    code = child.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
     if code:
         sys.exit(code if code > 0 else 128 - code)      # below 0: the signal that ended it
 
@@ -432,18 +376,14 @@ def run_stage(script, out_dir, *flags):
 # ---- optimizer and schedule --------------------------------------------------------------------------
 
 def param_groups(model, weight_decay, layer_decay=1.):
-    """Matrices with weight decay; norms, biases, positions and tokens without.
-    A loop multiplies lr by a group's lr_scale: layer_decay once for each layer above (BEiT's rule; EVA
-    fine-tunes so). The last norm and the head have 1."""
+    """Matrices decay; vectors, positions and tokens do not. lr_scale: layer_decay once a layer above (BEiT)."""
     groups = {}
     for name, weight in model.named_parameters():
-        if not weight.requires_grad:
-            continue
-
-        bare = weight.ndim < 2 or name.split('.')[-1] in ('pos_embed', 'class_token', 'mask_token')
-        scale = layer_decay ** layers_above(name, model)
-        new = dict(params=[], weight_decay=0. if bare else weight_decay, lr_scale=scale)
-        groups.setdefault((bare, -scale), new)['params'].append(weight)
+        if weight.requires_grad:
+            bare = weight.ndim < 2 or name.split('.')[-1] in ('pos_embed', 'class_token', 'mask_token')
+            scale = layer_decay ** layers_above(name, model)
+            new = dict(params=[], weight_decay=0. if bare else weight_decay, lr_scale=scale)
+            groups.setdefault((bare, -scale), new)['params'].append(weight)
     return [groups[key] for key in sorted(groups)]
 
 
@@ -452,11 +392,8 @@ def layers_above(name, model):
     tower, in_block, rest = name.rpartition('blocks.')
     if in_block:
         return len(model.get_submodule(tower + 'blocks')) - int(rest.split('.')[0])
-    for layer in ('patch_embed', 'class_token', 'mask_token', 'pos_embed', 'pre_norm', 'token_embed'):
-        tower, is_input, _ = name.rpartition(layer)
-        if is_input:
-            return 1 + len(model.get_submodule(tower + 'blocks'))
-    return 0
+    is_input = re.match('(.*)(patch_embed|class_token|mask_token|pos_embed|pre_norm|token_embed)', name)
+    return 1 + len(model.get_submodule(is_input[1] + 'blocks')) if is_input else 0
 
 
 def make_optimizer(model, cfg, layer_decay=1.):
@@ -468,12 +405,11 @@ def make_optimizer(model, cfg, layer_decay=1.):
 def clip_gradients(model, grad_clip):
     """Scales the gradients down to a global norm; returns what it was, the same on every process."""
     norm = torch.nn.utils.clip_grad_norm_(list(model.parameters()), grad_clip)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
 
 
 def lr_at(step, cfg):
     """The learning rate: up linearly in warmup_steps, then what lies above min_lr falls by the schedule.
-    cosine: half a wave; linear: from the first step to the last; steps: to a tenth at drop_at of them.
     With a cool-down it falls in the last `cooldown` steps only: what is before does not depend on steps."""
     if cfg.cooldown:
         share = min(1, (cfg.steps - step) / cfg.cooldown)
@@ -484,7 +420,6 @@ def lr_at(step, cfg):
     else:
         done = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
         share = (1 + math.cos(math.pi * min(1, max(0, done)))) / 2
-
     warmup = min(1, (step + 1) / max(1, cfg.warmup_steps))
     return warmup * (cfg.min_lr + (cfg.lr - cfg.min_lr) * share)
 
@@ -495,29 +430,21 @@ def settle_steps(cfg, dataset):
         raise Refused('--epochs needs data that ends, a folder or shapes:unique=N; use --steps')
     if cfg.epochs:
         cfg.steps = max(1, round(cfg.epochs * len(dataset) / cfg.batch_size))
-
     cfg.warmup_steps = min(cfg.warmup_steps, cfg.steps // 4)
-    after = cfg.steps - cfg.warmup_steps
-    if cfg.cooldown > after:
-        raise Refused(f'--cooldown {cfg.cooldown} is longer than the {after} steps after the warm-up')
+    if cfg.warmup_steps + cfg.cooldown > cfg.steps:
+        raise Refused(f'--cooldown {cfg.cooldown} is longer than --steps {cfg.steps} without the warm-up')
 
 
 # ---- save and resume ---------------------------------------------------------------------------------
 
-FORMAT = 2              # of checkpoints; the earliest have no number
-UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, dcp.api.CheckpointException)
-
-
 def finished(cfg):
-    """Whether this run is done, which it says in one line. If not, makes sure its folder can be written."""
+    """Makes a run's folder. Whether the run is done, which it says in one line."""
+    with writing(f'--out_dir {cfg.out_dir}'):
+        os.makedirs(cfg.out_dir, exist_ok=True)
     result = f'{cfg.out_dir}/result.json'
     if os.path.exists(result):
         print0(f'this run is finished: {result} holds its result; use --out_dir NAME for another')
-        return True
-    with writing(f'--out_dir {cfg.out_dir}'):
-        os.makedirs(cfg.out_dir, exist_ok=True)
-        tempfile.TemporaryFile(dir=cfg.out_dir).close()
-    return False
+    return os.path.exists(result)
 
 
 def save_model(model, path, **extra):
@@ -526,15 +453,11 @@ def save_model(model, path, **extra):
         return M.save(model, path, **extra)
     whole = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = dcp_state.get_model_state_dict(model, options=whole)
-
-    def write():
-        Class = type(model).__mro__[2]      # FSDP2 put two of its own in front
-        with torch.device('meta'):
-            copy = Class(model.config)
+    with torch.device('meta'):
+        copy = type(model).__mro__[2](model.config)     # FSDP2 put two classes of its own in front
+    if get_rank() == 0:
         copy.load_state_dict(state, assign=True)
-        M.save(copy, path, **extra)
-
-    on_first(write)
+    on_first(M.save, copy, path, **extra)
 
 
 @functools.cache
@@ -546,116 +469,85 @@ def code_of(Config):
 
 def run_state(model, optimizer, ema=None):
     """What training changes, each process's shards. Any number of processes can read it again."""
-    state = dict(model=dcp_state.get_model_state_dict(model),
-                 optim=dcp_state.get_optimizer_state_dict(model, optimizer))
-    return {**state, 'ema': ema.weights} if ema else state
+    weights, moments = dcp_state.get_state_dict(model, optimizer)
+    state = dict(model=weights, optim=moments)
+    return state | dict(ema=ema.weights) if ema else state
 
 
 def save_checkpoint(out_dir, step, model, optimizer, cfg, constants={}, ema=None):
-    """What a run needs to go on after `step` updates, under a temporary name until it is whole.
-    The last two stay, and for branches the one where a cool-down begins.
-    constants: what the run measured once, plain data or tensors."""
+    """What a run needs to go on after `step` updates; constants are what it measured once.
+    The last two checkpoints stay, and for branches the one where a cool-down begins."""
     final = f'{out_dir}/checkpoint/step_{step:07d}'
     beside = final + '.tmp'
     facts = dict(format=FORMAT, code=code_of(type(cfg)), step=step, config=vars(cfg), constants=constants)
 
     def publish():
         torch.save(facts, f'{beside}/run.pt')
-        remove(final)
-        os.rename(beside, final)
+        os.rename(beside, final)        # only now it is whole
         for old in list_checkpoints(out_dir)[:-2]:
             if not (cfg.cooldown and old.endswith(f'step_{cfg.steps - cfg.cooldown:07d}')):
-                remove(old)
+                os.rename(old, old + '.tmp')
+                shutil.rmtree(old + '.tmp', ignore_errors=True)
 
     try:
-        on_first(remove, beside)
-        on_first(os.makedirs, beside)
+        on_first(shutil.rmtree, beside, ignore_errors=True)
         dcp.save(run_state(model, optimizer, ema), checkpoint_id=beside, process_group=cpu_group)
         on_first(publish)
     except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
-        on_first(remove, beside)
-        last = latest_checkpoint(out_dir)
-        rest = f'{last} is intact, run the same command to go on' if last else 'none was written before'
-        raise Refused(f'checkpoint {final} cannot be written ({M.first_line(error)}); {rest}') from None
-
-
-def remove(folder):
-    """Deletes a folder, if there is one. Killed half-way, it leaves nothing that looks whole."""
-    if os.path.exists(folder) and not folder.endswith('.tmp'):
-        doomed = folder + '.tmp'
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(folder, doomed)
-        folder = doomed
-    shutil.rmtree(folder, ignore_errors=True)
+        on_first(shutil.rmtree, beside, ignore_errors=True)
+        raise Refused(f'{final} cannot be written ({M.first_line(error)}); earlier ones are whole') from None
 
 
 def list_checkpoints(out_dir):
     """The folders of whole checkpoints, oldest first."""
-    found = sorted(Path(out_dir, 'checkpoint').glob('step_*'))
-    return [str(path) for path in found if path.suffix != '.tmp']
-
-
-def latest_checkpoint(out_dir):
-    """The newest whole checkpoint's folder, or None."""
-    return (list_checkpoints(out_dir) or [None])[-1]
+    return sorted(str(path) for path in Path(out_dir, 'checkpoint').glob('step_*[0-9]'))
 
 
 def resume(out_dir, model, optimizer, cfg, ema=None):
-    """Loads the latest checkpoint, if any, whatever number of processes wrote it.
-    Returns the number of updates already made and the run's constants.
+    """Loads the latest checkpoint, whatever number of processes wrote it -> (updates made, constants).
     Only from the run's own folder or --branch: its metadata is a pickle, which could do anything."""
-    warnings.filterwarnings('ignore', message='torch.distributed is')       # unused with one process: we know
-    code = code_of(type(cfg))
-    path = on_first(latest_checkpoint, out_dir)
-    branches = cfg.branch and path is None
-    if branches:
-        path = on_first(branch_point, cfg)
-    if path is None:
+    # one process does without torch.distributed; nothing changes an output of FSDP2 in place
+    warnings.filterwarnings('ignore', message='torch.distributed is|FSDP2-wrapped module')
+    found = on_first(list_checkpoints, out_dir)
+    may_differ = NEVER_DIFFER
+    if cfg.branch and not found:
+        found = [on_first(branch_point, cfg)]
+        may_differ = NEVER_DIFFER | {'steps', 'cooldown'}
+    if not found:
         return 0, {}
 
+    path = found[-1]
     try:
         facts = on_first(read_facts, path)
-        refuse_other_options(facts, cfg, cfg.branch if branches else out_dir, branches)
+        refuse_other_options(facts, cfg, path, may_differ)
         state = run_state(model, optimizer, ema)
         dcp.load(state, checkpoint_id=path, process_group=cpu_group)
-    except UNREADABLE as error:
-        raise Refused(f'{path} is damaged; delete that folder, and the run goes on from the one before '
-                      f'({M.first_line(error)})') from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, dcp.api.CheckpointException) as error:
+        raise Refused(f'{path} is damaged; delete that folder, try again ({M.first_line(error)})') from None
+    dcp_state.set_state_dict(model, optimizer, model_state_dict=state['model'], optim_state_dict=state['optim'])
 
-    dcp_state.set_model_state_dict(model, state['model'])
-    dcp_state.set_optimizer_state_dict(model, optimizer, optim_state_dict=state['optim'])
-
-    # what the reader should know
     print0(f'continuing {out_dir} at step {facts["step"]}')
-    changed = [name for name in code if code[name] != facts['code'].get(name)]
+    changed = [name for name, code in code_of(type(cfg)).items() if code != facts['code'].get(name)]
     if changed:
         print0(f'with other code: {" and ".join(changed)} changed since')
     return facts['step'], facts['constants']
 
 
 def read_facts(path):
-    """What a checkpoint says of its run."""
     facts = torch.load(f'{path}/run.pt', map_location='cpu', weights_only=True)
     if facts.get('format') != FORMAT:
-        raise Refused(f'{path} is of another version of nanoEVA; finish that run with the code that began '
-                      'it, or start another with --out_dir NAME')
+        raise Refused(f'{path} is of another version; go on with the code of then, or use --out_dir NAME')
     return facts
 
 
-def refuse_other_options(facts, cfg, where, branches):
+def refuse_other_options(facts, cfg, path, may_differ):
     """A run goes on with the options it began with; those that came later had their defaults."""
-    defaults = {field.name: field.default for field in dataclasses.fields(cfg)}
-    then = {**defaults, **facts['config']}
+    then = {field.name: field.default for field in dataclasses.fields(cfg)} | facts['config']
     now = vars(cfg)
-    may_differ = NEVER_DIFFER | {'steps', 'cooldown'} if branches else NEVER_DIFFER
-
-    changed = []
-    for name in sorted((now.keys() | then.keys()) - may_differ):
-        if now.get(name) != then.get(name):
-            changed.append(f'--{name} {now.get(name)} (was {then.get(name)})')
-    if changed:
-        raise Refused(f'{where} holds an unfinished run with other options: {", ".join(changed)}; '
-                      'repeat its options, or start another with --out_dir NAME')
+    differ = {name for name in now.keys() | then.keys() if now.get(name) != then.get(name)} - may_differ
+    if differ:
+        changed = ', '.join(f'--{name} {now.get(name)} (was {then.get(name)})' for name in sorted(differ))
+        raise Refused(f'{path} has other options: {changed}; repeat them or use another --out_dir')
 
 
 def branch_point(cfg):
@@ -670,61 +562,48 @@ def branch_point(cfg):
                   'are constant; give both runs --cooldown, and that one --save_every of the steps before')
 
 
-# ---- log ---------------------------------------------------------------------------------------------
+# ---- log and pictures --------------------------------------------------------------------------------
 
 def read_log(out_dir, name='log.jsonl'):
     """A file of JSON lines as a list of dicts, without a last line that a kill cut short."""
     path = Path(out_dir, name)
-    if not path.exists():
-        return []
-    with open(path) as file:
-        return [json.loads(line) for line in file if line.endswith('}\n')]
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith('}\n')]
 
 
 def replace(path, text):
     """Writes a file that is whole or as it was before, whenever we are killed."""
     with writing(path):
-        with open(path + '.tmp', 'w') as file:
-            file.write(text)
+        Path(path + '.tmp').write_text(text)
         os.replace(path + '.tmp', path)
 
 
 class Log:
-    """A bar with the time left, and out_dir/log.jsonl, which the first process writes.
-    Lines of steps from `start` on are dropped: they will be done again. `seconds` and `skipped` run on.
-    While it lasts, SIGTERM and Ctrl-C are noted, and obeyed where the loop asks.
-    flops: of an image, for the share of the device's speed (MFU)."""
+    """A bar with the time left, and out_dir/log.jsonl, without the steps from `start` on that are done again.
+    While it lasts, SIGTERM and Ctrl-C are noted, and obeyed where the loop asks."""
 
     def __init__(self, cfg, start, device=torch.device('cpu'), flops=0):
-        self.cfg, self.step, self.device, self.flops = cfg, start, device, flops
-        self.speed = flops and matmul_speed(device) * int(os.environ.get('WORLD_SIZE', 1))
+        self.cfg = cfg
+        self.step = start
+        self.device = device
+        self.flops = flops              # of an image
         self.in_a_row = 0               # gradients that were not finite
 
         # what an interrupted run left
-        kept = {name: [line for line in read_log(cfg.out_dir, name) if line['step'] < start]
-                for name in ('log.jsonl', 'evals.jsonl')}
-        last = kept['log.jsonl'][-1] if kept['log.jsonl'] else {}
-        self.skipped = int(last.get('skipped', 0))
-        self.began = time.time() - last.get('seconds', 0)
+        for name in ('log.jsonl', 'evals.jsonl'):
+            lines = [json.dumps(line) + '\n' for line in read_log(cfg.out_dir, name) if line['step'] < start]
+            on_first(replace, f'{cfg.out_dir}/{name}', ''.join(lines))
+        last = (read_log(cfg.out_dir) or [dict(skipped=0, seconds=0)])[-1]
+        self.skipped = int(last['skipped'])
         self.last_write = time.time()
-
-        self.file = None
-        if get_rank() == 0:
-            for name, lines in kept.items():
-                replace(f'{cfg.out_dir}/{name}', ''.join(json.dumps(line) + '\n' for line in lines))
-            self.file = open(f'{cfg.out_dir}/log.jsonl', 'a', buffering=1)
+        self.began = self.last_write - last['seconds']
         self.bar = tqdm(total=cfg.steps, initial=start, desc=cfg.size, dynamic_ncols=True,
                         disable=get_rank() > 0, mininterval=0.5 if sys.stderr.isatty() else 15)
-
-        # signals are noted from now on
-        self.signal = 0
-        self.process = os.getpid()
+        self.signal = 0                 # noted from now on
         self.handlers = {number: signal.signal(number, self.note) for number in STOPPING}
 
     def note(self, number, frame):
         """The signals' handler. A second one, a second or more later, ends the process at once."""
-        if os.getpid() != self.process:
-            return      # a reader of images, forked from here: it ends when we do
         if self.signal and time.time() - self.noted > 1:
             os._exit(128 + number)
         self.signal = number
@@ -743,8 +622,6 @@ class Log:
 
     def close(self):
         self.bar.close()
-        if self.file:
-            self.file.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
@@ -754,30 +631,29 @@ class Log:
 
     def is_finite(self, grad_norm):
         """False for a gradient that must not be applied; ten in a row end the run."""
-        if math.isfinite(grad_norm):
-            self.in_a_row = 0
-            return True
-        self.in_a_row += 1
-        self.skipped += 1
+        finite = math.isfinite(grad_norm)
+        self.in_a_row = 0 if finite else self.in_a_row + 1
+        self.skipped += not finite
         if self.in_a_row == 10:
-            raise Refused(f'gradients were not finite ten times in a row, near step {self.step}; lower '
-                          f'--lr. The last checkpoint is {latest_checkpoint(self.cfg.out_dir)}')
-        return False
+            raise Refused(f'gradients were not finite ten times in a row, near step {self.step}; lower --lr')
+        return finite
+
+    def append(self, name, **row):
+        path = f'{self.cfg.out_dir}/{name}'
+        if get_rank() == 0:
+            with writing(path), open(path, 'a') as file:
+                file.write(json.dumps(row) + '\n')
 
     def write(self, step, **values):
         """A line of log.jsonl; values are numbers. The bar shows them, and step + 1 of its steps done."""
         now = time.time()
         speed = (step + 1 - self.step) * self.cfg.batch_size / (now - self.last_write)
-        values['images_per_second'] = speed
         if self.flops:
-            values['mfu'] = speed * self.flops / self.speed
-        memory = peak_memory(self.device) / 1e9
-        values |= dict(skipped=self.skipped, memory_gb=memory, seconds=now - self.began)
+            values['tflops'] = speed * self.flops / 1e12
+        values |= dict(images_per_second=speed, skipped=self.skipped, seconds=now - self.began)
+        values['memory_gb'] = peak_memory(self.device) / 1e9
         values = {name: float(f'{float(value):.6g}') for name, value in values.items()}
-        if self.file:
-            with writing(self.file.name):
-                self.file.write(json.dumps(dict(step=step, **values)) + '\n')
-
+        self.append('log.jsonl', step=step, **values)
         self.bar.set_postfix(loss=f'{values["loss"]:.4f}', img_s=f'{speed:.0f}', refresh=False)
         self.bar.update(step + 1 - self.bar.n)
         self.step = step + 1
@@ -785,10 +661,8 @@ class Log:
 
     def say(self, step, **metrics):
         """Metrics measured during the run: a line above the bar and in evals.jsonl."""
-        if self.file:
-            path = f'{self.cfg.out_dir}/evals.jsonl'
-            with writing(path), open(path, 'a') as file:
-                file.write(json.dumps(dict(step=step, **metrics)) + '\n')
+        self.append('evals.jsonl', step=step, **metrics)
+        if get_rank() == 0:
             words = ', '.join(f'{name} {value:.3f}' for name, value in metrics.items())
             self.bar.write(f'step {step + 1}: {words}')
         self.last_write = time.time()
@@ -796,7 +670,7 @@ class Log:
     def finish(self, model, ylabel, lines, **metrics):
         """loss.png, with lines {name: loss} to compare with; result.json, which says that a run is done."""
         self.close()
-        if not self.file:
+        if get_rank() > 0:
             return
         out_dir = self.cfg.out_dir
         curve = [(line['step'], line['loss']) for line in read_log(out_dir)]
@@ -810,7 +684,6 @@ class Log:
 
 
 def table(values):
-    """A dict as aligned lines."""
     forms = {float: '.4g', int: ','}
     return '\n'.join(f'{name:<20} {value:{forms.get(type(value), "")}}' for name, value in values.items())
 
@@ -823,74 +696,58 @@ def report_broken(*datasets):
             print0(data.report_broken(dataset))
 
 
-# ---- pictures ----------------------------------------------------------------------------------------
-
-def draw_loss(path, curve, lines, ylabel, size=(960, 600), border=80):
-    """A picture of [(step, loss), ...], with dashed horizontal lines {name: loss}."""
+def draw_loss(path, curve, lines, ylabel):
+    """A picture of [(step, loss), ...], with horizontal lines {name: loss}."""
     curve = [(step, loss) for step, loss in curve if math.isfinite(loss)] or [(0, 0.)]
     losses = [loss for _, loss in curve] + list(lines.values())
-    low, high, last = min(losses), max(losses), curve[-1][0]
-    right, bottom = size[0] - border, size[1] - border
+    low = min(losses)
+    width = 800 / (curve[-1][0] or 1)                   # pixels a step
+    height = 440 / (max(losses) - low or 1)             # and of loss 1
 
-    def place(step, loss):
-        x = border + step / (last or 1) * (right - border)
-        y = bottom - (loss - low) / (high - low or 1) * (bottom - border)
-        return x, y
-
-    picture = Image.new('RGB', size, 'white')
+    picture = Image.new('RGB', (960, 600), 'white')
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(18)
-    draw.text((border, border / 2), f'{ylabel}, {low:.3g} to {high:.3g}', fill='black', font=font)
-    draw.text((right, bottom + border / 2), f'step {last:,}', fill='black', font=font, anchor='rm')
+    draw.text((80, 40), f'{ylabel}, {low:.3g} to {max(losses):.3g}, {curve[-1][0]:,} steps', 'black', font)
     for name, loss in lines.items():
-        y = place(0, loss)[1]
-        for x in range(border, right, 14):
-            draw.line((x, y, x + 8, y), fill='#D55E00', width=2)
-        draw.text((right, y - 4), f'{name} {loss:.3g}', fill='#D55E00', font=font, anchor='rs')
-
-    draw.line([place(step, loss) for step, loss in curve], fill='#0072B2', width=3)
+        y = 520 - (loss - low) * height
+        draw.line((80, y, 880, y), '#D55E00', 2)
+        draw.text((880, y - 4), f'{name} {loss:.3g}', '#D55E00', font, anchor='rs')
+    draw.line([(80 + step * width, 520 - (loss - low) * height) for step, loss in curve], '#0072B2', 3)
     with writing(path):
         picture.save(path)
 
 
 def draw_sheet(path, columns, tile=128, names={}):
-    """A picture of titled columns of images, each at most `tile` wide and high, above a legend of colours.
+    """A picture of titled columns of images, each at most `tile` wide and high, beside a legend of colours.
     columns {title: [n, 3, H, W] with values 0 to 255, or a list of PIL images}; names {text: colour}."""
-    columns = {title: list(tiles(images, tile)) for title, images in columns.items()}
-    height = 6 + max(picture.height for column in columns.values() for picture in column)
-    legend = 28 + height * max(len(column) for column in columns.values())
-    width = 6 + len(columns) * (tile + 6)
-    per_row = max(1, width // 120)              # names in a row of the legend
+    def fit(image):
+        if torch.is_tensor(image):
+            image = Image.fromarray(image.clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
+        scale = tile / max(image.size)
+        size = [max(1, round(side * scale)) for side in image.size]
+        return image.resize(size, Image.BICUBIC if scale < 1 else Image.NEAREST)
 
-    sheet = Image.new('RGB', (width, legend + 18 * math.ceil(len(names) / per_row)), 'white')
+    columns = {title: [fit(image) for image in images] for title, images in columns.items()}
+    height = 6 + max(picture.height for column in columns.values() for picture in column)
+    bottom = 28 + max(height * max(map(len, columns.values())), 18 * len(names))
+    right = 6 + len(columns) * (tile + 6)
+    sheet = Image.new('RGB', (right + 130 if names else right, bottom), 'white')
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(13)
-
     for n, (title, column) in enumerate(columns.items()):
         x = 6 + n * (tile + 6)
-        draw.text((x, 6), title, fill='black', font=font)
+        draw.text((x, 6), title, 'black', font)
         for row, picture in enumerate(column):
             sheet.paste(picture, (x, 28 + row * height))
     for n, (text, colour) in enumerate(names.items()):
-        x, y = 6 + n % per_row * 120, legend + n // per_row * 18
-        draw.rectangle((x, y, x + 12, y + 12), fill=colour)
-        draw.text((x + 17, y - 2), text[:16], fill='black', font=font)
+        y = 28 + n * 18
+        draw.rectangle((right, y, right + 12, y + 12), colour)
+        draw.text((right + 17, y - 2), text[:16], 'black', font)
     with writing(path):
         on_first(sheet.save, path)
 
 
-def tiles(images, tile):
-    """[n, 3, H, W] with values 0 to 255, or PIL images -> PIL images whose longer side is `tile`."""
-    if torch.is_tensor(images):
-        images = images.clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-        images = [Image.fromarray(pixels) for pixels in images]
-    for image in images:
-        scale = tile / max(image.size)
-        size = [max(1, round(n * scale)) for n in image.size]
-        yield image.resize(size, Image.BICUBIC if scale < 1 else Image.NEAREST)
-
-
-# ---- costs -------------------------------------------------------------------------------------------
+# ---- costs of a model, worth of its frozen features --------------------------------------------------
 
 def vit_config(cfg, **options):
     """The ViT of a run: its size's row with the image and patch size asked for."""
@@ -902,42 +759,20 @@ def count_parameters(model):
     return sum(weight.numel() for weight in model.parameters())
 
 
-def transformer_flops(width, depth, mlp_width, tokens):
-    """Of one sequence through the blocks, forward, a multiply-add as two."""
-    linear = 2 * tokens * (4 * width ** 2 + 2 * width * mlp_width)      # qkv, proj, fc1, fc2
-    return depth * (linear + 4 * tokens ** 2 * width)                   # and scores, and the sum of values
-
-
 def flops_per_image(config):
     """Of a ViT's forward pass at its image_size, a multiply-add as two."""
+    D = config.width
     N = config.frames * (config.image_size // config.patch_size) ** 2
-    patches = 2 * N * config.width * 3 * config.patch_size ** 2
-    head = 2 * (1 if config.pool else N) * config.width * config.head
-    return patches + transformer_flops(config.width, config.depth, config.mlp_width, 1 + N) + head
+    patches = 2 * N * D * 3 * config.patch_size ** 2
+    linear = 2 * (1 + N) * (4 * D ** 2 + 2 * D * config.mlp_width)      # qkv, proj, fc1, fc2
+    attention = 4 * (1 + N) ** 2 * D                                    # scores, and the sum of values
+    head = 2 * (1 if config.pool else N) * D * config.head
+    return patches + config.depth * (linear + attention) + head
 
 
 def training_flops(config, teacher=None):
     """Of an image: the student's forward pass, its backward as two, and a teacher's forward pass, if any."""
-    flops = 3 * flops_per_image(config)
-    return flops + flops_per_image(teacher) if teacher else flops
-
-
-@functools.cache
-def matmul_speed(device):
-    """FLOP/s of a large matrix product, the best of ten: on cuda in bf16, elsewhere in float32."""
-    n, dtype = (8192, torch.bfloat16) if device.type == 'cuda' else (768, torch.float32)
-    x = torch.ones(n, n, device=device, dtype=dtype)
-    return 2 * n ** 3 / min(seconds(lambda: x @ x, device) for _ in range(10))
-
-
-def seconds(function, device):
-    """How long it takes, until the device is done."""
-    synchronize = getattr(torch, device.type).synchronize       # torch.cpu's does nothing
-    synchronize()
-    began = time.perf_counter()
-    function()
-    synchronize()
-    return time.perf_counter() - began
+    return 3 * flops_per_image(config) + (flops_per_image(teacher) if teacher else 0)
 
 
 def peak_memory(device):
@@ -947,73 +782,48 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
-def available_memory(device):
-    """Free bytes of a GPU; of a CPU all that the machine has."""
-    if device.type == 'cuda':
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-
-
-def training_memory(config, batch_size, device, shards=1, checkpointed=False):
-    """{what: bytes} that a ViT's training with AdamW takes on each of `shards` devices, batch_size images at
-    once. Sharded, two blocks are whole at a time."""
-    with torch.device('meta'):
-        parameters = count_parameters(M.ViT(config))
-    element = 2 if device.type == 'cuda' else 4         # of what autocast makes bf16
-    whole = 2 * element * parameters / config.depth if shards > 1 else 0
-
-    # float32: the inputs of two norms; else their outputs, q, k, v, attention's output, and GELU's both sides
+def activation_memory(config, device, checkpointed=False):
+    """Bytes of a ViT's forward pass that the gradients of one image need."""
+    D = config.width
     tokens = 1 + config.frames * (config.image_size // config.patch_size) ** 2
-    block = tokens * (8 * config.width + element * (6 * config.width + 2 * config.mlp_width))
-    image = config.depth * block
-    if checkpointed:
-        image = config.depth * tokens * 4 * config.width + block
-    return dict(weights=4 * parameters / shards + whole, gradients=4 * parameters / shards + whole,
-                AdamW=8 * parameters / shards, activations=batch_size * image)
+    # float32: the inputs of two norms; else their outputs, q, k, v, attention's output, GELU's both sides
+    block = tokens * (8 * D + (2 if device.type == 'cuda' else 4) * (6 * D + 2 * config.mlp_width))
+    return config.depth * tokens * 4 * D + block if checkpointed else config.depth * block
 
 
 def check_memory(cfg, config, device, world=1):
-    """Refuses before any work a training that would not fit, on the processes' least memory."""
-    batch_size = getattr(cfg, 'micro_batch', 0) or cfg.batch_size // world
-    needed = sum(training_memory(config, batch_size, device, world, cfg.checkpoint_activations).values())
-    there = -max_over_processes(-available_memory(device))
+    """Refuses before any work a training with AdamW that would not fit, on the processes' least memory."""
+    num = getattr(cfg, 'micro_batch', 0) or cfg.batch_size // world
+    with torch.device('meta'):
+        weights = 16 * count_parameters(M.ViT(config)) / world      # with gradients and AdamW's state
+    needed = weights + num * activation_memory(config, device, cfg.checkpoint_activations)
+    installed = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    free = torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else installed
+    there = -max_over_processes(-free)
     if needed > there:
-        raise Refused(f'training needs {needed / 1e9:.1f} GB with {batch_size} images at once, this '
-                      f'{device.type} has {there / 1e9:.1f} GB; use a smaller --batch_size or --micro_batch, '
-                      '--checkpoint_activations, more processes or a smaller --size')
-
-
-# ---- frozen features ---------------------------------------------------------------------------------
-
-NUM_PROBE = 2048        # training images that fit the probes, and validation images that judge them
+        raise Refused(f'training needs {needed / 1e9:.1f} of {there / 1e9:.1f} GB with {num} images at once; '
+                      'use --checkpoint_activations, a smaller --batch_size or --micro_batch, more processes')
 
 
 @torch.no_grad()
 def knn_accuracy(train_x, train_y, test_x, test_y, k=20, temperature=0.07):
-    """Accuracy of the k nearest training features' votes, each exp(cosine / temperature): arXiv:2104.14294.
-    train_x [n, D], train_y [n] labels, test_x [m, D], test_y [m]."""
+    """Accuracy of votes by the k nearest, exp(cosine / temperature) each: arXiv:2104.14294; x [n, D], y [n]."""
     train_x = F.normalize(train_x.float(), dim=1)
     test_x = F.normalize(test_x.float(), dim=1)
-    num_labels = int(train_y.max()) + 1
-    right = 0
-    for x, y in zip(test_x.split(1024), test_y.split(1024)):
-        cosine, nearest = (x @ train_x.T).topk(min(k, len(train_x)), dim=1)         # each [1024, k]
-        votes = torch.zeros(len(x), num_labels, device=x.device)
-        votes.scatter_add_(1, train_y[nearest], ((cosine - 1) / temperature).exp())
-        right += (votes.argmax(dim=1) == y).sum().item()
-    return right / len(test_x)
+    cosine, nearest = (test_x @ train_x.T).topk(min(k, len(train_x)), dim=1)            # each [m, k]
+    votes = torch.zeros(len(test_x), int(train_y.max()) + 1, device=test_x.device)
+    votes.scatter_add_(1, train_y[nearest], ((cosine - 1) / temperature).exp())
+    return (votes.argmax(dim=1) == test_y).sum().item() / len(test_x)
 
 
 @torch.no_grad()
 def linear_probe(train_x, train_y, test_x, test_y, ridge=1e-3):
-    """Accuracy of the best linear map to one-hot labels: ridge regression on standardised features.
-    Shapes as in knn_accuracy."""
+    """Accuracy of ridge regression from standardised features to one-hot labels. x [n, D], y [n]."""
     mean = train_x.float().mean(0)
     std = train_x.float().std(0) + 1e-6
 
-    def standard(x):
-        x = F.pad((x.float() - mean) / std, (0, 1), value=1.)           # [n, D + 1], the last a bias
-        return x.cpu().double()
+    def standard(x):        # [n, D + 1], the last a bias
+        return F.pad((x.float() - mean) / std, (0, 1), value=1.).cpu().double()
 
     x = standard(train_x)
     y = F.one_hot(train_y).cpu().double()
@@ -1022,26 +832,25 @@ def linear_probe(train_x, train_y, test_x, test_y, ridge=1e-3):
 
 
 def pooled_features(model):
-    """What the probes see of a model: images uint8 [B, 3, H, W] -> the mean of its last patch tokens [B, D].
-    EVA's class token has no loss in pre-training, so it says nothing."""
+    """images uint8 [B, 3, H, W] -> mean of the last patch tokens [B, D]; no loss trains the class token."""
     return lambda images: model.features(model.normalize(images))[:, 1:].mean(1)
 
 
 @torch.no_grad()
 def probe(encode, train_set, val_set, image_size, num, cfg, device):
-    """Top-1 of frozen features on the data's labels, by k-NN and by a linear map; {} without labels.
-    The world has two: the largest object's kind, which captions name, and its part pattern, which they never
-    do (`unnamed`). encode: images uint8 [B, 3, H, W] -> [B, D]."""
-    sets = []
-    for dataset in (train_set, val_set):
-        found = dict(features=[], labels=[], unnamed=[])
+    """Top-1 by k-NN and by a linear map of frozen features, on the data's labels, if any, and on the world's
+    `unnamed`: part patterns, which captions never name. encode: images uint8 [B, 3, H, W] -> [B, D]."""
+    wanted = {'features', 'labels', 'unnamed'}
+
+    def collect(dataset):
+        rows = []
         for batch in data.eval_batches(dataset, 64, image_size, num, device, cfg.workers):
             batch['features'] = encode(batch['images']).float()
-            for name in found.keys() & batch.keys():
-                found[name].append(batch[name].to(device))
-        sets.append({name: torch.cat(parts) for name, parts in found.items() if parts})
+            rows.append({name: batch[name].to(device) for name in wanted & batch.keys()})
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
-    train, val = sets
+    train = collect(train_set)
+    val = collect(val_set)
     metrics = {}
     for labels, name in (('labels', 'top1'), ('unnamed', 'unnamed')):
         if labels in train:

@@ -3,8 +3,11 @@ What pre-training would cost, without data and teacher: parameters, FLOPs, memor
 
     python studies/plan.py --size g --devices 128 --micro_batch 32      # and any other flag of mim_pretrain.py
 """
+import functools
 import math
+import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +35,42 @@ def default_teacher(size, grid):
     return M.ViTConfig(**row)
 
 
+def memory_of(config, num, device, shards=1, checkpointed=False):
+    """{what: bytes} that a ViT's training with AdamW takes on each of `shards` devices, num images at once."""
+    with torch.device('meta'):
+        parameters = run.count_parameters(M.ViT(config))
+    weights = 4 * parameters / shards
+    if shards > 1:          # two blocks are whole at a time, in what autocast makes bf16
+        weights += 2 * (2 if device.type == 'cuda' else 4) * parameters / config.depth
+    activations = num * run.activation_memory(config, device, checkpointed)
+    return dict(weights=weights, gradients=weights, AdamW=8 * parameters / shards, activations=activations)
+
+
+def free_memory(device):
+    """Free bytes of a GPU; of a CPU all that the machine has."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+
+
+@functools.cache
+def matmul_speed(device):
+    """FLOP/s of a large matrix product, the best of ten: on cuda in bf16, elsewhere in float32."""
+    n, dtype = (8192, torch.bfloat16) if device.type == 'cuda' else (768, torch.float32)
+    x = torch.ones(n, n, device=device, dtype=dtype)
+    return 2 * n ** 3 / min(seconds_of(lambda: x @ x, device) for _ in range(10))
+
+
+def seconds_of(function, device):
+    """How long it takes, until the device is done."""
+    synchronize = getattr(torch, device.type).synchronize       # torch.cpu's does nothing
+    synchronize()
+    began = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - began
+
+
 def plan(cfg):
     device = run.setup(cfg)[2]
     config = run.vit_config(cfg)
@@ -53,20 +92,20 @@ def plan(cfg):
 
     # one device
     num = cfg.micro_batch or math.ceil(cfg.batch_size / cfg.devices)
-    memory = run.training_memory(config, num, device, cfg.devices, cfg.checkpoint_activations)
+    memory = memory_of(config, num, device, cfg.devices, cfg.checkpoint_activations)
     print(f'on each of {cfg.devices} devices, {num} images at once:')
     for name, size in memory.items():
         print(f'{name:<20} {size / 1e9:.4g} GB')
-    kept = run.training_memory(config, 1, device)['activations']
+    kept = memory_of(config, 1, device)['activations']
     print(f'  kept                       {kept / 1e6:.4g} MB an image')
-    computed_again = run.training_memory(config, 1, device, checkpointed=True)['activations']
+    computed_again = memory_of(config, 1, device, checkpointed=True)['activations']
     print(f'  --checkpoint_activations   {computed_again / 1e6:.4g} MB an image')
     total = sum(memory.values())
-    free = run.available_memory(device)
+    free = free_memory(device)
     print(f'memory               {total / 1e9:.4g} GB; {free / 1e9:.4g} GB are free here')
 
     # the whole run
-    speed = run.matmul_speed(device)
+    speed = matmul_speed(device)
     images = cfg.steps * cfg.batch_size
     seconds = images * flops / (cfg.devices * speed * REACHED)
     print(f'matrix product       {speed / 1e12:.4g} TFLOP/s measured on this {device.type}')

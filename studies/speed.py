@@ -203,7 +203,7 @@ def split(cfg, config, teacher, device, steps=20):
 
 def time_gpu(cfg, config, teacher, device):
     """A row for each way to train: the largest batch that fits, images/s, share of a matrix product's speed."""
-    flops, speed = run.training_flops(config, teacher), run.matmul_speed(device)
+    flops, speed = run.training_flops(config, teacher), plan.matmul_speed(device)
     print(f'{cfg.size} at {config.image_size} px, patch {config.patch_size}, bf16, with a teacher of '
           f'{teacher.width} x {teacher.depth} on {torch.cuda.get_device_name(device)}; '
           f'8192^3 product: {speed / 1e12:.0f} TFLOP/s')
@@ -235,7 +235,7 @@ def fastest(cfg, config, teacher, device):
                 step.optimizer()
             for _ in range(3):
                 whole()
-            taken = median([run.seconds(whole, device) for _ in range(7)])
+            taken = median([plan.seconds_of(whole, device) for _ in range(7)])
             best = num, num / taken, run.peak_memory(device)
         except torch.OutOfMemoryError:
             break

@@ -30,7 +30,7 @@ def check_world(num=20_000):
 
     # are held-out pairs of kind and colour held out?
     seen = pairs(scenes)
-    tables = data.grammar('cpu', data.NUM_FINE, False)
+    tables = data.grammar('cpu')
     held_out = set(tables['held_out'].flatten().nonzero()[:, 0].tolist())
     there = pairs(data.World('heldout').scenes(torch.arange(500)))
     note('kinds x colours seen in training, of 160', len(seen), 136, len(seen) == 136)
@@ -94,10 +94,11 @@ def identical_classes():
     scenes['y'][:] = 512
 
     # with the kind, texture and part of each class
-    fine = data.grammar('cpu', data.NUM_FINE, False)['fine']                    # [240, (kind, texture, part)]
+    fine = data.grammar('cpu')['fine']                    # [240, (kind, texture, part)]
     for column, name in enumerate(('kind', 'texture', 'part')):
         scenes[name][:, 0] = fine[:, column]
-    images = data.World().render(scenes, 32)['images'].flatten(1)
+    images, _ = data.draw_scenes(scenes, 32)
+    images = images.flatten(1)
     return data.NUM_FINE - len(images.unique(dim=0))
 
 

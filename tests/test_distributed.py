@@ -64,7 +64,7 @@ def nothing(*args, **options):
 
 def write_exactly(log, step, write=run.Log.write, **values):
     """log.jsonl has six digits; losses.txt beside it has all."""
-    if log.file:
+    if run.get_rank() == 0:
         with open(Path(log.cfg.out_dir, 'losses.txt'), 'a') as file:
             file.write(f'{step} {float(values["loss"])!r}\n')
     write(log, step, **values)
@@ -324,7 +324,7 @@ def test_a_damaged_checkpoint_is_one_line_on_every_process(shown, how):
 def test_a_batch_smaller_than_the_processes_is_refused(shown):
     for rank in range(2):
         said = torch.load(shown[1] / f'found-2-{rank}.pt')['too many']
-        assert said == '--batch_size 3 does not divide over 2 processes; use a multiple of 2, or fewer processes'
+        assert said == '--batch_size 3 is no multiple of 2: processes x --micro_batch'
 
 
 def test_only_the_first_process_trains_the_teacher(shown):

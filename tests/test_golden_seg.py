@@ -180,7 +180,8 @@ def small(config):
     takes any number of them as they are."""
     h, w = (side // config['patch_size'] for side in config['img_size'])
     vit = dict(heads=config['num_heads'], image_size=config['patch_size'], frames=h * w)
-    return dict(vit=vit, bias=(h, w) if config.get('use_rel_pos_bias') else None)
+    bias = (h, w) if config.get('use_rel_pos_bias') else None
+    return dict(vit=vit, bias=bias, groups=config['head']['gn_groups'])
 
 
 @pytest.mark.parametrize('path', fixtures('vit_adapter_*.pt'))

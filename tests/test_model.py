@@ -255,7 +255,8 @@ def test_small_models_start_from_sincos():
 def test_round_trip_is_exact(tmp_path):
     """save and load keep class, config, extras and every bit."""
     path = str(tmp_path / 'x.pt')
-    for model in (tiny(head=3, layer_scale=0.1), init_weights(CLIP(CLIPConfig(dict(**TINY, head=8, pool='class'), TEXT)))):
+    clip = init_weights(CLIP(CLIPConfig(dict(**TINY, head=8, pool='class'), TEXT)))
+    for model in (tiny(head=3, layer_scale=0.1), clip):
         save(model, path, classes=['a', 'b'])
         loaded = load(path)
         same(plain(model), plain(loaded))

@@ -400,7 +400,7 @@ def test_wrong_headers_are_refused(tmp_path):
     (lambda state: state.pop('pos_embed'), 'miss pos_embed'),
     (lambda state: state.update({'blocks.0.attn.k_proj.bias': torch.ones(16)}), 'unexpected blocks.0.attn.k_proj.bias'),
     (lambda state: state.update({'norm.bias': torch.ones(3)}), r'norm\.bias of shape \[3\] instead of \[16\]'),
-    (lambda state: state.update({'blocks.0.mlp.w1.bias': torch.ones(3)}), r'w1\.bias, blocks\.0\.mlp\.w2\.bias differ in shape'),
+    (lambda state: state.update({'blocks.0.mlp.w1.bias': torch.ones(3)}), r'mlp\.w1\.bias, .*w2\.bias differ in shape'),
     (lambda state: state.update({'pos_embed': torch.ones(3)}), 'EVA-02 MIM'),
     (lambda state: state.update({'pos_embed': torch.ones(1, 8, 16)}), r'pos_embed of shape \[1, 8, 16\]'),
     (lambda state: state.clear(), 'no known model'),
