@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -171,6 +172,9 @@ def main(train, Config, RECIPES):
     except Refused as error:
         print0(f'error: {error}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:       # before or after the loop, which has a handler of its own
+        print0('\nstopped; the same command goes on from the last checkpoint, if there is one')
+        sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -438,9 +442,10 @@ def settle_steps(cfg, dataset):
 # ---- save and resume ---------------------------------------------------------------------------------
 
 def finished(cfg):
-    """Makes a run's folder. Whether the run is done, which it says in one line."""
+    """Whether the run is done, which it says in one line. Before any work its folder has to be writable."""
     with writing(f'--out_dir {cfg.out_dir}'):
         os.makedirs(cfg.out_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=cfg.out_dir).close()
     result = f'{cfg.out_dir}/result.json'
     if os.path.exists(result):
         print0(f'this run is finished: {result} holds its result; use --out_dir NAME for another')
@@ -707,7 +712,7 @@ def draw_loss(path, curve, lines, ylabel):
     picture = Image.new('RGB', (960, 600), 'white')
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(18)
-    draw.text((80, 40), f'{ylabel}, {low:.3g} to {max(losses):.3g}, {curve[-1][0]:,} steps', 'black', font)
+    draw.text((80, 40), f'{ylabel}, {low:.3g} to {max(losses):.3g}, up to step {curve[-1][0]:,}', 'black', font)
     for name, loss in lines.items():
         y = 520 - (loss - low) * height
         draw.line((80, y, 880, y), '#D55E00', 2)

@@ -1,7 +1,6 @@
 """Several processes do what one does: gradients, samples, losses, saved runs. Processes start slowly, so each number of
 them is started once and does everything; the tests compare what they left.
 All of it is in float64: sums taken in another order differ by 1e-15 of their size, on every processor."""
-import json
 import multiprocessing
 import os
 import random
