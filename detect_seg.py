@@ -910,7 +910,7 @@ def read_released(Class, state, rules, config_of, **options):
         name = error.args[0]
         name = M.original_name(name, rules) or M.original_name('vit.' + name, rules) or name
         raise Refused(f'weights of a {Class.__name__} miss {name}') from None
-    except (IndexError, ValueError, ArithmeticError):
+    except (IndexError, ValueError, TypeError, ArithmeticError):
         raise Refused(f'weights of a {Class.__name__} lack a dimension') from None
     vit = {**config['vit'], **options.get('vit', {})}
     model = M.on_meta(Class, {**config, **options, 'vit': vit})

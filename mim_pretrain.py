@@ -274,8 +274,10 @@ def make_validation(cfg, dataset, target, image_size, num, device):
 
     # the features of the image without its hidden patches, blurred over them: the best of four kernels
     visible = in_parts(target.of, paint_hidden(images, mask))
-    kernels = [interpolate_hidden(visible, mask, target.grid, sharpness) for sharpness in (.25, .5, 1., 2.)]
-    inpaint = max(hidden_cosine(filled, targets, mask) for filled in kernels)
+    inpaint = -1.
+    for sharpness in (.25, .5, 1., 2.):
+        filled = interpolate_hidden(visible, mask, target.grid, sharpness)
+        inpaint = max(inpaint, hidden_cosine(filled, targets, mask))
     return Validation(images, mask, targets, baseline, inpaint)
 
 

@@ -961,7 +961,7 @@ def fitting(model, state, rules=()):
         given = state.get(name)
         if given is None:
             wrong.append(f'missing {original_name(name, rules) or name}')
-        elif [n for n in given.shape if n > 1] != [n for n in tensor.shape if n > 1]:
+        elif [n for n in given.shape if n != 1] != [n for n in tensor.shape if n != 1]:
             original = original_name(name, rules) or name
             wrong.append(f'{original} of shape {list(given.shape)} instead of {list(tensor.shape)}')
         else:
