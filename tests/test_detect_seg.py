@@ -366,7 +366,7 @@ def test_the_vocabulary_gap_of_perfect_boxes_is_zero():
     right = [dict(row, score=.9) for row in rows]
     ap = lambda results: D.percent(D.average_precision(truth, results, most=(300,)))['ap']
     gap = D.vocabulary_gap(truth, right, dataset.coarse, ap(right))
-    assert gap['gap'] == pytest.approx(0) and gap['box_ap_one_class'] == pytest.approx(100)
+    assert gap['gap'] == pytest.approx(0) and gap['box_ap_coarse'] == pytest.approx(100)
     twin = [next(k for k, kind in enumerate(dataset.coarse) if kind == dataset.coarse[row['category_id']]
                  and k not in {row['category_id'] for row in rows}) for row in rows]
     wrong = [dict(row, category_id=k) for row, k in zip(right, twin)]
