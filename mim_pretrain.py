@@ -426,7 +426,6 @@ def teacher_config(target):
 
 def check(cfg, config):
     """Refuses a mask ratio that a grid cannot have."""
-    M.check_grid(config.image_size, config.image_size, config.patch_size)
     grid = config.image_size // config.patch_size
     num_hidden = round(grid * grid * cfg.mask_ratio)
     least = smallest_block(grid) if cfg.mask == 'block' else 1
