@@ -1,7 +1,6 @@
 """
-Data for every stage: a built-in world that needs no download; readers of images, captions, clips, objects
-in the form of COCO and LVIS, and label maps; the tokenizer; and loading that is a pure function of (seed,
-step, sample).
+Data for every stage: a built-in world that needs no download; readers of images, captions, clips, COCO and
+LVIS jsons and label maps; the tokenizer; and loading that is a pure function of (seed, step, sample).
 
 The world is a function from an integer to a scene: index -> image, caption, classes, boxes, semantic map.
 What is hidden in its images can be told from what is seen: rows, rings, grids and mirror pairs repeat their
@@ -20,7 +19,6 @@ import math
 import os
 import re
 import tarfile
-import urllib.request
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -37,37 +35,31 @@ from model import Refused, first_line
 # ---- randomness without state -------------------------------------------------------------------
 
 def hash64(x):
-    """splitmix64's finaliser on int64 tensors.
-    torch's int64 wraps around, and its >> is arithmetic, so the sign's bits are masked off."""
+    """splitmix64's finaliser on int64 tensors. Torch's >> is arithmetic: the sign's bits are masked off."""
     x = (x ^ ((x >> 30) & 0x3ffffffff)) * -0x40a7b892e31b1a47
     x = (x ^ ((x >> 27) & 0x1fffffffff)) * -0x6b2fb644ecceee15
     return x ^ ((x >> 31) & 0x1ffffffff)
 
 
 def uniform(seed, stream, index, num):
-    """num uniform numbers in [0, 1) for each entry of index (int64): [*index.shape, num] float32.
-    They are multiples of 2^-24, a pure function of the arguments, and the same on every device.
-    stream names what is drawn: 'crop', 'mask', ..."""
+    """num multiples of 2^-24 in [0, 1) for each entry of index, [*index.shape, num]. stream: 'crop', ..."""
     key = hash64(torch.tensor((seed << 32) + zlib.crc32(stream.encode()), device=index.device))
     steps = torch.arange(1, num + 1, device=index.device) * -0x61c8864680b583eb
     x = hash64(hash64(index + key).unsqueeze(-1) + steps)
     return ((x >> 40) & 0xffffff).float() * 2 ** -24
 
 
-def pick(u, num):
-    """An integer in [0, num) from a uniform number: exact on every device, as floor(u * num) is not."""
+def pick(u, num):           # an integer in [0, num), exact on every device, as floor(u * num) is not
     return ((u * 2 ** 24).long() * num) >> 24
 
 
 def permutation(index, length, seed, epoch):
-    """A bijection of [0, length) keyed by (seed, epoch) that takes no memory.
-    index int64 tensor -> the same shape; epoch an int or a tensor.
+    """A bijection of [0, length) keyed by (seed, epoch) that takes no memory; epoch an int or a tensor.
     A Feistel network on the next power of four, applied until the result is below length."""
     half = max(1, ((length - 1).bit_length() + 1) // 2)
     low_bits = (1 << half) - 1
     key = hash64(torch.tensor((seed << 32) + zlib.crc32(b'order'), device=index.device))
     key = hash64(key + epoch)
-
     def shuffle(x):
         left = x >> half
         right = x & low_bits
@@ -82,9 +74,7 @@ def permutation(index, length, seed, epoch):
     return x
 
 
-def sample_index(position, length, seed):
-    """Which sample is at a position (= step * batch_size + place) of the endless stream.
-    Each epoch has its own order."""
+def sample_index(position, length, seed):  # at a position of the endless stream of epochs
     return permutation(position % length, length, seed, position // length)
 
 
@@ -124,20 +114,20 @@ OUTLINES = (
     (110, 0, 160), (0, 0, 225), (0, 160, 255), (0, 235, 235), (120, 120, 120), (0, 170, 90), (140, 225, 40),
     (120, 70, 20), (0, 80, 80))
 SECOND_COLOURS = (
-    (128, 128, 128), (255, 255, 255), (0, 0, 0), (90, 90, 90), (255, 240, 190), (40, 20, 90), (110, 60, 20),
-    (190, 190, 190))
-COUNTS = {  # of objects in each layout: at least, in steps of, so many choices
-    'single': (1, 0, 1), 'free': (2, 1, 4), 'row': (3, 1, 3),
-    'ring': (4, 1, 3), 'grid': (4, 2, 2), 'mirror': (2, 2, 3)}
-LAYOUTS = tuple(COUNTS)
+    (128, 128, 128), (255, 255, 255), (0, 0, 0), (90, 90, 90),
+    (255, 240, 190), (40, 20, 90), (110, 60, 20), (190, 190, 190))
+LAYOUT_NUMBERS = {  # objects: at least, in steps of, so many choices; then x, y, size: from, one of so many
+    'single': (1, 0, 1, 332, 361, 332, 361, 320, 180), 'free': (2, 1, 4, 110, 805, 110, 805, 170, 180),
+    'row': (3, 1, 3, 512, 1, 512, 1, 0, 1), 'ring': (4, 1, 3, 512, 1, 512, 1, 175, 40),
+    'grid': (4, 2, 2, 512, 1, 512, 1, 0, 1), 'mirror': (2, 2, 3, 90, 340, 110, 805, 170, 150)}
+LAYOUTS = tuple(LAYOUT_NUMBERS)
 # What happens in clips: each of eight motions, and the same backwards in time. A frame alone cannot tell
 # which of the two it is from, except in the last: there the small object follows the large one.
 ACTIONS = (
     'move right', 'move left', 'move down', 'move up', 'turn right', 'turn left', 'grow', 'shrink',
     'meet', 'part', 'appear', 'vanish', 'circle right', 'circle left', 'lead right', 'lead left')
 NUM_HIDDEN = 14         # actions that one frame does not show
-NUM_KINDS, NUM_TEXTURES, NUM_PARTS = map(len, (KINDS, TEXTURES, PARTS))          # 16, 8, 4
-NUM_COLOURS, NUM_STUFF = map(len, (COLOURS, STUFF))                                # 10, 10
+NUM_KINDS, NUM_TEXTURES, NUM_PARTS, NUM_COLOURS, NUM_STUFF = 16, 8, 4, 10, 10
 NUM_FINE = 240          # 15 of the 32 (texture, part) pairs of each kind, long-tailed by Zipf's law
 NUM_SCENE_TYPES = 32
 CELLS = 128             # a shape's table has 128 x 128 cells, of which
@@ -146,26 +136,18 @@ OUTLINE = 8             # its outline's width
 TILE = 64               # a ground's texture repeats every 64 cells, which are 384 of the 1024
 
 
-def heart(x, y):
-    """The sextic curve; here y points up."""
-    return (x * x + y * y - 1) ** 3 < x * x * y ** 3
-
-
-def star(r, a):
-    """Inside the lines from each of five points at radius 1 to inner corners at .42, 36 degrees on."""
+def star(r, a):             # five points at radius 1, between them inner corners at .42
     a = abs((a + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5)
     x = .42 * math.sin(math.pi / 5)
     y = .42 * math.cos(math.pi / 5)
     return r * (np.cos(a) * x + np.sin(a) * (1 - y)) < x
 
 
-def wave(phase):
-    """A sine of period 1."""
+def wave(phase):            # a sine of period 1
     return np.sin(2 * math.pi * phase)
 
 
-def bands(phase):
-    """A square wave with soft edges, 0 to 1."""
+def bands(phase):           # a square wave with soft edges, 0 to 1
     return np.clip(.5 + 1.6 * wave(phase), 0, 1)
 
 
@@ -177,7 +159,7 @@ SHAPES = {
     'star':      lambda x, y, r, a: star(r, a),
     'cross':     lambda x, y, r, a: (np.minimum(abs(x), abs(y)) < .28) & (np.maximum(abs(x), abs(y)) < .95),
     'ring':      lambda x, y, r, a: (r < .96) & (r > .36),
-    'heart':     lambda x, y, r, a: heart(1.2 * x, .15 - 1.2 * y),
+    'heart':     lambda x, y, r, a: (1.44 * x * x + (.15 - 1.2 * y) ** 2 - 1) ** 3 < 1.44 * x * x * (.15 - 1.2 * y) ** 3,
     'moon':      lambda x, y, r, a: (r < .95) & (np.hypot(x - .45, y + .1) > .72),
     'arrow':     lambda x, y, r, a: ((abs(x) < .24) & (abs(y) < .9)) | ((y < .05) & (y > -.98 + 1.25 * abs(x))),
     'drop':      lambda x, y, r, a: (np.hypot(x, y - .35) < .58) | ((y < .2) & (y > -.98 + 2.1 * abs(x))),
@@ -186,8 +168,7 @@ SHAPES = {
     'diamond':   lambda x, y, r, a: abs(x) / .62 + abs(y) < 1,
     'leaf':      lambda x, y, r, a: np.maximum(np.hypot(x - .62, y), np.hypot(x + .62, y)) < 1.12,
     'hourglass': lambda x, y, r, a: (abs(x) < .12 + .75 * abs(y)) & (abs(y) < .85),
-    'bar':       lambda x, y, r, a: (abs(x) < .97) & (abs(y) < .33),
-}
+    'bar':       lambda x, y, r, a: (abs(x) < .97) & (abs(y) < .33)}
 # How much of the second colour a surface shows, 0 to 1, at points of an object of radius 1.
 SURFACES = {
     'plain':     lambda x, y: 0 * x,
@@ -197,15 +178,13 @@ SURFACES = {
     'ringed':    lambda x, y: bands(1.7 * np.hypot(x, y)),
     'zigzag':    lambda x, y: bands(1.5 * y + 1.4 * abs(1.5 * x % 1 - .5)),
     'gridded':   lambda x, y: 1. * (np.maximum(bands(1.5 * x - .1), bands(1.5 * y - .1)) > .4),
-    'split':     lambda x, y: np.clip(.5 + 6 * x, 0, 1),
-}
+    'split':     lambda x, y: np.clip(.5 + 6 * x, 0, 1)}
 # Where a part pattern marks an object of radius 1 with a shade of its colour.
 MARKS = {
     'none':      lambda x, y: x > 9,
     'band':      lambda x, y: abs(np.hypot(x, y) - .55) < .11,
     'belt':      lambda x, y: abs(y - .1) < .16,
-    'eye':       lambda x, y: np.hypot(x + .35, y + .25) < .26,
-}
+    'eye':       lambda x, y: np.hypot(x + .35, y + .25) < .26}
 # Brightness of a ground's texture, -1 to 1: x, y in cells, repeating every TILE; n smooth noise, 0 to 1.
 GROUNDS = {
     'sand':      lambda x, y, n: 1.4 * n - .7,
@@ -217,31 +196,20 @@ GROUNDS = {
     'stone':     lambda x, y, n: .8 * np.sign(n - .5),
     'snow':      lambda x, y, n: np.where(n > .68, 1., -.2),
     'tile':      lambda x, y, n: np.where((x % 32 < 5) | (y % 32 < 5), -1., .3),
-    'soil':      lambda x, y, n: wave(3 * (x + y) / TILE),
-}
+    'soil':      lambda x, y, n: wave(3 * (x + y) / TILE)}
 
 
 # ---- the world: the grammar ---------------------------------------------------------------------
 
-def choose(u, cumulative_weights):
-    """Index drawn in proportion to integer weights. u [...], cumulative_weights [..., n] or [n]."""
-    level = ((u * 2 ** 24).long() * cumulative_weights[..., -1]) >> 24
+def choose(u, cumulative_weights):  # an index, drawn in proportion to integer weights [..., n]
+    level = pick(u, cumulative_weights[..., -1])
     return (level.unsqueeze(-1) >= cumulative_weights).sum(-1)
-
-
-def next_wanted(wanted):
-    """For each kind and colour the first colour from there on, around the circle, that is wanted.
-    wanted bool [kinds, colours] -> [kinds, colours]."""
-    colour = torch.arange(NUM_COLOURS)
-    ahead = (colour[:, None] + colour) % NUM_COLOURS                # [colours, steps]
-    return (colour + wanted[:, ahead].int().argmax(-1)) % NUM_COLOURS
 
 
 @functools.lru_cache(maxsize=8)
 def grammar(device, fine=0):
-    """The fixed vocabulary and its statistics: which fine classes there are, how often each occurs in each
-    type of scene, which colours and grounds go with it, and which (kind, colour) pairs training never shows.
-    fine: only so many classes, all equally frequent; 0: all."""
+    """The vocabulary and its statistics: the fine classes (only `fine` of them, equally frequent), which of them,
+    of colours and of grounds each type of scene shows, and the (kind, colour) pairs that training never does."""
     def draw(stream, rows, num):
         return uniform(WORLD_SEED, stream, torch.arange(rows), num)
 
@@ -256,12 +224,10 @@ def grammar(device, fine=0):
         vocabulary = vocabulary[:fine]
         frequency = torch.full((NUM_SCENE_TYPES, fine), 1000)
 
-    # each type of scene prefers three colours and two layouts, and has three grounds
+    # each type of scene prefers three colours and two layouts
     palette = torch.where(draw('palette', NUM_SCENE_TYPES, NUM_COLOURS).argsort(1) < 3, 10, 1)
     preferred = draw('layouts', NUM_SCENE_TYPES, len(LAYOUTS)).argsort(1) < 2
     layouts = torch.tensor([4, 3, 4, 3, 3, 4]) * torch.where(preferred, 4, 1)
-    grounds = draw('grounds', NUM_SCENE_TYPES, NUM_STUFF).argsort(1)[:, :3]
-    scene_types = 10_000 // (torch.arange(NUM_SCENE_TYPES) + 3)
 
     # one or two colours of each kind are held out: 24 of 160 = 15% of the pairs
     kinds = torch.arange(NUM_KINDS)
@@ -269,32 +235,27 @@ def grammar(device, fine=0):
     held_out[kinds, 3 * kinds % NUM_COLOURS] = True
     held_out[kinds[1::2], (3 * kinds[1::2] + 4) % NUM_COLOURS] = True
 
+    # for each kind and colour the first colour from there on, around the circle, that is or is not
+    colour = torch.arange(NUM_COLOURS)
+    ahead = held_out[:, (colour[:, None] + colour) % NUM_COLOURS].int()             # [kinds, colours, steps]
     angle = torch.arange(64).double() * (math.pi / 32)
-    turn = (1024 * torch.stack([angle.cos(), angle.sin()], 1)).round().long()
     tables = dict(
-        fine=vocabulary, classes=frequency.cumsum(-1), scene_types=scene_types.cumsum(-1), turn=turn,
-        palette=palette.cumsum(-1), layouts=layouts.cumsum(-1), counts=torch.tensor(list(COUNTS.values())),
-        grounds=grounds, held_out=held_out, allowed=next_wanted(~held_out), forbidden=next_wanted(held_out),
+        fine=vocabulary, classes=frequency.cumsum(-1), palette=palette.cumsum(-1), layouts=layouts.cumsum(-1),
+        scene_types=(10_000 // (torch.arange(NUM_SCENE_TYPES) + 3)).cumsum(-1),
+        grounds=draw('grounds', NUM_SCENE_TYPES, NUM_STUFF).argsort(1)[:, :3],
+        turn=(1024 * torch.stack([angle.cos(), angle.sin()], 1)).round().long(), held_out=held_out,
+        allowed=(colour + ahead.argmin(-1)) % NUM_COLOURS, forbidden=(colour + ahead.argmax(-1)) % NUM_COLOURS,
         colours=torch.tensor(list(COLOURS.values())), stuff=torch.tensor(list(STUFF.values())),
-        outlines=torch.tensor(OUTLINES), second=torch.tensor(SECOND_COLOURS))
+        outlines=torch.tensor(OUTLINES), second=torch.tensor(SECOND_COLOURS),
+        layout_numbers=torch.tensor(list(LAYOUT_NUMBERS.values())))
     return {name: table.to(device) for name, table in tables.items()}
 
 
 def pose(turn, size, height, flip=1):
-    """From places to cells of a shape's table: matrices [..., 4].
-    turn [..., (cos, sin)]; size and height, the radii across and down [...]."""
+    """From places to a table's cells: matrices [..., 4]. size, height: the radii across and down [...]."""
     cos, sin = turn.unbind(-1)
     matrix = torch.stack([flip * cos, sin, flip * -sin, cos], -1)
     return matrix * (4 * RADIUS) // torch.stack([size, size, height, height], -1)
-
-
-def by_layout(layout, options):
-    """For each scene the option of its own layout. layout [B, 1]; options {layout: tensors [B, n]}."""
-    chosen = next(iter(options.values()))
-    for name, option in options.items():
-        here = layout == LAYOUTS.index(name)
-        chosen = [torch.where(here, new, old) for new, old in zip(option, chosen)]
-    return chosen
 
 
 @dataclass(eq=False)
@@ -313,32 +274,25 @@ class World:
             if not low <= getattr(self, name) <= high:
                 raise Refused(f'shapes:{name}={getattr(self, name)} is outside {low} to {high}')
         self.has_captions = not self.frames
-        self.classes = list(ACTIONS if self.frames else KINDS)
-        self.label_names = self.classes
+        self.classes = self.label_names = list(ACTIONS if self.frames else KINDS)
         self.broken = set()         # as in Folder: nothing drawn is ever unreadable
 
     def __len__(self):
         return self.unique if self.unique and self.split == 'train' else 2 ** 40
 
-    def index(self, position, seed):
-        """Which scenes stand at these positions (step * batch_size + place) of a run, int64 [B]."""
-        if self.split == 'val':
-            return position + VAL_START
-        if self.split == 'heldout':
-            return position + HELDOUT_START
+    def index(self, position, seed):  # which scenes stand at these positions [B] of a run
+        if self.split != 'train':
+            return position + (VAL_START if self.split == 'val' else HELDOUT_START)
         if self.unique:
             return sample_index(position, self.unique, seed)
         return (position + (seed << 33)) % 2 ** 40
 
-    def some_captions(self, num):
-        """Captions of the first scenes, from which a tokenizer learns its vocabulary."""
+    def some_captions(self, num):  # of the first, for a tokenizer to learn from
         return self.batch(torch.arange(num), 0, want=('captions',))['captions']
 
     def batch(self, position, image_size, seed=0, device='cpu', train=True, want=('images', 'captions')):
-        """dict of the scenes at these positions: position, index, every field of scenes(), and as wanted
-        captions (list of B), images uint8 [B, 3, H, W], semantic, boxes, num_visible, masks (see annotate).
-        Of clips: images [B, T, 3, H, W], labels (actions), position, index.
-        A world without end needs no augmentation: train changes nothing."""
+        """dict of position, index, the fields of scenes() and as wanted captions (list), images uint8 [B, 3, H, W],
+        semantic, boxes, num_visible, masks (annotate). Of clips images [B, T, 3, H, W], labels."""
         index = self.index(position.to(device), seed)
         batch = dict(position=position, index=index)
         if self.frames:
@@ -361,8 +315,7 @@ class World:
     def scenes(self, index):
         """The scene of each index as integers, exact on every device.
         [B]: type, layout, mode, rotation_step, contrast; labels, unnamed: the largest object's kind, part.
-        [B, 6]: valid, kind, texture, part, fine, colour, x, y, radius. matrix [B, 6, 4] leads from places
-        to table cells; jitter (of colours), grounds, ground, ground_colour, light are for drawing."""
+        [B, 6]: valid, kind, texture, part, fine, colour, x, y, radius. The others are for drawing."""
         g = grammar(index.device, self.fine)
         u = uniform(WORLD_SEED, 'scene', index, 26).unsqueeze(-1).unbind(1)                     # each [B, 1]
         o = uniform(WORLD_SEED, 'objects', index, MAX_OBJECTS * 10).view(-1, MAX_OBJECTS, 10)
@@ -375,8 +328,8 @@ class World:
         layout = choose(u[1], g['layouts'][scene_type])
         if self.objects == 1:
             layout = torch.zeros_like(layout)                                                   # single
-        fewest, step, choices = g['counts'][layout].unbind(-1)
-        num = (fewest + step * pick(u[2], choices)).clamp(max=self.objects)
+        numbers = g['layout_numbers'][layout].unbind(-1)                                        # each [B, 1]
+        num = (numbers[0] + numbers[1] * pick(u[2], numbers[2])).clamp(max=self.objects)
         i = torch.arange(MAX_OBJECTS, device=index.device)
         valid = i < num                                                                         # [B, 6]
 
@@ -385,21 +338,19 @@ class World:
         repeats = row | ring | grid
         mode = pick(u[3], 4) * repeats      # 0, 1: all alike; 2: class and colour in turn; 3: colour in turn
         odd = i % 2
-        own = torch.where(mirror, i - odd, i)
-        class_of = torch.where(repeats, odd * (mode == 2), own)
-        colour_of = torch.where(repeats, odd * (mode >= 2), own)
-        leader = torch.where(repeats, 0, own)
-
-        # classes and colours
+        leader = (i - odd * mirror) * ~repeats
+        class_of = leader + odd * (mode == 2)
+        colour_of = leader + odd * (mode >= 2)
         fine = choose(drawn(0, class_of), g['classes'][scene_type])
         kind, texture, part = g['fine'][fine].unbind(-1)
         wanted = choose(drawn(1, colour_of), g['palette'][scene_type])
         colours = g['forbidden'] if self.split == 'heldout' else g['allowed']
-        jitter = torch.stack([pick(drawn(slot, colour_of), 41) - 20 for slot in (7, 8, 9)], -1)
+        jitter = torch.stack([drawn(slot, colour_of) for slot in (7, 8, 9)], -1)
 
-        # a row along a line, a ring around the middle, a grid of 2 or 3 columns
+        # places and sizes: a row along a line, a ring around the middle, a grid of 2 or 3 columns, or drawn
         gap = (SIDE - 80) // num
-        along = (2 * i - num + 1) * gap // 2
+        order = 2 * i - num + 1             # -2, 0, 2 for three objects
+        along = order * gap // 2
         aside = pick(u[5], 401) - 200
         direction = torch.tensor([0, 0, 16, 8, 24], device=index.device)[pick(u[4], 5)]
         line_x, line_y = g['turn'][direction].unbind(-1)
@@ -407,41 +358,30 @@ class World:
         orbit_x, orbit_y = g['turn'][(pick(u[4], 64) + i * 64 // num) % 64].unbind(-1)
         big = pick(u[2], 2)
         cell = 380 - 60 * big
-        column = 2 * (i % (2 + big)) - (1 + big)
-        line = 2 * (i // (2 + big)) - 1
-
-        # places and sizes
-        a, b, c = (drawn(slot, leader) for slot in (2, 3, 4))
-        left = 90 + pick(a, 340)
-        x, y, size = by_layout(layout, {
-            'single': (332 + pick(a, 361), 332 + pick(b, 361), 320 + pick(c, 180)),
-            'free':   (110 + pick(a, 805), 110 + pick(b, 805), 170 + pick(c, 180)),
-            'row':    (512 + (along * line_x - aside * line_y) // 1024,
-                       512 + (along * line_y + aside * line_x) // 1024, gap * 9 // 16),
-            'ring':   (512 + orbit * orbit_x // 1024, 512 + orbit * orbit_y // 1024, 175 + pick(c, 40)),
-            'grid':   (512 + column * cell // 2, 512 + line * cell // 2, cell * 9 // 16),
-            'mirror': (torch.where(odd > 0, SIDE - 1 - left, left), 110 + pick(b, 805), 170 + pick(c, 150))})
+        x, y, size = (numbers[k] + pick(drawn(k // 2 + 1, leader), numbers[k + 1]) for k in (3, 5, 7))
+        x = x + row * ((along * line_x - aside * line_y) // 1024) + ring * (orbit * orbit_x // 1024)
+        y = y + row * ((along * line_y + aside * line_x) // 1024) + ring * (orbit * orbit_y // 1024)
+        x = x + grid * ((2 * (i % (2 + big)) - (1 + big)) * cell // 2)
+        y = y + grid * ((2 * (i // (2 + big)) - 1) * cell // 2)
+        x = torch.where(mirror & (odd > 0), SIDE - 1 - x, x)
+        size = size + row * (gap * 9 // 16) + grid * (cell * 9 // 16)
 
         # along a row or a ring objects may grow or shrink, and turn
         growth = (pick(u[6], 3) - 1) * (row | ring)
-        size = size * (32 + 3 * growth * (2 * i - num + 1)) // 32
+        size = size * (32 + 3 * growth * order) // 32
         rotation_step = pick(u[7], 4) * repeats             # 0, 22.5, 45 or 90 degrees from one to the next
         steps = torch.tensor([0, 4, 8, 16], device=index.device)[rotation_step]
         rotation = (pick(drawn(5, leader), 13) - 6 + i * steps) % 64
         height = size * (13 + pick(drawn(6, class_of), 4)) // 16
-        flip = torch.where(mirror & (odd == 1), -1, 1)
 
-        # grounds, parted by two lines: where these are, their tilt, waves and shifts; colours and light
+        # grounds, parted by two lines: where these are, their tilt, waves and shifts; colours
         grounds = g['grounds'][scene_type[:, 0]]                                                # [B, 3]
-        tilt = g['turn'][(torch.where(u[8] < .75, 16, 0) + pick(u[9], 7) - 3) % 64]
+        tilt = g['turn'][(16 * (u[8] < .75) + pick(u[9], 7) - 3) % 64]
         first = 180 + pick(u[10], 400)
         second = first + 150 + pick(u[11], 500)
-        waves = [pick(u[12], 64), pick(u[13], 3), pick(u[14], 60), pick(u[15], TILE), pick(u[16], TILE)]
-        ground = torch.cat([first, second, tilt[:, 0], *waves], 1)                              # [B, 9]
+        waves = pick(torch.cat(u[12:17], 1), torch.tensor([64, 3, 60, TILE, TILE], device=index.device))
         shade = pick(torch.cat(u[17:20], 1), 41) - 20                                           # of each
         tint = pick(torch.cat(u[20:23], 1), 25) - 12                                            # of all
-        ground_colour = g['stuff'][grounds] + shade[:, :, None] + tint[:, None]                 # [B, 3, 3]
-
         largest = (size * valid).argmax(1, keepdim=True)
         fields = dict(
             type=scene_type, layout=layout, mode=mode, rotation_step=rotation_step,
@@ -449,14 +389,15 @@ class World:
         fields = {name: field[:, 0] for name, field in fields.items()}
         return dict(
             fields, valid=valid, kind=kind, texture=texture, part=part, fine=fine,
-            colour=colours[kind, wanted], jitter=jitter, x=x, y=y, radius=size,
-            matrix=pose(g['turn'][rotation], size, height, flip), grounds=grounds, ground=ground,
-            ground_colour=ground_colour, light=pick(torch.cat(u[24:], 1), 61) - 30)
+            colour=colours[kind, wanted], jitter=pick(jitter, 41) - 20, x=x, y=y, radius=size,
+            matrix=pose(g['turn'][rotation], size, height, flip=1 - 2 * odd * mirror),
+            grounds=grounds, ground=torch.cat([first, second, tilt[:, 0], waves], 1),          # [B, 9]
+            ground_colour=g['stuff'][grounds] + shade[:, :, None] + tint[:, None],              # [B, 3, 3]
+            light=pick(torch.cat(u[24:], 1), 61) - 30)
 
     def clips(self, index):
-        """The scenes of each index's clip, frame after frame, fields [B * T, ...], and its action [B].
-        Grounds, kinds and colours are the scene's. What moves is drawn apart from them, so that looks
-        say nothing of the action. The last object moves, in some motions with the one before it."""
+        """The scenes of each index's clip, frame after frame [B * T, ...], and its action [B]. The last object moves,
+        maybe the one before too; how is drawn apart from the scene, so that looks say nothing of it."""
         turn = grammar(index.device)['turn']
         u = uniform(WORLD_SEED, 'action', index, 6).unsqueeze(-1).unbind(1)             # each [B, 1]
         action = pick(u[0], len(ACTIONS))
@@ -470,7 +411,7 @@ class World:
         y = 362 + pick(u[2], 301)
         size = 150 + pick(u[3], 80)
         way = time * 300 // 512
-        rotation = pick(u[5], 64) + turns * time * 12 // 512
+        rotation = (pick(u[5], 64) + turns * time * 12 // 512) % 64
         cos, sin = turn[(pick(u[4], 64) + circles * time * 24 // 512) % 64].unbind(-1)
         reach = meets * (120 + (512 - time) * 250 // 1024) + circles * 260
         across = reach * cos // 1024
@@ -479,14 +420,13 @@ class World:
 
         def pair(other, mover):
             return torch.stack(torch.broadcast_tensors(other, mover), -1).flatten(0, 1)     # [B * T, 2]
-
         radius = pair(size * 5 // 8, size * (1024 + grows * time * 6 // 5) // 1024)
         moving = dict(
             x=pair(x - meets * across + leads * (way - 260 * sign), x + across + (moves | leads) * way),
             y=pair(y - meets * down, y + down + sinks * way),
             radius=radius,
             valid=pair(meets | circles | leads, ~hidden),
-            matrix=pose(turn[rotation.reshape(-1, 1) % 64], radius, radius * 15 // 16))
+            matrix=pose(turn[rotation.reshape(-1, 1)], radius, radius * 15 // 16))
 
         # the first object of the scene rests, the others are not there
         scenes = self.scenes(index)
@@ -503,17 +443,14 @@ def distance_to(cells):
     """Euclidean distance from every cell to the nearest of these cells. bool array [n, n] -> [n, n]."""
     n = len(cells)
     gaps = (np.arange(n)[:, None] - np.arange(n)) ** 2              # squared, between two rows or columns
-    far = 4 * n * n
-    columns = np.where(cells[None], gaps[:, :, None], far).min(1)   # separable: first within columns
+    columns = np.where(cells[None], gaps[:, :, None], 4 * n * n).min(1)     # separable: first within columns
     return np.sqrt((columns[:, None, :] + gaps[None]).min(2).astype(np.float64))
 
 
 @functools.lru_cache(maxsize=4)
 def world_tables(device):
-    """What drawing looks up, made once a process.
-    shapes [16 * CELLS^2]: signed distances to the outline in cells, negative inside.
-    surfaces [8 * 4 * CELLS^2]: palette codes, 0..15 between the two colours, 16 the mark.
-    grounds [10 * TILE^2]: brightness."""
+    """What drawing looks up. shapes [16 * CELLS^2]: signed distances to the outline, negative inside.
+    surfaces [8 * 4 * CELLS^2]: palette codes, 16 the mark. grounds [10 * TILE^2]: brightness."""
     centre = (np.arange(CELLS) + .5 - CELLS / 2) / RADIUS
     x, y = np.meshgrid(centre, centre)
     shapes = []
@@ -530,28 +467,24 @@ def world_tables(device):
     noise = np.clip((noise - noise.mean()) / noise.std() / 4 + .5, 0, 1)
     x, y = np.meshgrid(np.arange(TILE), np.arange(TILE))
     grounds = [ground(x, y, noise) for ground in GROUNDS.values()]
-
-    def flat(tables, dtype):
-        return torch.tensor(np.stack(tables)).to(dtype).flatten().to(device)
-    return flat(shapes, torch.float32), flat(surfaces, torch.long), flat(grounds, torch.float32)
+    tables = [torch.tensor(np.stack(table)).flatten() for table in (shapes, surfaces, grounds)]
+    dtypes = torch.float32, torch.long, torch.float32
+    return [table.to(device, dtype) for table, dtype in zip(tables, dtypes)]
 
 
 def draw_scenes(scenes, image_size):
-    """Any number of scenes, a few at a time -> images uint8 [B, 3, H, W], owner [B, H, W]; see render."""
-    pixels = 2 ** 16 if scenes['x'].device.type == 'cpu' else 2 ** 24       # what a CPU's cache holds
-    num = max(1, pixels // image_size ** 2)
-    parts = []
-    for start in range(0, len(scenes['x']), num):
-        some = {name: field[start:start + num] for name, field in scenes.items()}
-        parts.append(render(SimpleNamespace(**some), image_size))
-    images, owners = zip(*parts)
-    return torch.cat(images), torch.cat(owners)
-
-
-def render(scenes, image_size):
     """Images uint8 [B, 3, H, W], and who owns each pixel [B, H, W]: a stuff class, or 10 + the object's row.
-    scenes: the fields of World.scenes. Places are integers (in float32, below 2^24): exact on every device."""
-    device = scenes.x.device
+    Places are integers (in float32, below 2^24): exact on every device."""
+    device = scenes['x'].device
+    most = 2 ** 16 if device.type == 'cpu' else 2 ** 24         # pixels at a time: what a CPU's cache holds
+    num = max(1, most // image_size ** 2)
+    if len(scenes['x']) > num:
+        starts = range(0, len(scenes['x']), num)
+        parts = [{name: field[n:n + num] for name, field in scenes.items()} for n in starts]
+        images, owners = zip(*(draw_scenes(part, image_size) for part in parts))
+        return torch.cat(images), torch.cat(owners)
+
+    scenes = SimpleNamespace(**scenes)
     shapes, surfaces, _ = world_tables(device)
     g = grammar(device)
     pixels = (2 * torch.arange(image_size, device=device) + 1) * (SIDE // 2) // image_size  # their centres
@@ -572,26 +505,25 @@ def render(scenes, image_size):
     code = surfaces.take(cell.add_((surface * CELLS ** 2)[:, None, None]))
     code[distance > -OUTLINE] = 17
 
-    # each object's palette: 16 colours from the first to the second, its mark, its outline
+    # each object's palette: 16 colours from the first to the second, its mark (a shade), its outline
     main = g['colours'][objects.colour].float() + objects.jitter            # [M, 3]
     other = .3 * main + .7 * g['second'][objects.texture]
-    mark = torch.where(main.mean(1, keepdim=True) > 60, .4 * main, main + 90)       # a shade of the first
+    mark = torch.where(main.mean(1, keepdim=True) > 60, .4 * main, main + 90)
     outline = g['outlines'][objects.kind].float()
     blend = torch.linspace(0, 1, 16, device=device)[:, None]
     between = main[:, None] + blend * (other - main)[:, None]
     palette = torch.cat([between, mark[:, None], outline[:, None]], 1).flatten(0, 1)        # [M * 18, 3]
     code += 18 * torch.arange(len(b), device=device)[:, None, None]
-    paint = palette[code.flatten()].view(*code.shape, 3)                    # [M, H, W, 3]
+    paint = palette[code]                                                   # [M, H, W, 3]
 
     # painters' order: later objects hide earlier ones
-    inside = distance <= 0
     pixels_per_cell = objects.radius.float() * image_size / (RADIUS * SIDE)
-    alpha = distance.mul(-pixels_per_cell[:, None, None]).add_(.5).clamp_(0, 1)
+    alpha = (.5 - distance * pixels_per_cell[:, None, None]).clamp_(0, 1)
     for layer in range(MAX_OBJECTS):
         here = row == layer
         images = b[here]
         canvas[images] = torch.lerp(canvas[images], paint[here], alpha[here].unsqueeze(-1))
-        owner[images] = torch.where(inside[here], NUM_STUFF + layer, owner[images])
+        owner[images] = torch.where(distance[here] <= 0, NUM_STUFF + layer, owner[images])
 
     # light falls off by up to 30% along a slope
     light_x, light_y = scenes.light[..., None, None].unbind(1)              # each [B, 1, 1]
@@ -622,30 +554,26 @@ def render_ground(scenes, pixels):
     textures = world_tables(x.device)[2]
     brightness = textures.take(owner * TILE ** 2 + place) * scenes.contrast[:, None, None]
     rows = region + 3 * torch.arange(len(region), device=x.device)[:, None, None]
-    colour = scenes.ground_colour.float().flatten(0, 1)[rows.flatten()].view(*region.shape, 3)
+    colour = scenes.ground_colour.float().flatten(0, 1)[rows]
     return colour.add_(brightness.unsqueeze(-1)), owner.to(torch.uint8)
 
 
 def annotate(scenes, owner):
-    """What owner [B, H, W] (see render) says: semantic [B, H, W] (grounds, then 10 + kind), and of what is
+    """What owner [B, H, W] says: semantic [B, H, W] (grounds, then 10 + kind), and of what is
     visible masks [B, 6, H, W], boxes [B, 6, 4] (xyxy, pixels; zeros if nothing is), num_visible [B, 6]."""
     grounds = torch.arange(NUM_STUFF, device=owner.device).expand(len(owner), -1)
     class_of = torch.cat([grounds, NUM_STUFF + scenes['kind']], 1)                          # [B, 10 + 6]
     semantic = class_of.gather(1, owner.flatten(1).long()).view(owner.shape)
     objects = torch.arange(MAX_OBJECTS, device=owner.device)
     masks = owner[:, None] == NUM_STUFF + objects[:, None, None]                            # [B, 6, H, W]
+
+    # from the first to the last column and row in which something is
+    seen = torch.stack([masks.any(2), masks.any(3)], 2).int()                               # [B, 6, 2, side]
+    first = seen.argmax(-1)
+    last = seen.shape[-1] - seen.flip(-1).argmax(-1)
     num_visible = masks.flatten(2).sum(-1)
-    x1, x2 = first_and_last(masks.any(2))
-    y1, y2 = first_and_last(masks.any(3))
-    boxes = torch.stack([x1, y1, x2, y2], -1) * (num_visible > 0)[..., None]
+    boxes = torch.cat([first, last], -1) * (num_visible > 0)[..., None]
     return dict(semantic=semantic, boxes=boxes, num_visible=num_visible, masks=masks)
-
-
-def first_and_last(seen):
-    """Where the first True is, and the last, plus one. bool [..., n] -> [...], [...]."""
-    first = seen.int().argmax(-1)
-    last = seen.shape[-1] - seen.flip(-1).int().argmax(-1)
-    return first, last
 
 
 NUMBERS = ('no', 'one', 'two', 'three', 'four', 'five', 'six')
@@ -654,21 +582,16 @@ PHRASES = {
     'ring': ('{} around a centre', 'a round of {}'),
     'grid': ('a grid of {}', '{} in rows and columns'),
     'mirror': ('{} and the same mirrored', '{}, seen twice')}
-PLURALS = {
-    'leaf': 'leaves', 'box': 'boxes', 'cross': 'crosses', 'hourglass': 'hourglasses', 'plus': 'pluses',
-    'rhombus': 'rhombuses'}
+PLURALS = {'leaf': 'leaves', 'box': 'boxes', 'cross': 'crosses', 'hourglass': 'hourglasses', 'plus': 'pluses',
+           'rhombus': 'rhombuses'}
 
 
 def captions(scenes, index):
-    """What a person would say of each scene: names of kinds, textures and colours, the layout, often the
-    grounds; attributes are left out at random. Parts and rotations are never named."""
+    """What a person would say of each scene: attributes are left out at random, parts always."""
     names = ('layout', 'mode', 'valid', 'kind', 'texture', 'colour', 'x', 'y', 'radius', 'grounds')
-    fields = {name: scenes[name].tolist() for name in names}
-    found = []
-    for n, u in enumerate(uniform(WORLD_SEED, 'caption', index, 24).tolist()):
-        scene = SimpleNamespace(**{name: field[n] for name, field in fields.items()})
-        found.append(caption(scene, iter(u)))
-    return found
+    rows = zip(*(scenes[name].tolist() for name in names))
+    numbers = uniform(WORLD_SEED, 'caption', index, 24).tolist()
+    return [caption(SimpleNamespace(**dict(zip(names, row))), iter(u)) for row, u in zip(rows, numbers)]
 
 
 def caption(scene, draw):
@@ -693,14 +616,12 @@ def caption(scene, draw):
         if layout == 'mirror':
             text = ' and '.join(describe(scene, i, draw) for i in range(0, min(count, 4), 2))
         elif scene.mode >= 2:
-            first = describe(scene, 0, draw, count=0)
-            text = f'{first} and {describe(scene, 1, draw, count=0)} in turn'
+            text = ' and '.join(describe(scene, i, draw, count=0) for i in (0, 1)) + ' in turn'
         else:
             text = describe(scene, 0, draw, count)
         text = phrase.format(text)
-
+    names = list(STUFF)
     if next(draw) < .75:
-        names = list(STUFF)
         text += ' on ' + names[scene.grounds[0]]
         if next(draw) < .7:
             text += ' and ' + names[scene.grounds[1]]
@@ -709,26 +630,19 @@ def caption(scene, draw):
 
 def describe(scene, i, draw, count=1):
     """'a red striped disc', 'four red discs'; no number where count is 0. Object i of the scene."""
+    def word(names, k):         # of class k, now and then the other one
+        words = list(names.values())[k]
+        return words[-1] if next(draw) < .2 else words[0]
     words = []
     if next(draw) < .75:
         words.append(list(COLOURS)[scene.colour[i]])
     if next(draw) < (.55 if scene.texture[i] else .2):
-        words.append(synonym(TEXTURES, scene.texture[i], draw))
-    kind = synonym(KINDS, scene.kind[i], draw)
+        words.append(word(TEXTURES, scene.texture[i]))
+    words.append(word(KINDS, scene.kind[i]))
     if count == 1:
-        words.append(kind)
-        words.insert(0, 'an' if words[0][0] in 'aeiou' else 'a')
-    else:
-        words.append(PLURALS.get(kind, kind + 's'))
-        if count:
-            words.insert(0, NUMBERS[count])
-    return ' '.join(words)
-
-
-def synonym(names, k, draw):
-    """The name of class k, now and then another word for it."""
-    words = list(names.values())[k]
-    return words[-1] if next(draw) < .2 else words[0]
+        return ' '.join(['an' if words[0][0] in 'aeiou' else 'a', *words])
+    words[-1] = PLURALS.get(words[-1], words[-1] + 's')
+    return ' '.join([NUMBERS[count], *words] if count else words)
 
 
 # ---- words to numbers ---------------------------------------------------------------------------
@@ -740,14 +654,6 @@ START = '<|startoftext|>'
 END = '<|endoftext|>'
 WORD = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
-
-
-def byte_letters():
-    """{byte: the printable character that stands for it}, in the order of CLIP's ids."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = {byte: chr(byte) for byte in printable}
-    others = [byte for byte in range(256) if byte not in letters]
-    return letters | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def clean(text):
@@ -762,14 +668,11 @@ def clean(text):
 def merge_pair(symbols, pair, merged):
     """The list with every adjacent (a, b) == pair, from the left, replaced by merged."""
     result = []
-    i = 0
-    while i < len(symbols):
-        if tuple(symbols[i:i + 2]) == pair:
-            result.append(merged)
-            i += 2
+    for symbol in symbols:
+        if result and (result[-1], symbol) == pair:
+            result[-1] = merged
         else:
-            result.append(symbols[i])
-            i += 1
+            result.append(symbol)
     return result
 
 
@@ -780,20 +683,19 @@ class Tokenizer:
     def __init__(self, merges, context=77):
         self.merges = list(merges)
         self.context = context
-        self.letters = byte_letters()
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printable]
+        self.letters = {byte: chr(byte) for byte in printable}          # what stands for each, by id
+        self.letters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
         letters = list(self.letters.values())
         self.pieces = letters + [letter + '</w>' for letter in letters]         # by id
         self.ids = {piece: i for i, piece in enumerate(self.pieces)}
         self.ranks = {}                                     # (id, id) -> (priority, id of the two together)
         for rank, line in enumerate(self.merges):
-            pair = line.split()
-            if len(pair) != 2 or not self.ids.keys() >= set(pair):
-                raise Refused(f'merge {rank + 1} is {line[:80]!r}; expected two pieces of earlier lines')
-            piece = ''.join(pair)
-            merged = self.ids.setdefault(piece, len(self.pieces))
-            self.pieces.append(piece)
-            self.ranks[self.ids[pair[0]], self.ids[pair[1]]] = rank, merged
-
+            left, right = line.split()                      # two pieces of earlier lines
+            merged = self.ids.setdefault(left + right, len(self.pieces))
+            self.pieces.append(left + right)
+            self.ranks[self.ids[left], self.ids[right]] = rank, merged
         self.start = len(self.pieces)
         self.end = self.start + 1
         self.special = {START: [self.start], END: [self.end]}
@@ -802,7 +704,7 @@ class Tokenizer:
         self.encode = functools.lru_cache(1 << 17)(self.encode)             # some 30 MB
 
     def __call__(self, texts):
-        """Captions (or one) -> ids [B, context] int64: start, words, end, zeros. Too long: end is the last."""
+        """Captions (or one) -> ids [B, context] int64: start, words, end, zeros. Where too long, end is last."""
         texts = [texts] if isinstance(texts, str) else texts
         result = np.zeros((len(texts), self.context), dtype=np.int64)
         for row, text in zip(result, texts):
@@ -814,55 +716,47 @@ class Tokenizer:
         return torch.from_numpy(result)
 
     def encode(self, chunk):
-        """Ids of cleaned text without spaces, remembered by chunk ('dog.') and by word ('dog')."""
+        """Ids of cleaned text without spaces, remembered by chunk ('dog.') and by word ('dog'). Those of a
+        word: the merge of highest priority first, until none applies."""
         words = WORD.findall(chunk)
-        if words == [chunk]:
-            return self.merge(chunk)
-        return [i for word in words for i in self.encode(word)]
+        if words != [chunk]:
+            return [i for word in words for i in self.encode(word)]
+        if chunk in self.special:
+            return self.special[chunk]
+        ids = [self.ids[letter] for letter in self.spell(chunk)]
+        while True:
+            pairs = [pair for pair in zip(ids, ids[1:]) if pair in self.ranks]
+            if not pairs:
+                return ids
+            best = min(pairs, key=self.ranks.get)
+            ids = merge_pair(ids, best, self.ranks[best][1])
 
-    def spell(self, word):
-        """'cat' -> ['c', 'a', 't</w>']: one letter per byte of UTF-8."""
+    def spell(self, word):      # 'cat' -> ['c', 'a', 't</w>']: one letter per byte of UTF-8
         letters = [self.letters[byte] for byte in word.encode('utf-8', 'replace')]
         letters[-1] += '</w>'
         return letters
 
-    def merge(self, word):
-        """Ids of one word: the merge of highest priority first, until none applies."""
-        if word in self.special:
-            return self.special[word]
-        ids = [self.ids[letter] for letter in self.spell(word)]
-        while found := [pair for pair in zip(ids, ids[1:]) if pair in self.ranks]:
-            best = min(found, key=self.ranks.get)
-            _, merged = self.ranks[best]
-            ids = merge_pair(ids, best, merged)
-        return ids
-
     def decode(self, ids):
-        """Text of a list or tensor of ids, a space after each word, as CLIP's."""
+        """Text of a list or tensor of ids, a space after each word, as CLIP's (to which padding, id 0, is '!')."""
         byte_of = {letter: byte for byte, letter in self.letters.items()}
         text = ''.join(self.pieces[i] for i in torch.as_tensor(ids).tolist())
-        raw = bytes(byte_of[letter] for letter in text)
-        return raw.decode('utf-8', errors='replace').replace('</w>', ' ')
+        return bytes(byte_of[letter] for letter in text).decode('utf-8', errors='replace').replace('</w>', ' ')
 
     @classmethod
     def from_file(cls, path):
-        """CLIP's bpe_simple_vocab_16e6.txt.gz, or the same unpacked: a header line, then 'a b' lines."""
+        """CLIP's bpe_simple_vocab_16e6.txt.gz: a header line, then 'a b' lines."""
         try:
-            with open(path, 'rb') as file:
-                raw = file.read()
-            if raw[:2] == b'\x1f\x8b':
-                raw = gzip.decompress(raw)
-            lines = raw.decode('utf-8').split('\n')
+            with gzip.open(path) as file:
+                lines = file.read().decode('utf-8').split('\n')
             if '#version' not in lines[0]:
                 raise ValueError("the first line lacks '#version'")
             return cls([line for line in lines[1:NUM_CLIP_MERGES + 1] if line.strip()])
-        except (OSError, EOFError, zlib.error, ValueError) as error:
-            expected = 'expected bpe_simple_vocab_16e6.txt.gz'
-            raise Refused(f'{path}: no BPE merge table ({error}); {expected}') from None
+        except (OSError, EOFError, zlib.error, ValueError, KeyError) as error:
+            table = 'bpe_simple_vocab_16e6.txt.gz'
+            raise Refused(f'{path}: no BPE merge table ({error}); expected {table}') from None
 
     @classmethod
-    def openai(cls, path='', folder='out'):
-        """CLIP's tokenizer: from the file given, or from the download (once, checked, into folder)."""
+    def openai(cls, path='', folder='out'):  # from this file, or downloaded once into folder
         table = os.path.join(folder, os.path.basename(CLIP_MERGES))
         advice = 'pass --bpe FILE with a copy of bpe_simple_vocab_16e6.txt.gz'
         return cls.from_file(path or fetch(CLIP_MERGES, CLIP_MERGES_SHA256, table, advice))
@@ -872,11 +766,8 @@ class Tokenizer:
         """A small vocabulary of the same form from the 5,000 most frequent words: each merge is the most
         frequent pair (ties: the last in the alphabet), until every word has become one piece."""
         bare = cls([])
-        counts = Counter()
-        for caption in captions:
-            counts.update(WORD.findall(clean(caption)))
+        counts = Counter(word for caption in captions for word in WORD.findall(clean(caption)))
         words = [(bare.spell(word), count) for word, count in counts.most_common(5000)]
-
         pairs = Counter()
 
         def count_pairs(pieces, count):
@@ -885,7 +776,6 @@ class Tokenizer:
 
         for pieces, count in words:
             count_pairs(pieces, count)
-
         merges = []
         while len(merges) < num_merges and pairs:
             best = max(pairs, key=lambda pair: (pairs[pair], pair))
@@ -902,30 +792,18 @@ class Tokenizer:
 
 def fetch(url, sha256, path, advice):
     """The file at url as path, only if it is the known one; returns path, at once if it is there."""
-    if os.path.exists(path):
-        return path
-    try:
-        with urllib.request.urlopen(url, timeout=20) as reply:
-            raw = reply.read()
-    except (OSError, http.client.HTTPException) as error:   # URLError and timeouts are OSErrors
-        raise Refused(f'{url} could not be fetched ({error}); {advice}') from error
-    if hashlib.sha256(raw).hexdigest() != sha256:
-        raise Refused(f'{url} gave {len(raw):,} bytes that are not the known file; {advice}')
-
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    with open(f'{path}.{os.getpid()}', 'wb') as file:       # several processes may fetch at once
-        file.write(raw)
-    os.replace(file.name, path)
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        try:                                                # several processes may fetch at once
+            torch.hub.download_url_to_file(url, path, sha256, progress=False)
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            raise Refused(f'{url} could not be fetched ({error}); {advice}') from error
     return path
 
 
 # ---- images from files --------------------------------------------------------------------------
 
 SUFFIXES = tuple('.jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .jp2 .tga'.split())
-ORIENTATION = 0x0112            # EXIF's note of how the camera was held
-UPRIGHT = Image.Transpose       # what undoes it; from 5 on width and height change places
-TURNS = {2: UPRIGHT.FLIP_LEFT_RIGHT, 3: UPRIGHT.ROTATE_180, 4: UPRIGHT.FLIP_TOP_BOTTOM, 5: UPRIGHT.TRANSPOSE,
-         6: UPRIGHT.ROTATE_270, 7: UPRIGHT.TRANSVERSE, 8: UPRIGHT.ROTATE_90}
 NUM_CROP = 23                   # uniform numbers a crop takes: 10 tries of (area, aspect), top, left, flip
 NUM_AUGMENT = 10                # what follows them: those of AUGMENTS; then when a clip's frames are taken
 FILL = (123, 117, 104)          # what comes in from beyond the border: CLIP's mean colour
@@ -944,8 +822,7 @@ def to_rgb(image):
     """Any PIL mode -> 'RGB': deep pixels scaled to 8 bits (PIL would clip them), transparency over white."""
     if image.mode.startswith('I') or image.mode == 'F':
         pixels = np.nan_to_num(np.asarray(image).astype(np.float64)).clip(0)
-        tops = (65535,) if ';16' in image.mode else (1, 255, 65535)     # 32 bits do not say what is white
-        white = min((top for top in tops if pixels.max() <= top), default=pixels.max())
+        white = 65535 if ';16' in image.mode else pixels.max() or 1     # 32 bits do not say what is white
         image = Image.fromarray((pixels * (255 / white)).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert('RGBA')
@@ -953,36 +830,35 @@ def to_rgb(image):
     return image.convert('RGB')
 
 
+class Unreadable(Refused, OSError):
+    """A damaged file among many is replaced, as any that gives an OSError; alone it is refused."""
+
+
 def read_part(path, box_of, size=math.inf):
-    """-> (upright PIL 'RGB' image, box_of(width, height) in it, whether it was decoded smaller than it is).
-    Where the box is at least 4 x size, a JPEG is decoded at 1/2, 1/4 or 1/8, which is much faster, and the
-    box is scaled with it. OSError if the image cannot be read."""
+    """-> (upright PIL 'RGB' image, box_of(width, height) in it, whether it was decoded smaller: a JPEG is, at 1/2
+    to 1/8, where the box is at least 4 x size, which is much faster). OSError if it cannot be read."""
     try:
         with Image.open(path) as image:
             width, height = image.size
-            turn = image.getexif().get(ORIENTATION, 1)
-            box = box_of(height, width) if turn in (5, 6, 7, 8) else box_of(width, height)
-
+            lies = image.getexif().get(0x112, 1) >= 5       # the camera was held upright: so is what we give
+            box = box_of(height, width) if lies else box_of(width, height)
             shrink = min(box[2] - box[0], box[3] - box[1]) / (2 * size)
             smaller = None
             if shrink >= 2:
                 smaller = image.draft('RGB', (math.ceil(width / shrink), math.ceil(height / shrink)))
             if smaller:
                 box = [side * smaller[1][2] / width for side in box]
-
-            image = to_rgb(image)
-            return image.transpose(TURNS[turn]) if turn in TURNS else image, box, bool(smaller)
+            ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image), box, bool(smaller)
     except Exception as error:  # decoders raise SyntaxError, ValueError, struct.error and more
-        raise OSError(f'{path} cannot be read: {error}') from error
+        raise Unreadable(f'{path} cannot be read: {error}') from error
 
 
-def read_image(path):
-    """The whole upright image, PIL 'RGB'. OSError if it cannot be read."""
+def read_image(path):           # whole and upright, PIL
     return read_part(path, lambda width, height: (0, 0, width, height))[0]
 
 
-def to_tensor(image):
-    """PIL 'RGB' -> uint8 [3, H, W]."""
+def to_tensor(image):       # PIL 'RGB' -> uint8 [3, H, W]
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -1000,7 +876,6 @@ def crop_box(u, crop, width, height):
             top = int(u[20] * (height - h + 1))
             left = int(u[21] * (width - w + 1))
             return left, top, left + w, top + h
-
     w = min(width, round(height * (4 / 3)))
     h = min(height, round(width / (3 / 4)))
     left = (width - w) // 2
@@ -1019,8 +894,8 @@ def load_crop(path, image_size, u, crop=(.2, 1)):
 
 
 def load_view(path, image_size, share=224 / 256, place=.5):
-    """The evaluation view of one image, bicubic: uint8 [3, S, S], a square of that share of the shorter side.
-    224 / 256: resize the shorter side to 256, crop 224. place: where on the longer side, 0 to 1."""
+    """The evaluation view of one image, bicubic: uint8 [3, S, S], a square of that share of the shorter side
+    (224 / 256: CLIP's resize to 256, crop 224). place: where on the longer side, 0 to 1."""
     def box_of(width, height):
         side = min(width, height) * share
         left = (width - side) * (place if width > height else .5)
@@ -1035,10 +910,6 @@ def moved(image, *matrix):
     return image.transform(image.size, affine, matrix, Image.Resampling.BICUBIC, fillcolor=FILL)
 
 
-def enhanced(kind):
-    return lambda image, m, sign: getattr(ImageEnhance, kind)(image).enhance(1 + sign * .9 * m)
-
-
 # m: magnitude, 0 to 1; sign: 1 or -1. timm's "increasing" set: a larger m always changes more
 RAND_AUGMENT = {
     'autocontrast': lambda x, m, sign: ImageOps.autocontrast(x),
@@ -1048,17 +919,18 @@ RAND_AUGMENT = {
     'posterize':    lambda x, m, sign: ImageOps.posterize(x, max(1, 4 - int(4 * m))),
     'solarize':     lambda x, m, sign: ImageOps.solarize(x, 256 - int(256 * m)),
     'solarize_add': lambda x, m, sign: x.point(lambda v: min(255, v + int(110 * m)) if v < 128 else v),
-    'color': enhanced('Color'), 'contrast': enhanced('Contrast'),
-    'brightness': enhanced('Brightness'), 'sharpness': enhanced('Sharpness'),
+    'color':        lambda x, m, sign: ImageEnhance.Color(x).enhance(1 + sign * .9 * m),
+    'contrast':     lambda x, m, sign: ImageEnhance.Contrast(x).enhance(1 + sign * .9 * m),
+    'brightness':   lambda x, m, sign: ImageEnhance.Brightness(x).enhance(1 + sign * .9 * m),
+    'sharpness':    lambda x, m, sign: ImageEnhance.Sharpness(x).enhance(1 + sign * .9 * m),
     'shear_x':      lambda x, m, sign: moved(x, 1, sign * .3 * m, 0, 0, 1, 0),
     'shear_y':      lambda x, m, sign: moved(x, 1, 0, 0, sign * .3 * m, 1, 0),
     'translate_x':  lambda x, m, sign: moved(x, 1, 0, sign * .45 * m * x.width, 0, 1, 0),
-    'translate_y':  lambda x, m, sign: moved(x, 1, 0, 0, 0, 1, sign * .45 * m * x.height),
-}
+    'translate_y':  lambda x, m, sign: moved(x, 1, 0, 0, 0, 1, sign * .45 * m * x.height)}
 
 
 def rand_augment(image, u):
-    """RandAugment (arXiv:1909.13719), timm's m9-mstd0.5-inc1: two of the fifteen, each done half of the time,
+    """RandAugment (arXiv:1909.13719), timm's m9-mstd0.5-inc1: two of the fifteen, each with a chance of .5,
     at a magnitude of 9 +- .5 of 10. image uint8 [3, S, S]; u: 10 uniform numbers."""
     image = Image.fromarray(image.permute(1, 2, 0).numpy())
     for which, does, sign, a, b in (u[0:5], u[5:10]):
@@ -1070,21 +942,18 @@ def rand_augment(image, u):
     return to_tensor(image)
 
 
-def to_grey(images):
-    """float [..., 3, H, W] -> [..., 1, H, W]."""
-    return (images * torch.tensor([.299, .587, .114]).view(3, 1, 1)).sum(-3, keepdim=True)
-
-
 def change_colours(images, u):
     """EVA's for videos: brightness, contrast and saturation change with a chance of .8 (by up to .4: ours),
     and all turns grey with .2. images uint8 [..., 3, S, S], frames alike; u: 5 uniform numbers."""
+    def grey(x):
+        return (x * torch.tensor([.299, .587, .114]).view(3, 1, 1)).sum(-3, keepdim=True)
     x = images.float()
     if u[0] < .8:
         x = x * (.6 + .8 * u[1])
-        x = torch.lerp(to_grey(x).mean().expand_as(x), x, .6 + .8 * u[2])
-        x = torch.lerp(to_grey(x).expand_as(x), x, .6 + .8 * u[3])
+        x = torch.lerp(grey(x).mean().expand_as(x), x, .6 + .8 * u[2])
+        x = torch.lerp(grey(x).expand_as(x), x, .6 + .8 * u[3])
     if u[4] < .2:
-        x = to_grey(x).expand_as(x)
+        x = grey(x).expand_as(x)
     return x.round().clamp(0, 255).to(torch.uint8)
 
 
@@ -1094,8 +963,7 @@ AUGMENTS = {'rand': rand_augment, 'colour': change_colours}
 # ---- folders, clips and shards ------------------------------------------------------------------
 
 def list_files(root):
-    """-> (images, texts): sorted paths of images below root, with '/'; those of .txt files, without suffix.
-    What begins with a dot is left out."""
+    """-> (sorted paths of images below root, with '/'; those of .txt files, without suffix)."""
     names = [name.replace(os.sep, '/') for name in glob.iglob('**/*', root_dir=root, recursive=True)]
     texts = {name[:-4] for name in names if name.endswith('.txt')}
     return sorted(name for name in names if name.lower().endswith(SUFFIXES)), texts
@@ -1110,71 +978,41 @@ def split_by_hash(paths):
     return {'train': train or paths, 'val': sorted(val)}
 
 
-def find_split(path, split):
-    """(folder of a split, folder of the other): train/ and val/, maybe below images/; else (path, '')."""
-    names = ('train', 'val') if split == 'train' else ('val', 'train')
-    for base in (path, os.path.join(path, 'images')):
-        here, other = (os.path.join(base, name) for name in names)
-        if os.path.isdir(here) and os.path.isdir(other):
-            return here, other
-    return path, ''
-
-
-def class_names(paths):
-    """The class of each path: its first folder below those that all share; [] unless every image has one."""
-    parts = [path.split('/')[:-1] for path in paths]
-    depth = len(os.path.commonprefix(parts))                # takes any sequences, not only strings
-    return [part[depth] for part in parts] if all(len(part) > depth for part in parts) else []
-
-
-def to_text(raw, name, broken):
-    """Bytes of a caption as text; what is not UTF-8 in them becomes U+FFFD, noted in broken."""
-    text = raw.decode('utf-8', 'replace').strip()
-    if '\ufffd' in text and '\ufffd'.encode() not in raw:
-        broken.append(('captions are not UTF-8', name))
-    return text
-
-
-class Unfit(OSError):
-    """A file that can be read and is no sample; what is said begins with its path."""
-
-
 class Files:
-    """What readers of files share: samples at paths below root, in batches.
-    A reader has sample(i, image_size, u, broken): a dict of sample i as seen in training, from uniform
-    numbers u, or, where u is None, as judged. It raises OSError if it cannot."""
+    """What readers of files share. Each has sample(i, image_size, u): a dict of sample i, in training by
+    uniform numbers u, or, where u is None, as judged; OSError if it cannot be read."""
     reads_files = True          # worker processes help
+    says_why = False            # reports name broken samples, or say what is wrong with them
     frames = 0
 
     def __len__(self):
         return len(self.paths)
 
-    def index(self, position, seed):
-        """Which samples stand at these positions [B] of a run: a list."""
+    def index(self, position, seed):  # which samples stand at these positions [B] of a run
         return sample_index(position, len(self), seed).tolist()
 
-    def first_readable(self, first, image_size, u, broken, most=None):
-        """Sample `first`, or the next that can be read of all (or of most); others' names go to broken."""
+    def first_readable(self, first, image_size, u, broken):
+        """Sample `first`, or the next that can be read; others' names go to broken."""
         num = len(self.paths)
-        tries = most or num
-        for i in range(first, first + tries):
+        for i in range(first, first + num):
             i = i % num
             try:
-                return self.sample(i, image_size, u, broken)
+                return self.sample(i, image_size, u)
             except OSError as error:
-                name = str(error) if isinstance(error, Unfit) else self.paths[i]
-                broken.append((f'of {num:,} images could not be read and were replaced', name))
                 last = error
-        raise Refused(f'{self.root}: none of {tries:,} images can be used; the last: {last}')
+                name = str(error) if self.says_why else self.paths[i]
+                broken.append((f'of {num:,} images could not be read and were replaced', name))
+        raise Refused(f'{self.root}: none of {num:,} images can be used; the last: {last}')
 
     def batch(self, position, image_size, seed=0, device='cpu', train=True):
-        """The samples at these positions [B] as one dict, tensors stacked, other things in lists; and position,
-        broken. train: as seen in training, else as judged."""
+        """The samples at these positions [B], as seen in training (train) or as judged: one dict, tensors stacked,
+        other things in lists; and position, broken."""
         broken = []
         numbers = uniform(seed, 'crop', position, NUM_CROP + NUM_AUGMENT + self.frames).tolist()
         samples = [self.first_readable(first, image_size, u if train else None, broken)
                    for first, u in zip(self.index(position, seed), numbers)]
-
+        broken += [('captions are not UTF-8', self.paths[sample['index']]) for sample in samples
+                   if '\ufffd' in sample.get('captions', '')]
         batch = {name: [sample[name] for sample in samples] for name in samples[0]}
         for name, values in batch.items():
             if torch.is_tensor(values[0]):
@@ -1187,61 +1025,68 @@ class Folder(Files):
     both exist, else split_by_hash. 'test' is val/ or, without it, every image: nothing was trained on it.
     Class folders give labels and 'a photo of a ...'; a .txt beside an image is its caption."""
 
-    def __init__(self, path, split='train', views=Views()):
+    def __init__(self, path, split='train', views=Views(), frames=0):
         self.views = views
+        self.frames = frames
         self.broken = set()     # (what, name) of what could not be read, met so far
-        self.root, other = find_split(path, split)
+        self.root = path
+        other = ''
+        for base in (os.path.join(path, 'images'), path):
+            folders = [os.path.join(base, name) for name in ('train', 'val')]
+            if all(map(os.path.isdir, folders)):
+                self.root, other = folders if split == 'train' else folders[::-1]
         files, texts = self.find(self.root)
-        others, _ = self.find(other) if other else ([], [])
+        others = self.find(other)[0] if other else []
         self.paths = files if other or split == 'test' else split_by_hash(files)[split]
         if not self.paths:
             raise Refused(f'{self.root}: no images in it or below; looked for {" ".join(SUFFIXES)} and .tar '
                           'shards (json lists and the like are not read: unpack them)')
 
-        # the other split's classes count too, so that both give the same ids
-        names = class_names(files + others)
-        self.classes = sorted(set(names))
-        self.label_names = self.classes
-        class_of = dict(zip(files, names))
-        ids = {name: i for i, name in enumerate(self.classes)}
-        self.labels = [ids[class_of[path]] for path in self.paths] if names else None
+        # a class is the first folder below those that all share; the other split's count too
+        parts = [path.split('/')[:-1] for path in files + others]
+        depth = len(os.path.commonprefix(parts))            # takes any sequences, not only strings
+        names = [part[depth] for part in parts if len(part) > depth]
+        class_of = dict(zip(files + others, names)) if len(names) == len(parts) else {}
+        self.set_labels(class_of, sorted(set(class_of.values())))
+        self.classes = self.label_names
         self.texts = {path for path in self.paths if os.path.splitext(path)[0] in texts}
-        self.has_captions = bool(names) or len(self.texts) == len(self.paths)
-        self.first_readable(0, 8, None, [])             # refused unless some image can be read
+        self.has_captions = bool(class_of) or len(self.texts) == len(self.paths)
+        self.first_readable(0, 8, None, [])                 # refused unless some image can be read
 
-    def find(self, root):
-        """(samples below root, those with a caption without their suffix); see list_files."""
-        return list_files(root)
+    find = staticmethod(list_files)                         # a Clips' samples are folders
 
-    def some_captions(self, num):
-        """Captions of the first num images, from which a tokenizer learns its vocabulary."""
-        return [self.caption(i, []) for i in range(min(num, len(self)))]
+    def set_labels(self, class_of, names):
+        """class_of: {path: the name of its class}, or empty; names: of all classes, in order."""
+        self.label_names = names
+        ids = {name: i for i, name in enumerate(names)}
+        self.labels = [ids[class_of[path]] for path in self.paths] if class_of else None
 
-    def caption(self, i, broken):
+    def some_captions(self, num):  # of the first, for a tokenizer to learn from
+        return [self.caption(i) for i in range(min(num, len(self)))]
+
+    def caption(self, i):
         """The .txt beside image i, else its class in a sentence, else ''."""
         if self.paths[i] in self.texts:
             path = os.path.join(self.root, os.path.splitext(self.paths[i])[0] + '.txt')
-            with open(path, 'rb') as file:
-                return to_text(file.read(), path, broken)
+            with open(path, encoding='utf-8', errors='replace') as file:
+                return file.read().strip()
         return 'a photo of a ' + self.classes[self.labels[i]].replace('_', ' ') if self.classes else ''
 
     def image(self, i):
         """What PIL can open of image i: a path, or its bytes as a file."""
         return os.path.join(self.root, self.paths[i])
 
-    def train_view(self, i, image_size, u):
+    def view(self, i, image_size, u):
+        """Image i as seen in training, or, without u, as judged."""
+        if u is None:
+            return load_view(self.image(i), image_size, self.views.share)
         return load_crop(self.image(i), image_size, u, self.views.crop)
 
-    def eval_view(self, i, image_size):
-        return load_view(self.image(i), image_size, self.views.share)
-
-    def sample(self, i, image_size, u, broken):
+    def sample(self, i, image_size, u):
         """dict of sample i: images [3, S, S], index, labels if there are any, captions if all have one."""
-        caption = self.caption(i, broken)
-        if u is None:
-            image = self.eval_view(i, image_size)
-        else:
-            image = self.train_view(i, image_size, u)
+        caption = self.caption(i)
+        image = self.view(i, image_size, u)
+        if u is not None:
             has_sides = re.search(r'\b(left|right)', caption, re.IGNORECASE)    # untrue of the mirror image
             if self.views.flip and u[22] < .5 and not has_sides:
                 image = image.flip(-1)
@@ -1256,14 +1101,9 @@ class Folder(Files):
 
 
 class Clips(Folder):
-    """A folder of clips, each a folder of frames in the order of their names; splits, classes as Folder's.
-    T frames of each are seen, one from every T-th of it: [T, 3, S, S]. Judged are 4 choices of frames times
-    3 squares along the longer side: [12, T, 3, S, S]."""
+    """A folder of clips, each a folder of frames, of which T are seen, one from every T-th: [T, 3, S, S]. Judged
+    are 4 choices of frames times 3 squares along the longer side: [12, T, 3, S, S]."""
     VIEWS = (4, 3)
-
-    def __init__(self, path, split='train', frames=8, views=Views()):
-        self.frames = frames
-        super().__init__(path, split, views)
 
     def find(self, root):
         num_frames = Counter(os.path.dirname(name) for name in list_files(root)[0])
@@ -1275,22 +1115,19 @@ class Clips(Folder):
 
     def frame_paths(self, i, times):
         """A frame from every T-th of clip i. times: T numbers from 0 to 1, where in its part each lies."""
-        folder = os.path.join(self.root, self.paths[i])
-        names = [name for name in os.listdir(folder) if name.lower().endswith(SUFFIXES) and name[0] != '.']
+        folder = self.image(i)
+        names = sorted(name for name in os.listdir(folder) if name.lower().endswith(SUFFIXES) and name[0] != '.')
         places = [int((t + time) * len(names) / self.frames) for t, time in enumerate(times)]
-        return [os.path.join(folder, sorted(names)[place]) for place in places]
+        return [os.path.join(folder, names[place]) for place in places]
 
-    def train_view(self, i, image_size, u):
-        paths = self.frame_paths(i, u[NUM_CROP + NUM_AUGMENT:])
-        return torch.stack([load_crop(path, image_size, u, self.views.crop) for path in paths])
-
-    def eval_view(self, i, image_size):
-        num_times, num_places = self.VIEWS
+    def view(self, i, image_size, u):
+        if u is not None:
+            paths = self.frame_paths(i, u[NUM_CROP + NUM_AUGMENT:])
+            return torch.stack([load_crop(path, image_size, u, self.views.crop) for path in paths])
         views = []
-        for time in range(num_times):
-            paths = self.frame_paths(i, [(time + .5) / num_times] * self.frames)
-            for n in range(num_places):
-                place = n / (num_places - 1)
+        for time in (.125, .375, .625, .875):
+            paths = self.frame_paths(i, [time] * self.frames)
+            for place in (0, .5, 1):
                 frames = [load_view(path, image_size, self.views.share, place) for path in paths]
                 views.append(torch.stack(frames))
         return torch.stack(views)
@@ -1298,8 +1135,7 @@ class Clips(Folder):
 
 class Shards(Folder):
     """Samples in tar files, as img2dataset and webdataset write them: members of one basename are an image,
-    its caption (.txt, or "caption" in .json) and its class (.cls). 5% by hash of shard/basename are validation.
-    Headers are read once at the start; then a sample is read where it lies, in the order of a folder's."""
+    its caption (.txt, or "caption" in .json) and class (.cls). Each is read where it lies."""
 
     def __init__(self, paths, split='train', views=Views()):
         self.views = views
@@ -1308,48 +1144,47 @@ class Shards(Folder):
         self.broken = set()
         members = self.find_members()
         if not members:
-            looked = 'looked for ' + ' '.join(SUFFIXES)
-            raise Refused(f'{self.root}: no images in {len(paths)} tar shards; {looked}')
+            looked = ' '.join(SUFFIXES)
+            raise Refused(f'{self.root}: no images in {len(paths)} tar shards; looked for {looked}')
 
         # a caption for each, or for none
         described = {name for name, row in members.items() if 'txt' in row or 'json' in row}
         self.has_captions = bool(described)
-        if described:
-            silent = members.keys() - described
-            self.broken |= {('images without a caption were left out', name) for name in silent}
+        silent = members.keys() - described if described else ()
+        self.broken |= {('images without a caption were left out', name) for name in silent}
         names = sorted(described or members)
         self.paths = names if split == 'test' else split_by_hash(names)[split]
-        kinds = ('image', 'txt', 'json')
-        rows = [[members[name].get(kind, (0, 0, 0)) for kind in kinds] for name in self.paths]
-        self.rows = np.array(rows)                                                  # [n, 3, 3] int64
+        self.rows = np.array([[members[name].get(kind, (0, 0, 0)) for kind in ('image', 'txt', 'json')]
+                              for name in self.paths])                              # [n, 3, 3] int64
 
         # a class for each, or for none
-        self.labels = None
-        self.label_names = []
+        class_of = {}
         if all('cls' in row for row in members.values()):
             class_of = {name: self.read(*row['cls']).decode().strip() for name, row in members.items()}
-            self.label_names = sorted(set(class_of.values()))
-            self.label_names.sort(key=lambda name: len(name) if name.isdecimal() else 0)        # 9 before 10
-            ids = {name: i for i, name in enumerate(self.label_names)}
-            self.labels = [ids[class_of[name]] for name in self.paths]
-        are_numbers = all(name.isdecimal() for name in self.label_names)
-        self.classes = [] if are_numbers else self.label_names
-        self.first_readable(0, 8, None, [])             # refused unless some image can be read
+        names = sorted(set(class_of.values()))
+        names.sort(key=lambda name: len(name) if name.isdecimal() else 0)           # 9 before 10
+        self.set_labels(class_of, names)
+        self.classes = [] if all(map(str.isdecimal, names)) else names
+        self.first_readable(0, 8, None, [])                 # refused unless some image can be read
 
     def find_members(self):
         """{'shard/basename': {'image', 'txt', 'json' or 'cls': (shard, offset, size)}} of every image."""
         rows = {}
         for shard, path in enumerate(self.shards):
-            members, whole = tar_members(path)
-            if not whole:
+            end = os.path.getsize(path)
+            try:
+                with tarfile.open(path, 'r:') as archive:
+                    for member in filter(tarfile.TarInfo.isfile, archive):
+                        base, _, suffix = os.path.basename(member.name).partition('.')
+                        what = 'image' if f'.{suffix.lower()}' in SUFFIXES else suffix
+                        key = os.path.join(os.path.basename(path), os.path.dirname(member.name), base)
+                        if member.offset_data + member.size <= end:
+                            rows.setdefault(key, {})[what] = shard, member.offset_data, member.size
+                    archive.fileobj.seek(archive.offset)
+                    if archive.fileobj.read(512) != bytes(512):         # the zeros that end every tar
+                        raise tarfile.ReadError('no end')
+            except (OSError, tarfile.TarError):         # what comes before the damage counts
                 self.broken.add(('shards are cut short or damaged', path))
-
-            for name, offset, size in members:
-                folder, file = os.path.split(name)
-                base, _, suffix = file.partition('.')
-                what = 'image' if f'.{suffix.lower()}' in SUFFIXES else suffix
-                key = f'{os.path.basename(path)}/{os.path.join(folder, base)}'
-                rows.setdefault(key, {})[what] = shard, offset, size
         return {key: row for key, row in rows.items() if 'image' in row}
 
     def read(self, shard, offset, size):
@@ -1357,13 +1192,12 @@ class Shards(Folder):
             file.seek(offset)
             return file.read(size)
 
-    def caption(self, i, broken):
+    def caption(self, i):
         _, text, held = self.rows[i]
         if text[2]:
-            return to_text(self.read(*text), f'{self.paths[i]}.txt', broken)
+            return self.read(*text).decode('utf-8', 'replace').strip()
         try:                    # img2dataset's json
-            held = json.loads(to_text(self.read(*held), f'{self.paths[i]}.json', broken))
-            return str(held['caption'] or '')
+            return str(json.loads(self.read(*held).decode('utf-8', 'replace'))['caption'] or '')
         except (ValueError, LookupError, TypeError):
             return ''
 
@@ -1371,117 +1205,57 @@ class Shards(Folder):
         return io.BytesIO(self.read(*self.rows[i, 0]))
 
 
-def tar_members(path):
-    """-> ([(name, offset, size)] of a tar's files, whether it is whole). Damaged: what comes before."""
-    members = []
-    try:
-        with tarfile.open(path, 'r:') as archive:
-            for member in archive:
-                if member.isfile():
-                    members.append((member.name, member.offset_data, member.size))
-            archive.fileobj.seek(archive.offset)
-            whole = archive.fileobj.read(512) == bytes(512)         # the block of zeros that ends every tar
-    except (OSError, tarfile.TarError):
-        whole = False
-    end = os.path.getsize(path) if os.path.exists(path) else 0
-    return [member for member in members if member[1] + member[2] <= end], whole
-
-
-def report_broken(dataset):
-    """A line for each kind of trouble with the data, '' if there was none."""
+def report_broken(dataset):     # a line for each kind of trouble
     lines = []
     for kind in sorted({what for what, _ in dataset.broken}):
         names = sorted(name for what, name in dataset.broken if what == kind)
-        names = [name.encode('utf-8', 'replace').decode() for name in names]
+        some = ', '.join(names[:3]).encode('utf-8', 'replace').decode()
         more = ', ...' if len(names) > 3 else ''
-        lines.append(f'{len(names):,} {kind}: {", ".join(names[:3])}{more}')
+        lines.append(f'{len(names):,} {kind}: {some}{more}')
     return '\n'.join(lines)
 
 
 # ---- masks --------------------------------------------------------------------------------------
 # A mask is kept as COCO does: the lengths of its runs down the columns, starting with one, perhaps empty,
 # of zeros. Boxes are [x1, y1, x2, y2] in pixels, a json's [x, y, width, height]; pixel i covers i to i + 1,
-# so a width is x2 - x1 and no 1 is ever added. All equals what COCO's own tools give.
+# so a width is x2 - x1. All equals what COCO's own tools give.
 
-def encode_mask(mask):
-    """mask bool [H, W] -> run lengths."""
+def encode_mask(mask):          # bool [H, W] -> run lengths
     flat = np.asarray(mask, dtype=bool).T.ravel()
-    return edges_to_runs(np.flatnonzero(np.diff(flat, prepend=False)), flat.size)
+    edges = np.flatnonzero(np.diff(flat, prepend=False))
+    return np.diff(edges, prepend=0, append=flat.size)
 
 
-def decode_mask(runs, size):
-    """Run lengths -> bool [H, W]. size: (height, width)."""
+def decode_mask(runs, size):    # size: (height, width) -> bool [H, W]
     height, width = size
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
-def edges_to_runs(edges, total):
-    """Places where a mask of `total` pixels changes, in order -> run lengths; only the first may be 0."""
-    return np.diff(edges[edges < total], prepend=0, append=total)
-
-
-def runs_to_string(runs):
-    """COCO's compressed form: from the fourth on, a run's difference to the one two earlier; each number in
-    groups of 5 bits, lowest first, with a sixth bit where more follow, plus 48 as ASCII."""
-    runs = np.asarray(runs).tolist()
-    text = ''
-    for i, value in enumerate(runs):
-        if i > 2:
-            value -= runs[i - 2]
-        more = True
-        while more:
-            bits = value & 31
-            value >>= 5
-            more = value != (-1 if bits & 16 else 0)        # the highest group's bit 16 is the sign
-            text += chr(48 + bits + 32 * more)
-    return text
-
-
 def string_to_runs(text):
-    """The inverse of runs_to_string."""
-    codes = np.frombuffer(text.encode(), np.uint8).astype(np.int64) - 48
-    last = np.flatnonzero(codes < 32)                               # group of each number
-    first = np.concatenate(([0], last[:-1] + 1))
-    place = 5 * (np.arange(len(codes)) - np.repeat(first, last - first + 1))
-    numbers = np.add.reduceat((codes & 31) << place, first)
-    numbers -= np.where(codes[last] & 16, 1 << (place[last] + 5), 0)
-    numbers[1::2] = numbers[1::2].cumsum()
-    numbers[2::2] = numbers[2::2].cumsum()
-    return numbers
-
-
-def merge_masks(masks, at_least=1):
-    """Where at least so many of these masks are set: 1 gives the union, len(masks) the intersection."""
-    ends = np.concatenate([np.cumsum(runs) for runs in masks])
-    change = np.concatenate([1 - 2 * (np.arange(len(runs)) % 2) for runs in masks])     # rises after zeros
-    order = np.argsort(ends, kind='stable')
-    ends = ends[order]
-    last = np.append(ends[1:] != ends[:-1], True)                   # of those at the same place
-    inside = np.cumsum(change[order])[last] >= at_least
-    edges = ends[last][np.diff(inside, prepend=False)]
-    return edges_to_runs(edges, int(masks[0].sum()))
+    """COCO's compressed form: numbers in groups of 5 bits, lowest first, bit 32 where more follow, plus 48
+    as ASCII; from the fourth on, each is a run's difference to the one two earlier."""
+    runs = []
+    value = 0
+    place = 0
+    for code in text.encode():
+        bits = code - 48
+        value += (bits & 31) << place
+        place += 5
+        if bits < 32:                                               # the last group of a number
+            value -= (bits & 16) << (place - 4)                     # whose highest bit is the sign
+            runs.append(value + runs[-2] if len(runs) > 2 else value)
+            value = 0
+            place = 0
+    return np.array(runs)
 
 
 def mask_area(runs):
     return int(runs[1::2].sum())
 
 
-def mask_box(runs, height):
-    """The box around a mask, [x1, y1, x2, y2]; zeros if it is empty."""
-    first = np.cumsum(runs)[:-1:2]                                  # pixel of each run of ones
-    last = np.cumsum(runs)[1::2] - 1
-    first, last = first[last >= first], last[last >= first]
-    if not len(first):
-        return np.zeros(4)
-    split = first // height != last // height                       # a run past a column's end
-    top = np.where(split, 0, first % height).min()
-    bottom = np.where(split, height - 1, last % height).max()
-    return np.array([first[0] // height, top, last[-1] // height + 1, bottom + 1], dtype=np.float64)
-
-
 def fill_polygon(points, size):
-    """Run lengths of a polygon, bit for bit as COCO's tools fill it. points [n, 2] (x, y); size (height, width).
-    The outline is walked in fifths of a pixel; the fill changes where it passes the middle of a column."""
+    """A polygon [n, 2] (x, y) as bool [H, W], bit for bit as COCO's tools fill it: the outline is walked in
+    fifths of a pixel, and the fill changes where it passes the middle of a column."""
     height, width = size
     here = (5 * np.reshape(points, (-1, 2)).astype(np.float64) + .5).astype(np.int64)       # truncates, as C
     there = np.roll(here, -1, axis=0)
@@ -1505,13 +1279,13 @@ def fill_polygon(points, size):
     y = np.minimum(y[turn], y[turn + 1])
     middle = (x % 5 == 2) & (x >= 0) & (x < 5 * width)
     row = np.clip(-((2 - y[middle]) // 5), 0, height)               # the first pixel whose middle is below
-    places, times = np.unique(x[middle] // 5 * height + row, return_counts=True)
-    return edges_to_runs(places[times % 2 == 1], height * width)    # twice at one place changes nothing
+    times = np.bincount(x[middle] // 5 * height + row, minlength=height * width)[:height * width]
+    return (times.astype(np.uint8).cumsum(dtype=np.uint8) % 2 == 1).reshape(width, height).T
 
 
 def fill_polygons(polygons, size):
-    """The union of an object's parts, each [x, y, x, y, ...]."""
-    return merge_masks([fill_polygon(part, size) for part in polygons])
+    """Run lengths of the union of an object's parts, each [x, y, x, y, ...]."""
+    return encode_mask(functools.reduce(np.logical_or, [fill_polygon(part, size) for part in polygons]))
 
 
 def read_segmentation(segmentation, size):
@@ -1522,19 +1296,16 @@ def read_segmentation(segmentation, size):
     return string_to_runs(counts) if isinstance(counts, str) else np.array(counts)
 
 
-def clip_boxes(boxes, image_size):
-    """boxes [..., 4] cut at the borders of an image of (height, width)."""
+def clip_boxes(boxes, image_size):  # boxes [..., 4] cut at an image of (height, width)
     height, width = image_size
     return torch.minimum(boxes.clamp(min=0), boxes.new_tensor((width, height, width, height)))
 
 
-def has_area(boxes):
-    """boxes [..., 4] -> [...] bool."""
+def has_area(boxes):        # [..., 4] -> [...] bool
     return (boxes[..., 2:] > boxes[..., :2]).all(-1)
 
 
-def pad_to(images, side):
-    """images [..., H, W] with zeros (the mean, once normalised) at right and bottom: [..., side, side]."""
+def pad_to(images, side):       # zeros at right and bottom: [..., side, side]
     return F.pad(images, (0, side - images.shape[-1], 0, side - images.shape[-2]))
 
 
@@ -1556,152 +1327,111 @@ def bilinear_part(image, whole, corner, size):
 
 REPEAT = .001           # LVIS: images of classes in fewer of them than this share are shown more often
 SMALLEST = 8            # visible pixels of an object of the world that counts
-COCO_KEYS = {           # what we use of a json
-    'images': ('id', 'width', 'height'), 'annotations': ('image_id', 'category_id', 'bbox'),
-    'categories': ('id', 'name')}
+PLACES = ('{}', '../{}2017', '../images/{}', 'images/{}', '..', '.')        # of images, beside the json
+COCO_KEYS = {'images': {'id', 'width', 'height'}, 'categories': {'id', 'name'},      # what we use of a json
+             'annotations': {'image_id', 'category_id', 'bbox'}}
 
 
-def is_lvis(truth):
-    """Whether a json's categories have LVIS's frequencies."""
+def is_lvis(truth):         # a json's categories have LVIS's frequencies
     return any('frequency' in category for category in truth['categories'])
 
 
-def find_json(spec, split):
-    """--data -> (path of a COCO or LVIS json, whether it holds both splits)."""
-    if spec.endswith('.json'):
-        return spec, True
+def read_json(spec, split):
+    """--data -> (path of the COCO or LVIS json of a split, what it holds, checked for what we use)."""
     names = f'{split}.json', f'annotations/instances_{split}*.json', f'annotations/lvis*_{split}.json'
-    for name in names:
-        for path in sorted(glob.glob(os.path.join(glob.escape(spec), name))):
-            return path, False
-    raise Refused(f'--data {spec}: no boxes; looked for {", ".join(names)} in it. Give a .json, a folder '
-                  "with train.json and val.json, COCO's own folder, or 'shapes', the built-in world")
-
-
-def read_json(path):
-    """A COCO or LVIS json, checked for what we use."""
+    paths = [path for name in names for path in sorted(glob.glob(os.path.join(glob.escape(spec), name)))]
+    if not paths:
+        raise Refused(f"--data {spec}: no boxes; looked for {', '.join(names)} in it. Or use 'shapes', the built-in world")
     try:
-        with open(path) as file:
+        with open(paths[0]) as file:
             held = json.load(file)
-    except (OSError, ValueError) as error:
-        raise Refused(f'{path} cannot be read as json ({first_line(error)})') from None
-    for name, keys in COCO_KEYS.items():
-        rows = held.get(name) if isinstance(held, dict) else None
-        is_list = isinstance(rows, list)
-        if not is_list or not all(isinstance(row, dict) and row.keys() >= set(keys) for row in rows):
-            raise Refused(f"{path} is not a COCO json: expected a list '{name}' of dicts with {', '.join(keys)}")
+        if not all(keys <= row.keys() for name, keys in COCO_KEYS.items() for row in held[name]):
+            raise ValueError('a row lacks a key')
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Refused(f'{paths[0]} is not a COCO json ({first_line(error)}); expected {COCO_KEYS}') from None
     for row in held['images']:              # LVIS gives addresses, whose last two parts are COCO's path
         row.setdefault('file_name', '/'.join(str(row.get('coco_url', '')).split('/')[-2:]))
-    return held
-
-
-def find_images(path, split, names):
-    """The folder of a json's images: the first of the usual places that has one of the first twenty."""
-    root = os.path.dirname(path)
-    beside = f'../{split}2017', f'../images/{split}', f'images/{split}', '..', '.'
-    places = [os.path.splitext(path)[0], *(os.path.join(root, place) for place in beside)]
-    for place in places:
-        if any(os.path.exists(os.path.join(place, name)) for name in names[:20]):
-            return place
-    return places[0]
-
-
-def check_annotation(row, size):
-    """-> (an annotation with what may be missing, and its box [x1, y1, x2, y2] cut at the borders of an image
-    of size (height, width); why it cannot be used, or '')."""
-    x, y, w, h = row['bbox'] if len(row['bbox']) == 4 else (0, 0, 0, 0)
-    box = clip_boxes(torch.tensor([x, y, x + w, y + h], dtype=torch.float32), size)
-    mask = row.get('segmentation') or [[x, y, x + w, y, x + w, y + h, x, y + h]]
-    trouble = ''
-    if not has_area(box):
-        trouble = 'boxes have no area within their image'
-    elif isinstance(mask, dict) and tuple(mask.get('size', ())) != size:
-        trouble = 'masks are of another size than their image'
-    return dict(row, segmentation=mask, area=row.get('area', w * h), box=box), trouble
+    return paths[0], held
 
 
 class Instances(Files):
     """Images with boxes and masks from a COCO or LVIS json. What cannot be used is left out and counted in
-    broken: images that are not there, annotations of unknown images or categories, boxes without area,
-    masks of another size than their image. Crowds are not learnt from, and judged as COCO does."""
+    broken. Crowds are not learnt from, and judged as COCO does."""
     coarse = None
 
     def __init__(self, spec, split='train', images='', scale_jitter=(1., 1.)):
-        path, has_both = find_json(spec, split)
-        held = read_json(path)
+        path, held = read_json(spec, split)
         self.scale_jitter = scale_jitter
         self.categories = sorted(held['categories'], key=lambda row: row['id'])     # ids may have gaps
-        self.label_of = {row['id']: k for k, row in enumerate(self.categories)}
         self.classes = [row['name'] for row in self.categories]
         self.lvis = is_lvis(held)
 
         # the split's images that are there
         names = sorted(row['file_name'] for row in held['images'])
-        if has_both and names:
-            names = split_by_hash(names)[split]
-        self.root = images or find_images(path, split, names)
-        there = {name for name in names if os.path.exists(os.path.join(self.root, name))}
-        self.broken = {('images of the json are not there', name) for name in names if name not in there}
-        self.images = [row for row in held['images'] if row['file_name'] in there]
+        folders = [images] if images else [os.path.join(os.path.dirname(path), place.format(split)) for place in PLACES]
+        there = [folder for folder in folders for name in names[:20] if os.path.exists(os.path.join(folder, name))]
+        self.root = (there or folders)[0]
+        absent = {name for name in names if not os.path.exists(os.path.join(self.root, name))}
+        self.broken = {('images of the json are not there', name) for name in absent}
+        self.images = [row for row in held['images'] if row['file_name'] not in absent]
         self.paths = [row['file_name'] for row in self.images]
         if not self.images:
             raise Refused(f'{path}: none of its {len(names):,} images is in {self.root}; use --images DIR')
-
         self.rows = self.usable_rows(held)
-        repeats = self.repeats() if split == 'train' else np.ones(len(self.images))
+
+        # an epoch shows each image once, LVIS's sqrt(REPEAT / share) times for its rarest class (arXiv:1908.03195)
+        repeats = np.ones(len(self.images))
+        if self.lvis and split == 'train':
+            share = self.frequencies().numpy() / len(self.images)
+            factor = np.sqrt(REPEAT / share.clip(1e-9))
+            for i, image in enumerate(self.images):
+                labels = [row['label'] for row in self.rows[image['id']]]
+                repeats[i] = factor[labels].max(initial=1.)
         self.shares = np.cumsum(repeats)
 
     def usable_rows(self, held):
-        """{image id: its annotations that can be used}."""
+        """{image id: its annotations that can be used}, with label and box [x1, y1, x2, y2] within the image."""
+        label_of = {row['id']: k for k, row in enumerate(self.categories)}
         sizes = {row['id']: (row['height'], row['width']) for row in held['images']}
         rows = {row['id']: [] for row in self.images}
         for n, row in enumerate(held['annotations']):
             image = row['image_id']
             trouble = ''
-            if image not in sizes or row['category_id'] not in self.label_of:
+            if image not in sizes or row['category_id'] not in label_of:
                 trouble = 'annotations name an unknown image or category'
             elif image in rows:             # others are of the other split, or not there
-                row, trouble = check_annotation(row, sizes[image])
-                if not trouble:
-                    rows[image].append(row)
+                x, y, w, h = row['bbox'] if len(row['bbox']) == 4 else (0, 0, 0, 0)
+                box = clip_boxes(torch.tensor([x, y, x + w, y + h], dtype=torch.float32), sizes[image])
+                mask = row.get('segmentation') or [[x, y, x + w, y, x + w, y + h, x, y + h]]
+                if not has_area(box):
+                    trouble = 'boxes have no area within their image'
+                elif isinstance(mask, dict) and tuple(mask.get('size', ())) != sizes[image]:
+                    trouble = 'masks are of another size than their image'
+                else:
+                    label = label_of[row['category_id']]
+                    rows[image].append({'area': w * h, **row, 'segmentation': mask, 'box': box, 'label': label})
             if trouble:
                 self.broken.add((trouble + ' and were left out', f"annotation {row.get('id', n)}"))
         return rows
 
-    def frequencies(self):
-        """In how many images each class is [K]."""
+    def frequencies(self):      # in how many images each class is [K]
         counts = Counter()
         for rows in self.rows.values():
-            counts.update({row['category_id'] for row in rows})
-        return torch.tensor([float(counts[row['id']]) for row in self.categories])
-
-    def repeats(self):
-        """How often an epoch shows each image [images]: once, but LVIS sqrt(REPEAT / share of the images) times
-        for the rarest of its classes (arXiv:1908.03195)."""
-        if not self.lvis:
-            return np.ones(len(self.images))
-        share = self.frequencies().numpy() / len(self.images)
-        factor = np.sqrt(REPEAT / share.clip(1e-9)).clip(1)
-        times = []
-        for image in self.images:
-            labels = [self.label_of[row['category_id']] for row in self.rows[image['id']]]
-            times.append(factor[labels].max(initial=1.))
-        return np.array(times)
+            counts.update({row['label'] for row in rows})
+        return torch.tensor([float(counts[k]) for k in range(len(self.classes))])
 
     def __len__(self):
         return round(self.shares[-1])
 
     def index(self, position, seed):
-        """Which images stand at these positions [B]: each epoch has its own order, and shows each image as often
-        as it should, rounded up or down."""
+        """Which images stand at these positions [B]: each epoch shows each as often as it should."""
         u = uniform(seed, 'repeat', position // len(self), 1)[:, 0]
         place = (sample_index(position, len(self), seed) + u.double()).numpy() * self.shares[-1] / len(self)
         return self.shares.searchsorted(place, 'right').clip(max=len(self.images) - 1).tolist()
 
-    def sample(self, i, image_size, u, broken):
-        """dict of images uint8 [3, S, S] (zeros at right and bottom), sizes (height, width of what is no
-        padding), targets (boxes [n, 4], labels [n], masks), index. In training with large-scale jitter
-        (arXiv:2012.07177), else the whole image, as large as fits."""
+    def sample(self, i, image_size, u):
+        """dict of images uint8 [3, S, S] (padded with zeros), sizes (height, width without), targets (boxes, labels,
+        masks), index: in training with large-scale jitter (arXiv:2012.07177), else as large as fits."""
         image = read_image(os.path.join(self.root, self.paths[i]))
         original = np.array([self.images[i]['width'], self.images[i]['height']])
         low, high = self.scale_jitter
@@ -1710,17 +1440,17 @@ class Instances(Files):
         size = np.minimum(whole, image_size)
         corner = np.zeros(2) if u is None else np.floor((whole - size) * u[1:3])
         pixels = to_tensor(bilinear_part(image, whole, corner, size))
+        height, width = pixels.shape[1:]
 
         # boxes move with it, and objects of which nothing is left go
         rows = [row for row in self.rows[self.images[i]['id']] if not row.get('iscrowd')]
         boxes = torch.stack([row['box'] for row in rows]) if rows else torch.zeros(0, 4)
         boxes = boxes * boxes.new_tensor(whole / original).repeat(2) - boxes.new_tensor(corner).repeat(2)
-        height, width = pixels.shape[1:]
         boxes = clip_boxes(boxes, (height, width))
         kept = has_area(boxes)
         boxes = boxes[kept]
         rows = [row for row, keep in zip(rows, kept.tolist()) if keep]
-        labels = torch.tensor([self.label_of[row['category_id']] for row in rows], dtype=torch.long)
+        labels = torch.tensor([row['label'] for row in rows], dtype=torch.long)
 
         # so do masks; then the mirror image
         mirror = u is not None and u[3] < .5
@@ -1739,8 +1469,8 @@ class Instances(Files):
 
 
 def move_mask(mask, original, whole, corner, size, mirror):
-    """An object's polygons, or its RLE as bool [h, w], in a part of an image of `original` stretched to whole:
-    size, from corner on, maybe mirrored. All (width, height)."""
+    """An object's polygons, or its RLE as bool [h, w], in a part of an image that was stretched from original to
+    whole: from corner on, of size, maybe mirrored. All (width, height)."""
     if isinstance(mask, list):
         parts = [np.reshape(part, (-1, 2)) * (whole / original) - corner for part in mask]
         if mirror:
@@ -1751,37 +1481,30 @@ def move_mask(mask, original, whole, corner, size, mirror):
     return torch.from_numpy(part[:, ::-1].copy() if mirror else part)
 
 
-class WorldInstances:
-    """The built-in world as images with objects: coarse classes are its kinds, fine ones its combinations of
+@dataclass(eq=False)
+class WorldInstances(World):
+    """The built-in world as images with objects: coarse classes are its kinds, fine ones combinations of
     kind, texture and part, by falling frequency; a third each are called frequent, common and rare."""
-    reads_files = False
+    vocabulary: str = 'coarse'
 
-    def __init__(self, world, vocabulary='coarse'):
-        self.world = world
-        self.broken = world.broken
-        self.lvis = vocabulary == 'fine'
-        self.classes = kinds = list(KINDS)
+    def __post_init__(self):
+        super().__post_init__()
+        self.lvis = self.vocabulary == 'fine'
         self.coarse = None                              # of fine classes: which coarse class each belongs to
         if self.lvis:
-            textures = list(TEXTURES)
             fine = grammar('cpu')['fine'].tolist()
             self.coarse = [k for k, _, _ in fine]
-            self.classes = [f'{textures[t]} {kinds[k]} {PARTS[p]}' for k, t, p in fine]
+            self.classes = [f'{list(TEXTURES)[t]} {self.classes[k]} {PARTS[p]}' for k, t, p in fine]
         self.categories = [dict(id=k, name=name) for k, name in enumerate(self.classes)]
         if self.lvis:
             for k, row in enumerate(self.categories):
                 row['frequency'] = 'fcr'[3 * k // NUM_FINE]
 
-    def __len__(self):
-        return len(self.world)
-
-    def frequencies(self):
-        """How often each class occurs, up to a factor [K]."""
+    def frequencies(self):      # of each class, up to a factor [K]
         return 1000 / (torch.arange(NUM_FINE) + 5) if self.lvis else torch.ones(NUM_KINDS)
 
-    def batch(self, position, image_size, seed=0, device='cpu', train=True):
-        """As Instances.batch. Objects of fewer than SMALLEST visible pixels do not count."""
-        drawn = self.world.batch(position, image_size, seed, device, want=('images', 'boxes', 'masks'))
+    def batch(self, position, image_size, seed=0, device='cpu', train=True):  # as Instances.batch
+        drawn = super().batch(position, image_size, seed, device, want=('images', 'boxes', 'masks'))
         labels = drawn['fine'] if self.lvis else drawn['kind']
         targets = []
         for n, seen in enumerate(drawn['num_visible'] >= SMALLEST):
@@ -1790,19 +1513,18 @@ class WorldInstances:
         return dict(images=drawn['images'], sizes=[(image_size, image_size)] * len(targets), targets=targets,
                     index=drawn['index'].tolist(), position=position)
 
-    def truth(self, batch):
-        """As Instances.truth."""
+    def truth(self, batch):     # as Instances.truth
         found = []
         names = list(range(len(self.classes)))
         for name, (height, width), target in zip(batch['index'], batch['sizes'], batch['targets']):
+            image = dict(id=name, height=height, width=width,
+                         neg_category_ids=names, not_exhaustive_category_ids=[])        # LVIS's
             rows = []
             objects = zip(target['boxes'].tolist(), target['labels'].tolist(), target['masks'])
             for (x1, y1, x2, y2), label, mask in objects:
                 runs = encode_mask(mask.cpu())
                 rows.append(dict(image_id=name, category_id=label, area=mask_area(runs),
                                  bbox=[x1, y1, x2 - x1, y2 - y1], segmentation=dict(counts=runs)))
-            image = dict(id=name, height=height, width=width)
-            image.update(neg_category_ids=names, not_exhaustive_category_ids=[])        # LVIS's
             found.append((image, rows))
         return found
 
@@ -1812,34 +1534,17 @@ class WorldInstances:
 IGNORED = -1            # a pixel's class where there is none to learn
 UNKNOWN = -2            # what a value means that label maps must not hold
 LARGEST_SHARE = .75     # of a crop that one class may have, if ten tries find another
-PLACES = (  # where images and label maps of a split lie; {} is the split's name
-    ('images/{}', 'annotations/{}'), ('{}', '{}annot'), ('{}/images', '{}/labels'),
-    ('{}/images', '{}/annotations'), ('images/{}', 'labels/{}'))
-ADE = ('training', 'validation')        # the names of ADE20K's splits, and COCO-Stuff's
-COCO = ('train2017', 'val2017')
-SPLITS = {'train': ('train', ADE[0], COCO[0]), 'val': ('val', ADE[1], COCO[1])}
-LABEL_SUFFIXES = ('', '_labelTrainIds', '_L')       # after an image's name: COCO-Stuff's, CamVid's
+MAP_PLACES = (('images/{}', 'annotations/{}'), ('{}', '{}annot'), ('images/{}', 'labels/{}'))   # {}: the split
+SPLITS = {  # its names, also ADE20K's and COCO-Stuff's
+    'train': ('train', 'training', 'train2017'), 'val': ('val', 'validation', 'val2017')}
 STUFF_GAPS = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)       # COCO-Stuff's values that are no class
-NUM_ADE = 150
-
-
-def find_places(root, split):
-    """(folder of images, folder of label maps) of a split, by the names that data sets use."""
-    for images, labels in PLACES:
-        for name in SPLITS[split]:
-            found = os.path.join(root, images.format(name)), os.path.join(root, labels.format(name))
-            if all(map(os.path.isdir, found)):
-                return found
-    looked = ', '.join(f'{a.format("train")} + {b.format("train")}' for a, b in PLACES)
-    raise Refused(f"--data {root}: no label maps for {split}; looked for folders {looked}, and the same with "
-                  "val (ADE20K's and COCO's names of splits too). Or use 'shapes', the built-in world")
 
 
 def name_values(root, classes, folder, label):
-    """Names of the values 0, 1, ... of label maps, '-' where one is none: the lines of the file `classes`, or
-    of the data's classes.txt. Without either, the name of the folder of images tells of ADE20K and
-    COCO-Stuff, and that of a label map which of COCO-Stuff's two numberings it has."""
+    """Names of the values 0, 1, ... of label maps, '-' where one is none: the lines of the file `classes`, or of
+    the data's classes.txt, or known from the folder's name, of COCO-Stuff also from a label map's."""
     split = os.path.basename(folder)
+    is_ade = split in ('training', 'validation')
     path = classes or os.path.join(root, 'classes.txt')
     if classes or os.path.exists(path):
         try:
@@ -1848,22 +1553,21 @@ def name_values(root, classes, folder, label):
         except OSError as error:
             raise Refused(f'--classes {path} cannot be read ({error.strerror}); expected a file of names, '
                           "a line for each value of the label maps, '-' where one is none") from None
-    elif split in ADE:
-        names = [str(k) for k in range(NUM_ADE)]
+    elif is_ade:
+        names = [str(k) for k in range(150)]
     elif '_labelTrainIds' in label:
         names = [str(k) for k in range(182 - len(STUFF_GAPS))]
-    elif split in COCO:
+    elif split in ('train2017', 'val2017'):
         names = ['-' if k in STUFF_GAPS else str(k) for k in range(182)]
     else:
         raise Refused(f'--data {root}: which classes are there? Give --classes FILE, a line for each name')
-    if split in ADE and len(names) == NUM_ADE:      # its lists of names leave out the value 0, which is none
+    if is_ade and len(names) == 150:                # its lists of names leave out the value 0, which is none
         names = ['-'] + names
     return names
 
 
 def label_table(names):
-    """What each value of a label map means, int16 [65536]: a class, IGNORED, or UNKNOWN. Classes count from 0.
-    names: of the values 0, 1, ..., '-' where one is none; 255 is always ignored."""
+    """What each value means, int16 [65536]: a class, from 0 on, IGNORED ('-' and 255), or UNKNOWN."""
     there = np.array([name != '-' for name in names])
     table = np.full(65536, UNKNOWN, dtype=np.int16)
     table[:len(names)] = np.where(there, there.cumsum() - 1, IGNORED)
@@ -1873,33 +1577,37 @@ def label_table(names):
 
 class LabelMaps(Files):
     """Images with label maps: PNGs of the same name with 8 or 16 bits a pixel, grey or with a palette. What
-    cannot be used is left out and counted in broken: images without a label map, or with one of another
-    size or that holds values that are no class."""
+    cannot be used is left out and counted in broken."""
+    says_why = True
 
     def __init__(self, spec, split='train', classes='', scale_jitter=(.5, 2.)):
-        self.root, labels = find_places(spec, split)
+        looked = [(os.path.join(spec, images.format(name)), os.path.join(spec, labels.format(name)))
+                  for images, labels in MAP_PLACES for name in SPLITS[split]]
+        places = [place for place in looked if all(map(os.path.isdir, place))]
+        if not places:
+            expected = "looked for images/train + annotations/train, and in other data sets' places"
+            raise Refused(f"--data {spec}: no label maps for {split}; {expected}. Or use 'shapes', the built-in world")
+        self.root, folder = places[0]
         self.scale_jitter = scale_jitter
-        label_of = {}                       # an image's name without suffix -> its label map's path
-        for name in list_files(labels)[0]:
+        label_of = {os.path.splitext(name)[0]: os.path.join(folder, name) for name in list_files(folder)[0]}
+        images = list_files(self.root)[0]
+        self.paths = []
+        self.labels = []        # of each image, the path of its label map
+        self.broken = set()
+        for name in images:
             stem = os.path.splitext(name)[0]
-            for suffix in LABEL_SUFFIXES:
-                if stem.endswith(suffix):
-                    label_of[stem.removesuffix(suffix)] = os.path.join(labels, name)
-
-        found = {name: label_of.get(os.path.splitext(name)[0]) for name in list_files(self.root)[0]}
-        self.paths = [name for name in found if found[name]]
-        alone = [name for name in found if not found[name]]
-        self.broken = {('images have no label map and were left out', name) for name in alone}
-        self.labels = [found[name] for name in self.paths]
+            label = label_of.get(stem) or label_of.get(stem + '_labelTrainIds')         # COCO-Stuff's
+            if label:
+                self.paths.append(name)
+                self.labels.append(label)
+            else:
+                self.broken.add(('images have no label map and were left out', name))
         if not self.paths:
-            raise Refused(f'{labels}: none of the {len(found):,} images in {self.root} has a label map here, a '
-                          'PNG of its name')
-
+            raise Refused(f'{folder}: none of the {len(images):,} images in {self.root} has a PNG of its name here')
         names = name_values(spec, classes, self.root, self.labels[0])
         self.table = label_table(names)
         self.classes = [name for name in names if name != '-']
-        most = min(8, len(self.paths))                          # eight that cannot be used are no accident
-        self.first_readable(0, 8, [0.] * 32, [], most)
+        self.first_readable(0, 8, [0.] * 32, [])            # refused unless some image can be used
 
     def read(self, i):
         """Image i, PIL, and its classes, int16 [H, W]. OSError if they cannot be used."""
@@ -1909,22 +1617,18 @@ class LabelMaps(Files):
             with Image.open(path) as file:
                 values = np.array(file)
         except (OSError, SyntaxError, ValueError) as error:
-            raise Unfit(f'{path} cannot be read: {first_line(error)}') from None
-        if values.ndim != 2:
-            raise Unfit(f'{path} has {values.shape[2]} channels; a label map has one, each pixel a class')
-        height, width = values.shape
-        if (width, height) != image.size:
-            image_is = f'{image.width} x {image.height}'
-            raise Unfit(f'{path} is of {width} x {height} pixels, its image of {image_is}')
-
+            raise OSError(f'{path} cannot be read: {first_line(error)}') from None
+        if values.shape != (image.height, image.width):
+            expected = f'one class for each of its image\'s {image.height} x {image.width} pixels'
+            raise OSError(f'{path} has {" x ".join(map(str, values.shape))} numbers; expected {expected}')
         classes = self.table[values.astype(np.int64).clip(0, len(self.table) - 1)]
         unknown = values[classes == UNKNOWN]
         if unknown.size:
-            raise Unfit(f'{path} holds the value {unknown.max()}, which is none of the {len(self.classes)} '
-                        'classes; see --classes')
+            num = len(self.classes)
+            raise OSError(f'{path} holds the value {unknown.max()}, none of the {num} classes; see --classes')
         return image, classes
 
-    def sample(self, i, image_size, u, broken):
+    def sample(self, i, image_size, u):
         """dict of images uint8 [3, S, S] and labels int64 [S, S], to learn from; truth is for judging."""
         image, labels = crop_maps(*self.read(i), image_size, self.scale_jitter, u)
         return dict(images=image, labels=labels)
@@ -1941,9 +1645,8 @@ class LabelMaps(Files):
 
 
 def crop_maps(image, labels, S, scale_jitter, u):
-    """To learn from: a PIL image at a random scale (1: its shorter side is S), a random square of it, its
-    colours changed, maybe mirrored. labels [H, W]; u: uniform numbers.
-    -> uint8 [3, S, S] filled up with the mean, int64 [S, S] filled up with IGNORED."""
+    """A PIL image at a random scale (1: its shorter side is S), a random square of it, with other colours, maybe
+    mirrored; labels [H, W]. -> uint8 [3, S, S] filled up with the mean, int64 [S, S] with IGNORED."""
     low, high = scale_jitter
     scale = (low + (high - low) * u[0]) * S / min(image.size)
     whole = np.array([max(1, round(side * scale)) for side in image.size])          # (width, height)
@@ -1969,8 +1672,8 @@ def crop_maps(image, labels, S, scale_jitter, u):
 
 
 def distort(image, u):
-    """Photometric distortion (arXiv:1512.02325), each with a chance of a half: brightness by up to 32,
-    contrast and saturation by .5 to 1.5, hue by up to 36 degrees. PIL, 8 uniform numbers -> uint8 [3, H, W]."""
+    """Photometric distortion (arXiv:1512.02325), each with a chance of a half: brightness by up to 32, contrast and
+    saturation by .5 to 1.5, hue by up to 36 degrees. u: 8 uniform numbers. -> uint8 [3, H, W]."""
     pixels = np.asarray(image).astype(np.float32)
     contrast = .5 + u[3] if u[2] < .5 else 1.
     if u[0] < .5:
@@ -1990,87 +1693,76 @@ def distort(image, u):
     return torch.from_numpy(pixels.round().astype(np.uint8)).permute(2, 0, 1)
 
 
-class WorldMaps:
+@dataclass(eq=False)
+class WorldMaps(World):
     """The built-in world's semantic maps: 10 grounds and 16 kinds of objects."""
-    reads_files = False
-    classes = [*STUFF, *KINDS]
+    image_size: int = 0
 
-    def __init__(self, world, image_size):
-        self.world = world
-        self.image_size = image_size
-        self.broken = world.broken
+    def __post_init__(self):
+        super().__post_init__()
+        self.classes = [*STUFF, *KINDS]
 
-    def __len__(self):
-        return len(self.world)
-
-    def batch(self, position, image_size, seed=0, device='cpu', train=True):
-        """As LabelMaps.batch."""
-        drawn = self.world.batch(position, image_size, seed, device, want=('images', 'semantic'))
+    def batch(self, position, image_size, seed=0, device='cpu', train=True):  # as LabelMaps.batch
+        drawn = super().batch(position, image_size, seed, device, want=('images', 'semantic'))
         return dict(images=drawn['images'], labels=drawn['semantic'])
 
-    def truth(self, positions, device):
-        """As LabelMaps.truth, several at once."""
+    def truth(self, positions, device):     # as LabelMaps.truth, several at once
         for n in range(0, len(positions), 16):
             yield tuple(self.batch(torch.tensor(positions[n:n + 16]), self.image_size, 0, device).values())
 
 
 # ---- loading ------------------------------------------------------------------------------------
 
-def open_data(spec, split='train', frames=0, views=Views()):
-    """--data -> a dataset: 'shapes' or 'shapes:unique=2000,objects=1' is the built-in World, else Shards or
-    Folder; with frames clips. split: train, val or test."""
+def open_world(kind, spec, split, **options):
+    """'shapes' or 'shapes:unique=2000,objects=1' -> a World of this kind; None if spec is something else."""
     name, _, knobs = spec.partition(':')
-    if name == 'shapes':
-        return World('val' if split == 'test' else split, frames=frames, **read_knobs(spec, knobs))
+    if name != 'shapes':
+        return None
+    for knob in filter(None, knobs.split(',')):
+        key, _, value = knob.partition('=')
+        if key not in World.BOUNDS or not value.isdecimal():
+            raise Refused(f"--data {spec}: no knob '{knob}'; expected shapes:unique=N,fine=N,objects=N")
+        options[key] = int(value)
+    return kind('val' if split == 'test' else split, **options)
+
+
+def open_data(spec, split='train', frames=0, views=Views()):
+    """--data -> World, Shards or Folder; with frames, clips. split: train, val or test."""
+    world = open_world(World, spec, split, frames=frames)
+    if world:
+        return world
     is_folder = os.path.isdir(spec)
     shards = sorted(glob.glob(os.path.join(glob.escape(spec), '*.tar'))) if is_folder else expand(spec)
     for path in shards:
         if not os.path.exists(path):
-            raise Refused(f"--data {spec}: {path} does not exist; expected a folder of images, a folder of "
-                          ".tar shards or a range of them like {00000..00099}.tar, or 'shapes', the built-in world")
+            raise Refused(f"--data {spec}: {path} does not exist; expected a folder of images, a folder of .tar "
+                          "shards or a range of them like {00000..00099}.tar, or 'shapes', the built-in world")
     if frames:
-        return Clips(spec, split, frames, views)
+        return Clips(spec, split, views, frames)
     return Shards(shards, split, views) if shards else Folder(spec, split, views)
 
 
-def read_knobs(spec, knobs):
-    """'unique=2000,objects=1' -> {'unique': 2000, 'objects': 1}."""
-    values = {}
-    for knob in filter(None, knobs.split(',')):
-        key, _, value = knob.partition('=')
-        if key == 'classes':
-            raise Refused(f'--data {spec}: classes=N is called fine=N now')
-        if key not in World.BOUNDS or not value.isdecimal():
-            raise Refused(f"--data {spec}: '{knob}' is not a knob; expected shapes:unique=N,fine=N,objects=N")
-        values[key] = int(value)
-    return values
-
-
-def expand(spec):
-    """'x/{00000..00003}.tar' -> the four paths; every range in it counts, outer first."""
+def expand(spec):               # 'x/{00..11}.tar' -> the twelve paths
     found = re.search(r'\{(\d+)\.\.(\d+)\}', spec)
     if not found:
         return [spec]
     first, last = found.groups()
     numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-    specs = [spec[:found.start()] + number + spec[found.end():] for number in numbers]
-    return [path for spec in specs for path in expand(spec)]
+    return [spec[:found.start()] + number + spec[found.end():] for number in numbers]
 
 
 def open_instances(spec, split, images='', scale_jitter=(1., 1.), vocabulary='coarse'):
     """--data of images with objects -> WorldInstances or Instances."""
     check_scale_jitter(scale_jitter)
-    if spec.partition(':')[0] == 'shapes':
-        return WorldInstances(open_data(spec, split), vocabulary)
-    return Instances(spec, split, images, scale_jitter)
+    world = open_world(WorldInstances, spec, split, vocabulary=vocabulary)
+    return world or Instances(spec, split, images, scale_jitter)
 
 
 def open_maps(spec, split, classes='', scale_jitter=(.5, 2.), image_size=0):
     """--data of label maps -> WorldMaps, of image_size, or LabelMaps."""
     check_scale_jitter(scale_jitter)
-    if spec.partition(':')[0] == 'shapes':
-        return WorldMaps(open_data(spec, split), image_size)
-    return LabelMaps(spec, split, classes, scale_jitter)
+    world = open_world(WorldMaps, spec, split, image_size=image_size)
+    return world or LabelMaps(spec, split, classes, scale_jitter)
 
 
 def check_scale_jitter(scale_jitter):
@@ -2078,13 +1770,11 @@ def check_scale_jitter(scale_jitter):
         raise Refused(f'--scale_jitter {scale_jitter} are not two shares of the size, the smaller first')
 
 
-def to_device(batch, device):
-    """The batch with its tensors on the device (asynchronously from pinned memory)."""
+def to_device(batch, device):   # asynchronously from pinned memory
     return {name: x.to(device, non_blocking=True) if torch.is_tensor(x) else x for name, x in batch.items()}
 
 
-def read_batch(dataset, num, end, options, begin):
-    """dataset.batch of num positions from begin on, below end."""
+def read_batch(dataset, num, end, options, begin):  # num positions from begin on
     return dataset.batch(torch.arange(begin, min(begin + num, end)), **options)
 
 
@@ -2104,11 +1794,9 @@ def stream(dataset, begins, num, end, device, workers, **options):
 
 
 def batches(dataset, batch_size, image_size, start, steps, seed, device, workers=0, rank=0, world=1):
-    """The batches of steps start to steps - 1, as seen in training: a function of (seed, step) alone.
-    With several processes (world), each gets its rank's part of the global batch_size."""
+    """The batches of steps start to steps - 1, a function of (seed, step): of each the part of this rank."""
     if batch_size % world:
-        raise Refused(f'batch_size {batch_size} does not divide over {world} processes; use a multiple of '
-                      f'{world}')
+        raise Refused(f'batch_size {batch_size} does not divide over {world} processes; use a multiple of {world}')
     num = batch_size // world
     end = steps * batch_size
     begins = range(start * batch_size + rank * num, end, batch_size)

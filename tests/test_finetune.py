@@ -234,7 +234,7 @@ def test_evaluation_sees_four_times_and_three_crops(tmp_path):
         ramp = np.tile(np.linspace(8 * n + 8, 8 * n, 24)[None, :, None], (16, 1, 3))
         Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / f'val/ant/clip0/{n:05}.png')
     clips = data.open_data(root, 'val', frames=4, views=data.Views(share=1.))
-    images = clips.eval_view(clips.paths.index('ant/clip0'), 8).float()       # [12, 4, 3, 8, 8]
+    images = clips.view(clips.paths.index('ant/clip0'), 8, None).float()       # [12, 4, 3, 8, 8]
     means = images.mean((2, 3, 4)).view(4, 3, 4)
     assert images.shape == (12, 4, 3, 8, 8) and (means[:, 0] > means[:, 1]).all() and (means[:, 1] > means[:, 2]).all()
     times = (means[:, 1] / 8).floor().long()                                    # [4 choices, 4 frames]
