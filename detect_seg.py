@@ -289,14 +289,17 @@ def rpn_targets(anchors, targets, u, num=256, positive_share=.5):
 def rpn_losses(logits, deltas, anchors, labels, goals):
     """Two sums: cross-entropy of the anchors asked, is there an object? L1 of the positive ones' moves.
     logits and labels [B, n]; deltas and goals [B, n, 4]; anchors [n, 4]."""
+    # is there an object?
     asked = labels >= 0
     objectness = F.binary_cross_entropy_with_logits(
         logits[asked], labels[asked].to(logits), reduction='sum')
 
+    # how should the anchor move?
     positive = labels == 1
     start = anchors.expand_as(goals)[positive]
     wanted = encode_boxes(start, goals[positive], (1., 1., 1., 1.))
-    return objectness, F.l1_loss(deltas[positive], wanted, reduction='sum')
+    move = F.l1_loss(deltas[positive], wanted, reduction='sum')
+    return objectness, move
 
 
 # ---- boxes: regions and their masks -------------------------------------------------------------
@@ -337,31 +340,40 @@ def bin_weights(start, end, out, size, ratio):
     return begin.long(), stop.long(), weights / share[:, None, None]
 
 
+def box_windows(image, y, x):
+    """[(image, rows, columns) of the map] for every box. image [R]; y and x: as of bin_weights."""
+    tall = [slice(top, bottom) for top, bottom in zip(y[0].tolist(), y[1].tolist())]
+    wide = [slice(left, right) for left, right in zip(x[0].tolist(), x[1].tolist())]
+    return list(zip(image.tolist(), tall, wide))
+
+
 class PoolBoxes(torch.autograd.Function):
-    """weights of y @ window of the map @ weights of x, for each box [R, C, out, out], as bilinear interpolation
-    is separable: half the time of visiting every point. features [B, C, H, W]; image [R]; y, x of bin_weights."""
+    """weights of y @ window of the map @ weights of x, for each box [R, C, out, out].
+    Bilinear interpolation is separable, and so is its mean over a bin. Two small products a box
+    take half the time of visiting every point (a third on channels-last maps).
+    features [B, C, H, W]; image [R]; y and x as of bin_weights."""
 
     @staticmethod
     def forward(ctx, features, image, y, x):
-        top, bottom, rows = y                                   # [R], [R], [R, out, cells]
-        left, right, columns = x
-        tall = map(slice, top.tolist(), bottom.tolist())
-        wide = map(slice, left.tolist(), right.tolist())
-        ctx.windows = list(zip(image.tolist(), tall, wide))
-        ctx.weights = rows, columns
+        ctx.windows = box_windows(image, y, x)
+        ctx.weights = y[2], x[2]
         ctx.shape = features.shape
-
-        cells = features.permute(0, 2, 3, 1).contiguous()       # [B, H, W, C], for matrix products
+        rows, columns = ctx.weights                             # each [R, out, cells]
         R, out, _ = rows.shape
+
+        # channels last, as matrix products want them
+        cells = features.permute(0, 2, 3, 1).contiguous()       # [B, H, W, C]
         pooled = cells.new_empty(R, out, out, cells.shape[3])
 
         # a box has the weights of its own h and w cells, then zeros
         for n, (i, tall, wide) in enumerate(ctx.windows):
             window = cells[i, tall, wide]                       # [h, w, C]
             h, w, _ = window.shape
-            window = columns[n, :, :w] @ window                 # [h, out, C]
+            down = rows[n, :, :h]
+            across = columns[n, :, :w]
+            window = across @ window                            # [h, out, C]
             result = pooled[n].flatten(1)                       # [out, out * C]
-            torch.mm(rows[n, :, :h], window.flatten(1), out=result)
+            torch.mm(down, window.flatten(1), out=result)
         return pooled.permute(0, 3, 1, 2)
 
     @staticmethod
@@ -375,9 +387,11 @@ class PoolBoxes(torch.autograd.Function):
         for n, (i, tall, wide) in enumerate(ctx.windows):
             h = tall.stop - tall.start
             w = wide.stop - wide.start
-            window = rows[n, :, :h].T @ gradient[n].flatten(1)  # [h, out * C]
+            down = rows[n, :, :h]
+            across = columns[n, :, :w]
+            window = down.T @ gradient[n].flatten(1)            # [h, out * C]
             window = window.view(h, -1, C)                      # [h, out, C]
-            cells[i, tall, wide] += columns[n, :, :w].T @ window
+            cells[i, tall, wide] += across.T @ window
         return cells.permute(0, 3, 1, 2), None, None, None
 
 
@@ -584,7 +598,8 @@ def class_loss(logits, labels, sigmoid=False, asked=None):
 def box_loss(boxes, deltas, labels, goals, weights):
     """Sum of L1 over the encoded deltas of the boxes that show an object: labels [n] >= 0.
     boxes, deltas and goals [n, 4]; weights [4] as of encode_boxes."""
-    positive = labels >= 0                  # the background may lie anywhere
+    # the background may lie anywhere
+    positive = labels >= 0
     wanted = encode_boxes(boxes[positive], goals[positive], weights)
     return F.l1_loss(deltas[positive], wanted, reduction='sum')
 
@@ -592,9 +607,12 @@ def box_loss(boxes, deltas, labels, goals, weights):
 def class_mask_loss(logits, labels, goals):
     """Sum over pixels of the cross-entropy of each box's mask, in the channel of its class.
     logits [n, K, m, m], labels [n], goals bool [n, m, m]."""
+    # what other classes' channels say does not count
     rows = torch.arange(len(labels), device=labels.device)
-    logits = logits[rows, labels]    # [n, m, m]
-    return F.binary_cross_entropy_with_logits(logits, goals.to(logits), reduction='sum')
+    logits = logits[rows, labels]           # [n, m, m]
+    goals = goals.to(logits)
+    return F.binary_cross_entropy_with_logits(
+        logits, goals, reduction='sum')
 
 
 @dataclass
@@ -651,7 +669,8 @@ class Detector(nn.Module):
         # what is at each place, and which anchors show an object
         pyramid = self.pyramid(self.vit(batch['images'], drop=drop))    # five [B, C, h, w]
         logits, deltas = self.proposer(pyramid)    # [B, n], [B, n, 4] each
-        anchors = make_anchors([x.shape[2:] for x in pyramid], self.strides, sizes=config.anchor_sizes)
+        grids = [x.shape[2:] for x in pyramid]
+        anchors = make_anchors(grids, self.strides, sizes=config.anchor_sizes)
         anchors = [level.to(device) for level in anchors]    # [n, 4] each
 
         # region proposals: a tensor [n, 4] for each image
@@ -671,8 +690,9 @@ class Detector(nn.Module):
         losses = self.proposal_losses(
             torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), targets, draw)
         boxes = self.sample_boxes(boxes, targets, draw)
-        losses.update(self.region_losses(pyramid, boxes, sizes, targets, batch.get('class_draw')))
-        return losses
+        class_draw = batch.get('class_draw')
+        regions = self.region_losses(pyramid, boxes, sizes, targets, class_draw)
+        return {**losses, **regions}
 
     def proposal_losses(self, logits, deltas, anchors, targets, draw):
         """logits [B, n], deltas [B, n, 4], anchors [n, 4] -> the two losses of the region proposals."""
@@ -1819,6 +1839,8 @@ class Segmenter(nn.Module):
         else:
             self.pyramid = Pyramid(width, config.channels)
             self.head = Mask2FormerHead([config.channels] * 4, config)
+
+        # the released ones: BEiT's relative positions
         if config.bias:
             for block in self.vit.blocks:
                 block.attn.rel_bias = PlaceBias(config.vit.heads, config.bias)
@@ -1836,9 +1858,12 @@ class Segmenter(nn.Module):
     def forward(self, batch, draw=None, drop=None):
         """batch: images [B, 3, H, W] normalised -> scores [B, K, H, W]. With draw, and labels [B, H, W],
         losses {name: (sum, what to divide it by)}. draw(stream, num) gives [B, num] random numbers."""
-        maps = self.maps(batch['images'], drop)
+        images = batch['images']
+        maps = self.maps(images, drop)
+
+        # what the head makes of them
         if draw is None:
-            return self.head.scores(maps, batch['images'].shape[2:])
+            return self.head.scores(maps, images.shape[2:])
         return self.head.losses(maps, batch['labels'], draw)
 
     @staticmethod

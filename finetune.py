@@ -97,7 +97,8 @@ def beta(alpha, u):
 
 def swap(x):
     """[B, ...], B even, with neighbours exchanged: 1, 0, 3, 2, ... They are always in the same process."""
-    pairs = x.unflatten(0, (-1, 2))             # [B / 2, 2, ...]
+    # [B / 2, 2, ...]
+    pairs = x.unflatten(0, (-1, 2))
     return pairs.flip(1).flatten(0, 1)
 
 
@@ -106,6 +107,8 @@ def span(place, side, n):
     place: of its middle; side: its length; both as shares of n."""
     half = int(side * n) // 2
     middle = int(place * n)
+
+    # within the border
     first = max(0, middle - half)
     end = min(n, middle + half)
     return first, end

@@ -114,6 +114,7 @@ def block_mask(index, grid, num_hidden, seed=0, smallest=None):
 def inside(grid, start, length):
     """Which of grid rows, or columns, lie in start to start + length. Both [B] -> [B, grid] bool."""
     place = torch.arange(grid)
+    # [B, 1], to compare with every place
     start = start[:, None]
     length = length[:, None]
     return (place >= start) & (place < start + length)
@@ -163,6 +164,7 @@ class Features:
         if images.shape[-1] != size:
             images = F.interpolate(images, size=(size, size), mode='bicubic', antialias=True)
 
+        # a reader's own teacher need not know of layers
         if not self.layer:
             return self.teacher.patch_features(images)
         return self.teacher.patch_features(images, self.layer)
@@ -171,6 +173,7 @@ class Features:
 
     def width(self, images):
         """How many numbers the model says of each patch."""
+        # by the features themselves, whatever the teacher
         return self.of(images[:1]).shape[-1]
 
     def read(self, predictions):
@@ -191,7 +194,7 @@ class Tokens(Features):
         codes = similarity.argmax(-1)                           # [B, N]
 
         # torch wants the classes second
-        logits = predictions.float().transpose(1, 2)            # [B, K, N]
+        logits = predictions.transpose(1, 2).float()            # [B, K, N]
         losses = F.cross_entropy(logits, codes, reduction='none')
         return (losses * mask).sum() / num_hidden
 
@@ -200,7 +203,8 @@ class Tokens(Features):
 
     def read(self, predictions):
         """The mean of the centres."""
-        return predictions.float().softmax(-1) @ self.codebook
+        chances = predictions.float().softmax(-1)
+        return chances @ self.codebook
 
 
 class Pixels(Features):
@@ -212,7 +216,9 @@ class Pixels(Features):
     def of(self, images):
         """uint8 [B, 3, H, W] -> [B, N, 3 * size * size]."""
         size = images.shape[-1] // self.grid
-        patches = F.unfold(images.float() / 255, size, stride=size).transpose(1, 2)
+        images = images.float() / 255
+        patches = F.unfold(images, size, stride=size)
+        patches = patches.transpose(1, 2)                       # [B, N, 3 * size^2]
         mean = patches.mean(-1, keepdim=True)
         variance = patches.var(-1, keepdim=True)
 
@@ -221,8 +227,8 @@ class Pixels(Features):
 
     def loss(self, predictions, targets, mask, num_hidden):
         # MAE's mean squared error
-        error = predictions.float() - targets.float()
-        losses = error.square().mean(-1)                        # [B, N]
+        predictions = predictions.float()
+        losses = (predictions - targets).square().mean(-1)      # [B, N]
         return (losses * mask).sum() / num_hidden
 
 
