@@ -17,7 +17,6 @@ Boxes are [x1, y1, x2, y2] in pixels; pixel i covers i to i + 1.
 Places are (x, y) from 0 to 1 over an image; cell i of n covers i/n to (i+1)/n.
 """
 import colorsys
-import functools
 import math
 import os
 from dataclasses import dataclass, replace

@@ -3,12 +3,10 @@ import dataclasses
 import json
 import os
 import re
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import data
@@ -43,14 +41,6 @@ def random_masks(num, size=(7, 9), stream='masks'):
     return list(u < np.linspace(0, 1, num)[:, None, None])         # from empty to full
 
 
-def test_masks_survive_run_lengths():
-    """bool to run lengths and back, from empty to full."""
-    for mask in random_masks(8):
-        runs = data.encode_mask(mask)
-        assert runs.sum() == mask.size and (runs[1:] > 0).all()
-        assert (data.decode_mask(runs, mask.shape) == mask).all()
-
-
 def test_mask_iou_is_that_of_pixels():
     """What run lengths give is what counting pixels gives, for crowds too."""
     a, b, crowd = random_masks(6), random_masks(5, stream='more'), np.array([False, True, False, True, False])
@@ -59,14 +49,6 @@ def test_mask_iou_is_that_of_pixels():
         for j, y in enumerate(b):
             union = x.sum() if crowd[j] else (x | y).sum()
             assert ours[i, j] == pytest.approx((x & y).sum() / union if (x & y).any() else 0, abs=1e-15)
-
-
-def test_a_box_as_polygon_fills_its_pixels():
-    """Of whole numbers, the polygon's pixels are the rectangle's."""
-    mask = data.fill_polygon([2, 1, 6, 1, 6, 4, 2, 4], (5, 8))
-    expected = np.zeros((5, 8), dtype=bool)
-    expected[1:4, 2:6] = True
-    assert (mask == expected).all() and data.mask_area(data.encode_mask(mask)) == 12
 
 
 def test_pasting_undoes_cutting_out():
@@ -245,95 +227,6 @@ def test_categories_with_gaps_are_numbered_in_order(tmp_path):
     found = dict(boxes=torch.ones(1, 4), scores=torch.ones(1), classes=torch.tensor([1]), masks=torch.ones(1, 2, 2),
                  pasted=[torch.ones(2, 2, dtype=torch.bool)])
     assert D.result_rows(found, 10, dataset.categories)[0]['category_id'] == 7
-
-
-def test_what_cannot_be_used_is_left_out_and_counted(tmp_path):
-    """Boxes outside the image or without area, masks of another size, unknown images and categories, absent images."""
-    whole = dict(size=[24, 32], counts=[0, 768])
-    folder = write_json(tmp_path, [row(), row(box=(40, 3, 5, 5)), row(box=(2, 3, 0, 5)), row(image=50),
-                                   row(category=4), row(segmentation=dict(size=[9, 9], counts=[81])),
-                                   row(box=(30, 20, 50, 50)), row(1, segmentation=whole, category=7)])
-    os.remove(tmp_path / 'train' / '3.png')
-    dataset = data.Instances(folder, 'train')
-    assert Counter(what.split(' ')[0] for what, _ in dataset.broken) == dict(boxes=2, masks=1, annotations=2, images=1)
-    assert len(dataset) == 3 and [len(dataset.rows[10 + i]) for i in range(3)] == [2, 1, 0]
-    assert dataset.rows[10][1]['box'].tolist() == [30, 20, 32, 24]                          # cut at the border
-
-
-def test_crowds_are_judged_and_not_learnt(tmp_path):
-    """A crowd is no target, but among the rows that detections are judged by."""
-    crowd = row(segmentation=dict(size=[24, 32], counts=[0, 768])) | dict(iscrowd=1)
-    dataset = data.Instances(write_json(tmp_path, [row(), crowd]), 'val')
-    batch = dataset.batch(torch.arange(4), 32, train=False)
-    n = batch['index'].index(0)
-    assert len(batch['targets'][n]['boxes']) == 1 and len(dataset.truth(batch)[n][1]) == 2
-
-
-@pytest.mark.parametrize('text, message', [
-    ('{', 'is not a COCO json'), ('[]', 'is not a COCO json'),
-    ('{"images": [], "annotations": [{}], "categories": []}', 'a row lacks a key'),
-    ('{"images": [], "annotations": [], "categories": []}', 'none of its 0 images')])
-def test_other_json_is_refused(tmp_path, text, message):
-    """One line that says what was expected."""
-    (tmp_path / 'train.json').write_text(text)
-    with pytest.raises(run.Refused, match=re.escape(message)):
-        data.Instances(str(tmp_path), 'train')
-
-
-def test_a_folder_without_boxes_says_what_was_looked_for(tmp_path):
-    """Not images alone."""
-    with pytest.raises(run.Refused, match='train.json, annotations/instances_train'):
-        data.Instances(str(tmp_path), 'train')
-
-
-@pytest.mark.parametrize('form', ['polygon', 'runs'])
-def test_boxes_and_masks_go_where_the_image_goes(tmp_path, form):
-    """After jitter and mirroring, a white rectangle's pixels, its mask and its box are still the same place."""
-    folder = write_json(tmp_path, [row(i, box=(8, 6, 12, 10)) for i in range(4)])
-    mask = np.zeros((24, 32), dtype=bool)
-    mask[6:16, 8:20] = True
-    for i in range(4):
-        Image.fromarray((255 * mask).astype(np.uint8)).convert('RGB').save(tmp_path / 'train' / f'{i}.png')
-    if form == 'runs':
-        held = json.loads((tmp_path / 'train.json').read_text())
-        for part in held['annotations']:
-            part['segmentation'] = dict(size=[24, 32], counts=data.encode_mask(mask).tolist())
-        (tmp_path / 'train.json').write_text(json.dumps(held))
-    dataset = data.Instances(folder, 'train', scale_jitter=(.6, 2.))
-    batch = dataset.batch(torch.arange(24), 64, seed=1)
-    sides = set()
-    for image, size, target in zip(batch['images'], batch['sizes'], batch['targets']):
-        if not len(target['boxes']):
-            continue
-        x1, y1, x2, y2 = target['boxes'][0].round().int().tolist()
-        seen = image[0] > 127
-        mask, = target['masks']
-        mask = torch.from_numpy(data.decode_mask(data.fill_polygons(mask, size), size)) if form == 'polygon' else mask
-        mask = F.pad(mask, (0, 64 - size[1], 0, 64 - size[0]))
-        box = torch.zeros(64, 64, dtype=torch.bool)
-        box[y1:y2, x1:x2] = True
-        for place in (mask, box):
-            assert (seen & place).sum() > .8 * (seen | place).sum()
-        sides.add(size)
-    assert len(sides) > 5
-
-
-def test_rare_classes_are_shown_more_often(tmp_path):
-    """LVIS's repeat factor: every image at least once an epoch, one with a rare class as often as its factor says."""
-    folder = write_json(tmp_path, [row(i) for i in range(39)] + [row(39, category=7)], 40)
-    held = json.loads((tmp_path / 'train.json').read_text())
-    for category in held['categories']:
-        category['frequency'] = 'f'
-    (tmp_path / 'train.json').write_text(json.dumps(held))
-    before, data.REPEAT = data.REPEAT, .1         # dogs are in 1 of 40 images: sqrt(.1 / .025) = twice
-    try:
-        dataset = data.Instances(folder, 'train')
-    finally:
-        data.REPEAT = before
-    assert len(dataset) == 41
-    for epoch in range(3):
-        counts = Counter(dataset.index(41 * epoch + torch.arange(41), seed=0))
-        assert counts[39] == 2 and all(counts[i] == 1 for i in range(39))
 
 
 def test_the_worlds_masks_are_in_their_boxes():

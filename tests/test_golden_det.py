@@ -206,38 +206,6 @@ def test_rpn_losses(path):
 # ---- masks
 
 @pytest.mark.parametrize('path', fixtures('masks*.pt'))
-def test_polygons(path):
-    """Every part, their union, and its area, to the pixel."""
-    fixture = read(path)
-    for name, case in fixture['polygons'].items():
-        for part, expected in zip(case['polygons'], case['part_masks']):
-            assert (data.fill_polygon(part, fixture['hw']) == expected.numpy()).all(), name
-        runs = data.fill_polygons(case['polygons'], fixture['hw'])
-        assert (data.string_to_runs(case['rle']) == runs).all() and data.mask_area(runs) == case['area'], name
-
-
-@pytest.mark.parametrize('path', fixtures('masks*.pt'))
-def test_boxes_as_masks(path):
-    """A box is the polygon of its corners."""
-    fixture = read(path)
-    for (x, y, w, h), expected in zip(fixture['boxes_to_masks']['boxes_xywh'], fixture['boxes_to_masks']['masks']):
-        mask = data.fill_polygon([x, y, x, y + h, x + w, y + h, x + w, y], fixture['hw'])
-        assert (mask == expected.numpy()).all()
-
-
-@pytest.mark.parametrize('path', fixtures('masks*.pt'))
-def test_run_lengths(path):
-    """Masks to run lengths, to strings, and back."""
-    for name, case in read(path)['rle'].items():
-        mask = case['mask'].numpy()
-        runs = data.encode_mask(mask)
-        assert runs.tolist() == case['counts_uncompressed'], name
-        assert data.string_to_runs(case['counts_compressed']).tolist() == case['counts_uncompressed'], name
-        assert (data.decode_mask(runs, case['size']) == mask).all(), name
-        assert data.mask_area(runs) == case['area'], name
-
-
-@pytest.mark.parametrize('path', fixtures('masks*.pt'))
 def test_overlaps(path):
     """IoU of masks and of boxes, with crowds, exactly."""
     case = read(path)['iou']

@@ -1,13 +1,10 @@
 """What README and docs show is run, or at least understood."""
 import json
-import os
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import clip_train
 import detect_seg
