@@ -6,7 +6,6 @@ and CLIP; initial values; names of released weights; reading and writing files.
     model = load('eva.pt')                 # a ViT or a CLIP in eval mode; model.config describes it
 """
 import argparse
-import contextlib
 import functools
 import io
 import json
@@ -42,6 +41,7 @@ SIZES = {  # parameters without a head
     'l':     dict(width=1024, depth=24, heads=16, mlp_width=4096, patch_size=14, image_size=224),  # 303M
     'g':     dict(width=1408, depth=40, heads=16, mlp_width=6144, patch_size=14, image_size=224),  # 1B, EVA
 }
+SMALL = SIZES['ti']['width']     # up to this width ViTs are our own sizes and start in our own way
 
 
 @dataclass
@@ -54,8 +54,7 @@ class ViTConfig:
     image_size: int                   # pixels along a side in training; other multiples of the patch work
     head: int = 0                     # width of a last linear layer: predictions, classes, CLIP's projection
     head_bias: bool = True
-    pool: str | None = None           # what the head sees: None every patch, 'class' the class token, 'mean' the
-                                      # average patch; 'map', ViTDet's: a map, no class token, last norm, head
+    pool: str | None = None           # the head sees every patch, 'class' token or 'mean' patch; 'map' as in forward
     mask_token: bool = True           # what MIM puts in place of hidden patches
     drop_path: float = 0.             # rate at which the last block's branches are dropped; it rises from 0
     frames: int = 1                   # of a clip: all frames' patches in a sequence with its own positions
@@ -70,8 +69,7 @@ class ViTConfig:
     attn_norm: bool = False           # a norm before attention's projection, EVA-02-CLIP's
     mlp_norm: bool = False            # a norm before fc2, EVA-02's
     layer_scale: float | None = None  # first value of a learnt gain for each channel of a branch
-    rope: str | int | None = None     # rotary positions beside the learnt ones, EVA-02's: 'index' if rows count
-                                      # 0, 1, 2, ..., or the number of rows that every grid is stretched to
+    rope: str | int | None = None     # EVA-02's rotary positions: 'index' counts rows, a number stretches grids to it
     align_corners: bool = False       # see resize_positions
 
     window: int = 0                   # ViTDet's: a window of so many patches a side sees itself only,
@@ -87,9 +85,8 @@ class ViTConfig:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, [B, N, D] to [B, N, D].
-    A key bias would add one number to all logits of a query, which softmax cancels: there is none.
-    That holds without rotary positions. With them it would matter, and such files are refused."""
+    """Multi-head self-attention, [B, N, D] to [B, N, D], without a key bias: softmax cancels what it would add,
+    one number to all logits of a query. With rotary positions it would matter; such files are refused."""
 
     def __init__(self, config, causal=False, window=0):
         super().__init__()
@@ -197,16 +194,15 @@ class Block(nn.Module):
 
     def forward(self, x, multipliers=(None, None), rotary=None, grid=None):
         """x [B, N, D]; multipliers [B] of the two branches: 0 drops it, 1 / (1 - rate) keeps it."""
-        def attention(x):
-            return self.attn(x, rotary, grid)
-
-        x = x + self.branch(x, attention, self.norm1, self.gamma_1, multipliers[0])
+        x = x + self.branch(x, self.attn, self.norm1, self.gamma_1, multipliers[0], rotary, grid)
         x = x + self.branch(x, self.mlp, self.norm2, self.gamma_2, multipliers[1])
         return x
 
-    def branch(self, x, layer, norm, gamma, multiplier):
+    def branch(self, x, layer, norm, gamma, multiplier, *places):
         """What a layer adds to x [B, N, D]."""
-        x = norm(layer(x)) if self.post_norm else layer(norm(x))
+        x = norm(layer(x, *places)) if self.post_norm else layer(norm(x), *places)
+
+        # layer scale, then dropped paths
         if gamma is not None:
             x = x * gamma
         if multiplier is not None:
@@ -245,9 +241,7 @@ class ViT(nn.Module):
 
         # the end
         self.norm = nn.Identity() if is_map else nn.LayerNorm(width, config.eps)
-        self.head = nn.Identity()
-        if config.head:
-            self.head = nn.Linear(width, config.head, bias=config.head_bias)
+        self.head = nn.Linear(width, config.head, config.head_bias) if config.head else nn.Identity()
 
     @property
     def grid(self):
@@ -263,8 +257,7 @@ class ViT(nn.Module):
     def tokens(self, images, mask=None, keep=None, drop=None, between=None):
         """Tokens before the last norm, the class token first if there is one: [B, 1+N, D].
         images [B, 3, H, W] normalised, or clips [B, T, 3, H, W].
-        mask [B, N] bool: True puts the mask token there.
-        keep [B, n]: the patches to pass on (arXiv:2212.00794); then [B, 1+n, D].
+        mask [B, N] bool: True puts the mask token there; keep [B, n]: patches to pass on, then [B, 1+n, D].
         drop [B, depth, 2] in [0, 1): a branch is dropped below its layer's rate.
         between(layer, x) returns what goes on in place of x, before each block and at the end."""
         if images.ndim == 5:    # as an image with the frames one below another
@@ -315,7 +308,7 @@ class ViT(nn.Module):
 
     def forward(self, images, mask=None, keep=None, drop=None):
         """What the head makes of every patch [B, N, head], or of the pooled ones [B, head].
-        Without a head, what it would see; with pool='map' [B, D, h, w]."""
+        Without a head, what it would see; with 'map', ViTDet's, without class token and last norm [B, D, h, w]."""
         x = self.tokens(images, mask, keep, drop)
         if self.pool == 'map':
             rows = images.shape[2] // self.patch_size
@@ -352,8 +345,7 @@ def check_grid(height, width, patch_size):
     for side in (height, width):
         if side % patch_size or side < patch_size:
             near = max(patch_size, side // patch_size * patch_size)
-            both = f'{near} or {near + patch_size}'
-            raise Refused(f'image_size {side} is not a multiple of {patch_size}; use {both}')
+            raise Refused(f'image_size {side} is not a multiple of {patch_size}; use {near} or {near + patch_size}')
     return height // patch_size, width // patch_size
 
 
@@ -370,8 +362,7 @@ def resize_positions(pos_embed, grid, align_corners=False):
 
 
 def repeat_positions(pos_embed, before, frames):
-    """Position table of `before` frames [1, 1+before*N, D] for another number of them.
-    Each frame has the positions of the one at its time."""
+    """Position table of `before` frames [1, 1+before*N, D] for others: each has those of the one at its time."""
     table = pos_embed[:, 1:].unflatten(1, (before, -1))                     # [1, before, N, D]
     table = table[:, torch.arange(frames) * before // frames].flatten(1, 2)
     return torch.cat((pos_embed[:, :1], table), dim=1)
@@ -379,19 +370,16 @@ def repeat_positions(pos_embed, before, frames):
 
 def resize_patches(kernel, patch_size):
     """A patch embedding's kernel [D, 3, p, p] for another patch size, as EVA goes from 14 to 16."""
-    resized = F.interpolate(kernel.float(), size=(patch_size, patch_size), mode='bicubic', align_corners=False)
-    return resized.to(kernel.dtype)
+    return F.interpolate(kernel.float(), (patch_size, patch_size), mode='bicubic').to(kernel.dtype)
 
 
 def rotary_positions(grid, head_dim, rope, keep=None, device=None):
     """Cosines and sines [2, 1+N, head_dim/2] of the angles by which pairs of channels turn
     (arXiv:2303.11331): half of them with the patch's row, half with its column; the class token's not.
     grid (h, w), rope as in ViTConfig; with keep [B, n] those of the kept patches, [2, B, 1, 1+n, head_dim/2]."""
-    rows = torch.arange(grid[0], device=device)
-    columns = torch.arange(grid[1], device=device)
-    if rope != 'index':
-        rows = rows * (rope / grid[0])
-        columns = columns * (rope / grid[1])
+    stretch = (1, 1) if rope == 'index' else (rope / grid[0], rope / grid[1])
+    rows = torch.arange(grid[0], device=device) * stretch[0]
+    columns = torch.arange(grid[1], device=device) * stretch[1]
 
     half = head_dim // 2
     frequencies = 10000 ** (-torch.arange(0, half, 2, device=device) / half)     # [head_dim/4]
@@ -420,9 +408,7 @@ def split_windows(x, grid, window):
 
 def join_windows(x, grid, window):
     """The inverse of split_windows: [B * windows, window^2, D] to [B, h*w, D]."""
-    rows = math.ceil(grid[0] / window)
-    columns = math.ceil(grid[1] / window)
-    x = x.view(-1, rows, columns, window, window, x.shape[2])
+    x = x.view(-1, math.ceil(grid[0] / window), math.ceil(grid[1] / window), window, window, x.shape[2])
     x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)           # [B, rows * window, columns * window, D]
     return x[:, :grid[0], :grid[1]].flatten(1, 2)
 
@@ -472,10 +458,9 @@ class TextTower(nn.Module):
 
     def forward(self, text):
         """text [B, T] ids to [B, embed]."""
-        # Attention looks back only: what follows the last end token can go.
-        # On a GPU the CPU would wait for that length, so there the caller cuts.
+        # attention looks back only: what follows the last end token can go
         end = text.argmax(dim=1)                                    # [B]
-        if text.device.type == 'cpu':
+        if text.device.type == 'cpu':    # a GPU would make the CPU wait; there the caller cuts
             text = text[:, :int(end.max()) + 1]
         x = self.token_embed(text) + self.pos_embed[:, :text.shape[1]]
         for block in self.blocks:
@@ -489,10 +474,8 @@ class CLIPConfig:
     text: TextConfig
 
     def __post_init__(self):
-        if isinstance(self.vision, dict):
-            self.vision = ViTConfig(**self.vision)
-        if isinstance(self.text, dict):
-            self.text = TextConfig(**self.text)
+        self.vision = ViTConfig(**self.vision) if isinstance(self.vision, dict) else self.vision
+        self.text = TextConfig(**self.text) if isinstance(self.text, dict) else self.text
 
 
 class CLIP(nn.Module):
@@ -528,16 +511,12 @@ class CLIP(nn.Module):
 
 
 def sincos_positions(width, grid):
-    """[1, 1+grid*grid, width]: half of the channels from the column, half from the row (arXiv:2111.06377).
-    The class token's row is zero."""
+    """[1, 1+grid*grid, width] (arXiv:2111.06377): half the channels from column, half from row; class token zero."""
     frequencies = 10000 ** (-torch.arange(width // 4) / (width // 4))
     angles = torch.arange(grid)[:, None] * frequencies                                    # [grid, width/4]
     side = torch.cat((angles.sin(), angles.cos()), dim=1)                                 # [grid, width/2]
     table = torch.cat((side.repeat(grid, 1), side.repeat_interleave(grid, 0)), dim=1)     # [N, width]
     return torch.cat((torch.zeros(1, width), table))[None]
-
-
-SMALL = SIZES['ti']['width']     # up to this width ViTs are our own sizes and start in our own way
 
 
 @torch.no_grad()
@@ -573,8 +552,7 @@ def init_weights(model, seed=0, gain=0):
             elif weight.ndim == 1 or 'rel_pos' in name:
                 weight.fill_(name.endswith('weight'))    # norms 1, biases 0
             elif name == 'pos_embed' and has_sincos:
-                positions = sincos_positions(width, tower.grid)
-                weight.copy_(repeat_positions(positions, 1, config.frames))
+                weight.copy_(repeat_positions(sincos_positions(width, tower.grid), 1, config.frames))
             elif is_clip:
                 weight.normal_(0, std, generator=generator)
             else:
@@ -603,7 +581,6 @@ def under(theirs, ours, rules):
     """The rules of a tower for a model that holds it under a prefix."""
     def prefixed(prefix, names):
         return ' '.join(name if name == '-' else prefix + name for name in names.split())
-
     return [(prefixed(theirs, left), prefixed(ours, right), op) for left, right, op in rules]
 
 
@@ -616,45 +593,32 @@ EVA01 = EVA + EVA_QKV + GELU_MLP
 
 EVA_L = EVA + GELU_MLP + same('blocks.*.attn.qkv.weight') + [
     ('blocks.*.attn.qkv.bias', 'blocks.*.attn.q_bias - blocks.*.attn.v_bias', 'split'),
-    *[(name, '-', 'drop') for name in (
-        'mask_token', 'decoder_*', 'decoder_*.*', 'decoder_*.*.*.*', 'decoder_*.*.*.*.*')]]     # all the decoder's
+    *[(name, '-', 'drop') for name in 'mask_token decoder_* decoder_*.* decoder_*.*.*.* decoder_*.*.*.*.*'.split()]]
 
 THREE_PROJECTIONS = [('blocks.*.attn.q_proj.weight blocks.*.attn.k_proj.weight blocks.*.attn.v_proj.weight',
                       'blocks.*.attn.qkv.weight', 'concat')]
 ROTARY_TABLES = [('rope.*', '-', 'drop'), ('blocks.*.attn.rope.*', '-', 'drop')]
-EVA02 = EVA + EVA_BIASES + THREE_PROJECTIONS + ROTARY_TABLES + [
-    ('blocks.*.attn.inner_attn_ln.*', 'blocks.*.attn.norm.*', 'same'),
-    ('blocks.*.mlp.w1.* blocks.*.mlp.w2.*', 'blocks.*.mlp.fc1.*', 'concat'),
-    ('blocks.*.mlp.ffn_ln.*', 'blocks.*.mlp.norm.*', 'same'),
-    ('blocks.*.mlp.w3.*', 'blocks.*.mlp.fc2.*', 'same')]
-EVA02_SMALL = EVA + EVA_QKV + ROTARY_TABLES + [
-    ('blocks.*.mlp.w12.*', 'blocks.*.mlp.fc1.*', 'same'),
-    ('blocks.*.mlp.w3.*', 'blocks.*.mlp.fc2.*', 'same')]
-EVA02_TIMM = EVA + THREE_PROJECTIONS + [
-    *same('blocks.*.attn.norm.*', 'blocks.*.mlp.norm.*', 'blocks.*.mlp.fc2.*'),
-    ('blocks.*.attn.q_proj.bias', 'blocks.*.attn.q_bias', 'same'),
-    ('blocks.*.attn.v_proj.bias', 'blocks.*.attn.v_bias', 'same'),
-    ('blocks.*.mlp.fc1_g.* blocks.*.mlp.fc1_x.*', 'blocks.*.mlp.fc1.*', 'concat')]
+EVA02 = EVA + EVA_BIASES + THREE_PROJECTIONS + ROTARY_TABLES + under('blocks.*.', 'blocks.*.', [
+    ('attn.inner_attn_ln.*', 'attn.norm.*', 'same'), ('mlp.w1.* mlp.w2.*', 'mlp.fc1.*', 'concat'),
+    ('mlp.ffn_ln.*', 'mlp.norm.*', 'same'), ('mlp.w3.*', 'mlp.fc2.*', 'same')])
+EVA02_SMALL = EVA + EVA_QKV + ROTARY_TABLES + under('blocks.*.mlp.', 'blocks.*.mlp.', [
+    ('w12.*', 'fc1.*', 'same'), ('w3.*', 'fc2.*', 'same')])
+EVA02_TIMM = EVA + THREE_PROJECTIONS + under('blocks.*.', 'blocks.*.', [
+    *same('attn.norm.*', 'mlp.norm.*', 'mlp.fc2.*'), ('attn.q_proj.bias', 'attn.q_bias', 'same'),
+    ('attn.v_proj.bias', 'attn.v_bias', 'same'), ('mlp.fc1_g.* mlp.fc1_x.*', 'mlp.fc1.*', 'concat')])
 
 OPENAI_BLOCKS = under('transformer.resblocks.*.', 'blocks.*.', [
     ('attn.in_proj_weight', 'attn.qkv.weight', 'same'),
     ('attn.in_proj_bias', 'attn.q_bias - attn.v_bias', 'split'),
-    ('attn.out_proj.*', 'attn.proj.*', 'same'),
-    ('ln_*.*', 'norm*.*', 'same'),
-    ('mlp.c_fc.*', 'mlp.fc1.*', 'same'),
-    ('mlp.c_proj.*', 'mlp.fc2.*', 'same')])
+    ('attn.out_proj.*', 'attn.proj.*', 'same'), ('ln_*.*', 'norm*.*', 'same'),
+    ('mlp.c_fc.*', 'mlp.fc1.*', 'same'), ('mlp.c_proj.*', 'mlp.fc2.*', 'same')])
 OPENAI_VISION = OPENAI_BLOCKS + [
-    ('class_embedding', 'class_token', 'squeeze'),
-    ('positional_embedding', 'pos_embed', 'squeeze'),
-    ('conv1.weight', 'patch_embed.weight', 'same'),
-    ('ln_pre.*', 'pre_norm.*', 'same'),
-    ('ln_post.*', 'norm.*', 'same'),
-    ('proj', 'head.weight', 'transpose')]
+    ('class_embedding', 'class_token', 'squeeze'), ('positional_embedding', 'pos_embed', 'squeeze'),
+    ('conv1.weight', 'patch_embed.weight', 'same'), ('ln_pre.*', 'pre_norm.*', 'same'),
+    ('ln_post.*', 'norm.*', 'same'), ('proj', 'head.weight', 'transpose')]
 OPENAI_TEXT = OPENAI_BLOCKS + [
-    ('token_embedding.weight', 'token_embed.weight', 'same'),
-    ('positional_embedding', 'pos_embed', 'squeeze'),
-    ('ln_final.*', 'norm.*', 'same'),
-    ('text_projection', 'head.weight', 'transpose')]
+    ('token_embedding.weight', 'token_embed.weight', 'same'), ('positional_embedding', 'pos_embed', 'squeeze'),
+    ('ln_final.*', 'norm.*', 'same'), ('text_projection', 'head.weight', 'transpose')]
 LOGIT_SCALE = [('logit_scale', 'logit_scale', 'squeeze')]
 OPENCLIP = under('visual.', 'visual.', OPENAI_VISION) + under('text.', 'text.', OPENAI_TEXT) + LOGIT_SCALE
 OPENAI_CLIP = under('visual.', 'visual.', OPENAI_VISION) + under('', 'text.', OPENAI_TEXT) + LOGIT_SCALE + [
@@ -663,22 +627,17 @@ OPENAI_CLIP = under('visual.', 'visual.', OPENAI_VISION) + under('', 'text.', OP
 HF_BLOCKS = under('encoder.layers.*.', 'blocks.*.', [
     ('self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight', 'attn.qkv.weight', 'concat'),
     ('self_attn.q_proj.bias self_attn.k_proj.bias self_attn.v_proj.bias', 'attn.q_bias - attn.v_bias', 'split'),
-    ('self_attn.out_proj.*', 'attn.proj.*', 'same'),
-    ('layer_norm*.*', 'norm*.*', 'same'),
+    ('self_attn.out_proj.*', 'attn.proj.*', 'same'), ('layer_norm*.*', 'norm*.*', 'same'),
     ('mlp.*.*', 'mlp.*.*', 'same')])
-HF_BLOCKS += [('embeddings.position_embedding.weight', 'pos_embed', 'squeeze'),
-              ('embeddings.position_ids', '-', 'drop')]
-HF_VISION = HF_BLOCKS + [
-    ('embeddings.class_embedding', 'class_token', 'squeeze'),
-    ('embeddings.patch_embedding.weight', 'patch_embed.weight', 'same'),
-    ('pre_layrnorm.*', 'pre_norm.*', 'same'),
-    ('post_layernorm.*', 'norm.*', 'same')]
+HF_BLOCKS += under('embeddings.', '', [
+    ('position_embedding.weight', 'pos_embed', 'squeeze'), ('position_ids', '-', 'drop')])
+HF_VISION = HF_BLOCKS + under('embeddings.', '', [
+    ('class_embedding', 'class_token', 'squeeze'), ('patch_embedding.weight', 'patch_embed.weight', 'same')]) + [
+    ('pre_layrnorm.*', 'pre_norm.*', 'same'), ('post_layernorm.*', 'norm.*', 'same')]
 HF_TEXT = HF_BLOCKS + [
-    ('embeddings.token_embedding.weight', 'token_embed.weight', 'same'),
-    ('final_layer_norm.*', 'norm.*', 'same')]
-HF_CLIP = under('vision_model.', 'visual.', HF_VISION) + under('text_model.', 'text.', HF_TEXT) + LOGIT_SCALE
-HF_CLIP += [('visual_projection.weight', 'visual.head.weight', 'same'),
-            ('text_projection.weight', 'text.head.weight', 'same')]
+    ('embeddings.token_embedding.weight', 'token_embed.weight', 'same'), ('final_layer_norm.*', 'norm.*', 'same')]
+HF_CLIP = under('vision_model.', 'visual.', HF_VISION) + under('text_model.', 'text.', HF_TEXT) + LOGIT_SCALE + [
+    (f'{tower}_projection.weight', f'{tower}.head.weight', 'same') for tower in ('visual', 'text')]
 
 EVA_ENDS = {  # what EVA's ViTs end with: a tensor that tells, the pooling, its rules
     'MIM':                     ('lm_head.weight', None, same('norm.*') + [('lm_head.*', 'head.*', 'same')]),
@@ -715,11 +674,7 @@ FAMILIES = {  # a family's files are the first to have these tensors; its table;
 def rename(name, pattern, target):
     """name in the target's form, or None where the pattern does not fit."""
     match = re.fullmatch(re.escape(pattern).replace(r'\*', '([^.]+)'), name)
-    if match is None:
-        return None
-    for part in match.groups():
-        target = target.replace('*', part, 1)
-    return target
+    return match and target.replace('*', '{}').format(*match.groups())
 
 
 def original_name(name, rules):
@@ -741,12 +696,11 @@ def translate(state, rules):
         for first in [name for name in left if rename(name, patterns[0], '') is not None]:
             # the rows of all names on the left, zeros for a key bias
             names = [rename(first, patterns[0], pattern) for pattern in patterns]
+            pieces = []
             for name in names:
                 if name not in left and name != '-':
                     raise Refused(f'weights do not fit the model: missing {name}')
-            pieces = [left.pop(name) for name in names if name != '-']
-            if '-' in names:
-                pieces.insert(names.index('-'), torch.zeros_like(pieces[0]))
+                pieces.append(torch.zeros_like(pieces[0]) if name == '-' else left.pop(name))
             if len({piece.shape for piece in pieces}) > 1:
                 raise Refused(f'weights do not fit the model: {", ".join(names)} differ in shape')
             tensor = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
@@ -756,9 +710,7 @@ def translate(state, rules):
                 tensor = tensor.squeeze()
 
             # cut for the names on the right
-            pieces = [tensor]
-            if len(targets) > 1:
-                pieces = [piece.clone() for piece in tensor.chunk(len(targets))]
+            pieces = [piece.clone() for piece in tensor.chunk(len(targets))] if len(targets) > 1 else [tensor]
             for target, piece in zip(targets, pieces):
                 if op == 'drop':
                     dropped.append(first)
@@ -790,14 +742,13 @@ def count_layers(state, prefix=''):
 
 
 def vit_config(state, prefix='', act='gelu', eps=1e-6, pool='class'):
-    """The options that a ViT's tensors under our names show, and two that they do not:
-    a head is 64 wide but in the largest models, which have 16 of them;
-    EVA-02-CLIP-E, whose MLP is the widest, has its norms after its branches."""
+    """The options that a ViT's tensors under our names show, and two that they do not: heads are 64 wide but in the
+    largest models, which have 16; EVA-02-CLIP-E, whose MLP is the widest, has its norms after its branches."""
     shapes = {name[len(prefix):]: tensor.shape for name, tensor in state.items() if name.startswith(prefix)}
     width = shapes['class_token'][-1]
     mlp_width = shapes['blocks.0.mlp.fc2.weight'][1]
     patch_size = shapes['patch_embed.weight'][-1]
-    head = shapes['head.weight'][0] if 'head.weight' in shapes else 0
+    head = shapes.get('head.weight', (0,))[0]
     heads = 16 if width in (1280, 1408, 1664, 1792) else max(1, width // 64)
 
     # rows count 0, 1, 2 in MIM and are stretched to 16 elsewhere
@@ -807,31 +758,11 @@ def vit_config(state, prefix='', act='gelu', eps=1e-6, pool='class'):
         rope = 16 if pool else 'index'
     return dict(
         width=width, depth=count_layers(shapes), heads=heads, mlp_width=mlp_width, patch_size=patch_size,
-        image_size=patch_size * math.isqrt(shapes['pos_embed'][-2] - 1),
-        head=head, head_bias='head.bias' in shapes or not head,
-        pool=pool, mask_token='mask_token' in shapes, eps=eps, act=act, rope=rope, post_norm=mlp_width > 8 * width,
+        image_size=patch_size * math.isqrt(shapes['pos_embed'][-2] - 1), pool=pool, eps=eps, act=act, rope=rope,
+        head=head, head_bias='head.bias' in shapes or not head, post_norm=mlp_width > 8 * width,
+        mask_token='mask_token' in shapes, layer_scale=1. if 'blocks.0.gamma_1' in shapes else None,
         patch_bias='patch_embed.bias' in shapes, pre_norm='pre_norm.weight' in shapes,
-        attn_norm='blocks.0.attn.norm.weight' in shapes, mlp_norm='blocks.0.mlp.norm.weight' in shapes,
-        layer_scale=1. if 'blocks.0.gamma_1' in shapes else None)
-
-
-def family_config(state, family):
-    """The config, as a dict, of a family's tensors under our names: a ViT's or a CLIP's."""
-    _, rules, options = FAMILIES[family]
-    try:
-        if not any(name == 'logit_scale' for _, name, _ in rules):
-            return vit_config(state, **options)
-        vocab, width = state['text.token_embed.weight'].shape
-        text = dict(width=width, depth=count_layers(state, 'text.'), heads=max(1, width // 64), vocab=vocab,
-                    embed=len(state['text.head.weight']), context=state['text.pos_embed'].shape[-2],
-                    act=options.get('act', 'gelu'))
-        return dict(vision=vit_config(state, 'visual.', **options), text=text)
-    except KeyError as error:
-        name = error.args[0]
-        original = original_name(name, rules) or original_name('visual.' + name, rules)
-        raise Refused(f'weights of {family} miss {original}') from None
-    except (IndexError, ValueError):
-        raise Refused(f'weights of {family} lack a dimension') from None
+        attn_norm='blocks.0.attn.norm.weight' in shapes, mlp_norm='blocks.0.mlp.norm.weight' in shapes)
 
 
 def read_family(state, changes):
@@ -839,9 +770,23 @@ def read_family(state, changes):
     family = family_of(state)
     _, rules, options = FAMILIES[family]
     ours, key_biases, dropped = translate(state, rules)
-    config = family_config(ours, family)
+    try:
+        if LOGIT_SCALE[0] in rules:
+            vocab, width = ours['text.token_embed.weight'].shape
+            text = dict(width=width, depth=count_layers(ours, 'text.'), heads=max(1, width // 64), vocab=vocab,
+                        embed=len(ours['text.head.weight']), context=ours['text.pos_embed'].shape[-2],
+                        act=options.get('act', 'gelu'))
+            vision = vit_config(ours, 'visual.', **options)
+            config = dict(vision=vision, text=text)
+        else:
+            config = vision = vit_config(ours, **options)
+    except KeyError as error:
+        original = original_name(error.args[0], rules) or original_name('visual.' + error.args[0], rules)
+        raise Refused(f'weights of {family} miss {original}') from None
+    except (IndexError, ValueError):
+        raise Refused(f'weights of {family} lack a dimension') from None
     for name, bias in key_biases.items():
-        if config.get('vision', config)['rope'] and not name.startswith('text.') and bias.any():
+        if vision['rope'] and not name.startswith('text.') and bias.any():
             raise Refused(f'{name} has key biases; under rotary positions they matter, this ViT has none')
 
     notes = [f'{family} weights']
@@ -859,8 +804,7 @@ def read_family(state, changes):
 
 def load(path, kind=None, **changes):
     """A model in eval mode, recognised by what the file holds; `.extra` is what `save` was given beside it.
-    kind: None, a ViT or a CLIP; ViT, also a CLIP's image tower; CLIP; or a class whose files are ours,
-    or released ones that its from_released(tensors) reads.
+    kind: None, a ViT or a CLIP; ViT, also a CLIP's image tower; CLIP; or a class, for other files with from_released.
     changes to the config, a CLIP's by tower: vision=dict(...), text=dict(...). Positions and patches are
     resized; a head of another shape starts afresh, as does any where the pooling changes."""
     held = read(path)
@@ -918,8 +862,6 @@ def changed(model, state, changes):
     before = getattr(model, 'visual', model).config
     after = getattr(other, 'visual', other).config
 
-    # positions and patches
-    state = dict(state)
     positions = prefix + 'pos_embed'
     kernel = prefix + 'patch_embed.weight'
     if before.frames == 1:
@@ -933,22 +875,17 @@ def changed(model, state, changes):
     # another pooling gives the head another meaning; EVA's norm of the mean is another one
     if before.pool != after.pool:
         gone = ('head.', 'norm.') if after.pool == 'mean' else 'head.'
-        for name in [name for name in state if name.removeprefix(prefix).startswith(gone)]:
-            del state[name]
+        state = {name: x for name, x in state.items() if not name.removeprefix(prefix).startswith(gone)}
 
     # these start afresh where they do not fit; on the meta device, where all others are, that costs nothing
     own = other.state_dict()
     optional = re.compile(prefix + r'(class_token|mask_token|norm\.|head\.|.*\.rel_pos_)')
-    for name in [name for name in state if optional.match(name)]:
-        if name not in own or own[name].shape != state[name].shape:
-            del state[name]
-    fresh = [name for name in own if optional.match(name) and name not in state]
-    if fresh:
-        empty = {name: torch.empty(own[name].shape) for name in fresh}
-        other.load_state_dict(empty, strict=False, assign=True)
-        values = init_weights(other).state_dict()
-        state.update({name: values[name] for name in fresh})
-    return other, state
+    unfit = [name for name, x in state.items() if name not in own or own[name].shape != x.shape]
+    state = {name: x for name, x in state.items() if name not in unfit or not optional.match(name)}
+    fresh = {name: torch.empty(x.shape) for name, x in own.items() if optional.match(name) and name not in state}
+    other.load_state_dict(fresh, strict=False, assign=True)
+    values = init_weights(other).state_dict()
+    return other, {**state, **{name: values[name] for name in fresh}}
 
 
 def fitting(model, state, rules=()):
@@ -959,10 +896,10 @@ def fitting(model, state, rules=()):
     wrong = [f'unexpected {name}' for name in state if name not in own]
     for name, tensor in own.items():
         given = state.get(name)
+        original = original_name(name, rules) or name
         if given is None:
-            wrong.append(f'missing {original_name(name, rules) or name}')
+            wrong.append(f'missing {original}')
         elif [n for n in given.shape if n != 1] != [n for n in tensor.shape if n != 1]:
-            original = original_name(name, rules) or name
             wrong.append(f'{original} of shape {list(given.shape)} instead of {list(tensor.shape)}')
         else:
             fitted[name] = given.detach().reshape(tensor.shape).float().contiguous()
@@ -988,7 +925,7 @@ def save(model, path, names='ours', **extra):
         torch.save(held, path + '.tmp')
         os.replace(path + '.tmp', path)
     except (OSError, RuntimeError) as error:     # torch's writer raises RuntimeError when the disk is full
-        with contextlib.suppress(OSError):
+        if os.path.isfile(path + '.tmp'):
             os.remove(path + '.tmp')
         raise Refused(f'{path} cannot be written ({first_line(error)})') from None
 
@@ -1012,7 +949,7 @@ def export(model, names):
     rules = FAMILIES[family][1]
     state = model.state_dict()
     if config.pool:
-        state = {name: tensor for name, tensor in state.items() if not name.endswith('mask_token')}
+        state.pop('visual.mask_token' if is_clip else 'mask_token', None)
     homeless = [name for name in state if not original_name(name, rules)]
     if is_clip and config.pool != 'class':
         homeless.append(f'pool={config.pool!r}')
@@ -1034,12 +971,11 @@ def read_safetensors(path):
     header.pop('__metadata__', None)
     state = {}
     for name, about in header.items():
-        dtype, shape = SAFETENSORS[about['dtype']], about['shape']
+        dtype, count = SAFETENSORS[about['dtype']], math.prod(about['shape'])
         first, last = about['data_offsets']
-        if last - first != math.prod(shape) * dtype.itemsize or first < 0 or start + last > len(mapped):
+        if last - first != count * dtype.itemsize or first < 0 or start + last > len(mapped):
             raise ValueError(f'{name} does not lie in the file')
-        tensor = torch.frombuffer(mapped, dtype=dtype, count=math.prod(shape), offset=start + first)
-        state[name] = tensor.view(shape)
+        state[name] = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start + first).view(about['shape'])
     return state
 
 
@@ -1065,8 +1001,7 @@ class ArchiveUnpickler(pickle.Unpickler):
         if module.split('.')[0] == '__torch__':
             return Tensors
         known = {('collections', 'OrderedDict'): dict, ('torch._utils', '_rebuild_tensor_v2'): self.tensor}
-        for kind in ('int', 'double', 'bool', 'tensor'):
-            known['torch.jit._pickle', f'build_{kind}list'] = list
+        known |= {('torch.jit._pickle', f'build_{kind}list'): list for kind in ('int', 'double', 'bool', 'tensor')}
         for kind in ('Double', 'Float', 'Half', 'BFloat16', 'Long', 'Int'):
             known['torch', f'{kind}Storage'] = getattr(torch, f'{kind}Storage').dtype
         if (module, name) not in known:
