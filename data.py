@@ -943,7 +943,7 @@ def rand_augment(image, u):
 
 
 def change_colours(images, u):
-    """EVA's for videos: brightness, contrast and saturation change with a chance of .8 (by up to .4: ours),
+    """EVA's colour jitter for videos: brightness, contrast and saturation change with a chance of .8 (by up to .4: ours),
     and all turns grey with .2. images uint8 [..., 3, S, S], frames alike; u: 5 uniform numbers."""
     def grey(x):
         return (x * torch.tensor([.299, .587, .114]).view(3, 1, 1)).sum(-3, keepdim=True)

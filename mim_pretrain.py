@@ -130,7 +130,7 @@ def make_mask(kind, index, grid, mask_ratio, seed=0):
         u = data.uniform(seed, 'mask', index.cpu(), grid * grid)
         return u.argsort(1).argsort(1) < num_hidden
 
-    # columns: every even patch
+    assert kind == 'columns', kind      # every even patch: EVA's validation
     even = torch.arange(grid * grid) % 2 == 0
     return even.expand(len(index), -1)
 

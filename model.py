@@ -30,7 +30,7 @@ class Refused(ValueError):
     """What a user gave and we do not take. It becomes one line and exit code 2; nothing else does."""
 
 
-SIZES = {  # parameters without a head
+SIZES = {  # parameters without a head. The built-in teacher is a nano too; with --init the file's options stay
     'pico':  dict(width=32,   depth=4,  heads=2,  mlp_width=128,  patch_size=4,  image_size=32),   # 54K
     'nano':  dict(width=64,   depth=4,  heads=2,  mlp_width=256,  patch_size=4,  image_size=32),   # 207K
     'micro': dict(width=96,   depth=6,  heads=3,  mlp_width=384,  patch_size=4,  image_size=32),   # 681K
@@ -42,6 +42,7 @@ SIZES = {  # parameters without a head
     'g':     dict(width=1408, depth=40, heads=16, mlp_width=6144, patch_size=14, image_size=224),  # 1B, EVA
 }
 SMALL = SIZES['ti']['width']     # up to this width ViTs are our own sizes and start in our own way
+TOKENS = ('pos_embed', 'class_token', 'mask_token')     # learnt inputs: they do not decay, and are no layer's
 
 
 @dataclass
@@ -82,6 +83,8 @@ class ViTConfig:
             raise Refused(f'width {self.width} is not a multiple of heads {self.heads}')
         if self.rope and self.width // self.heads % 4:
             raise Refused(f'width {self.width} / heads {self.heads} must divide by 4, for rotary positions')
+        if self.rope and self.window:
+            raise Refused('rotary positions count over the whole image; they do not go with --window')
 
 
 class Attention(nn.Module):
@@ -252,7 +255,7 @@ class ViT(nn.Module):
         """uint8 [B, 3, H, W] to the floats this model was trained on."""
         mean = 255 * constant(self.config.mean, images.device).view(3, 1, 1)
         std = 255 * constant(self.config.std, images.device).view(3, 1, 1)
-        return images.float().sub_(mean).div_(std)
+        return images.float().sub(mean).div_(std)
 
     def tokens(self, images, mask=None, keep=None, drop=None, between=None):
         """Tokens before the last norm, the class token first if there is one: [B, 1+N, D].
@@ -270,6 +273,8 @@ class ViT(nn.Module):
         if self.config.rope:
             head_dim = self.config.width // self.config.heads
             rotary = rotary_positions(grid, head_dim, self.config.rope, keep, images.device)
+            if self.class_token is None:    # its row comes first
+                rotary = rotary[..., 1:, :]
         multipliers = [(None, None)] * len(self.blocks)
         if drop is not None and self.config.drop_path:
             rates = constant(self.drop_rates, drop.device)[:, None]

@@ -112,8 +112,8 @@ NUM_PROBE = 2048        # training images that fit the probes, and validation im
 GONE = {  # flags of earlier versions, and what to do now
     'plan': 'use python studies/plan.py', 'devices': 'use python studies/plan.py',
     'bench': 'use python studies/speed.py', 'study': 'use python studies/scaling.py',
-    'micro_batch': 'use --checkpoint_activations or more processes', 'erase': 'use --mixup or --cutmix',
-    'shard': 'torchrun always shards', 'jitter': 'use --scale_jitter', 'whole': '--eval takes val/ or all data',
+    'micro_batch': 'use --checkpoint_activations or more processes', 'erase': 'finetune.py has --mixup and --cutmix',
+    'shard': 'torchrun always shards', 'jitter': 'detect_seg.py has --scale_jitter', 'whole': '--eval takes val/ or all data',
     'ignore': 'use --classes FILE, with - for such a value', 'zero_label': 'use --classes FILE, - for value 0',
 }
 
@@ -384,7 +384,7 @@ def param_groups(model, weight_decay, layer_decay=1.):
     groups = {}
     for name, weight in model.named_parameters():
         if weight.requires_grad:
-            bare = weight.ndim < 2 or name.split('.')[-1] in ('pos_embed', 'class_token', 'mask_token')
+            bare = weight.ndim < 2 or name.split('.')[-1] in M.TOKENS
             scale = layer_decay ** layers_above(name, model)
             new = dict(params=[], weight_decay=0. if bare else weight_decay, lr_scale=scale)
             groups.setdefault((bare, -scale), new)['params'].append(weight)
@@ -396,7 +396,8 @@ def layers_above(name, model):
     tower, in_block, rest = name.rpartition('blocks.')
     if in_block:
         return len(model.get_submodule(tower + 'blocks')) - int(rest.split('.')[0])
-    is_input = re.match('(.*)(patch_embed|class_token|mask_token|pos_embed|pre_norm|token_embed)', name)
+    inputs = '|'.join((*M.TOKENS, 'patch_embed', 'pre_norm', 'token_embed'))
+    is_input = re.match(f'(.*)({inputs})', name)
     return 1 + len(model.get_submodule(is_input[1] + 'blocks')) if is_input else 0
 
 
@@ -675,6 +676,7 @@ class Log:
     def finish(self, model, ylabel, lines, **metrics):
         """loss.png, with lines {name: loss} to compare with; result.json, which says that a run is done."""
         self.close()
+        self.append('evals.jsonl', step=self.cfg.steps - 1, **metrics)
         if get_rank() > 0:
             return
         out_dir = self.cfg.out_dir

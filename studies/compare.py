@@ -7,7 +7,7 @@ Is a change more than noise? mim_pretrain.py with your edits against the last co
     python studies/compare.py --against HEAD~3 -- --size micro  # another commit; after -- come flags of both sides
 
 Both sides run from a copy of their code in out/compare, so you can go on editing; the same command goes on where it
-was stopped. One seed means the same weights, order, crops and masks on both sides: what differs in a pair is the change.
+was stopped. One seed means the same weights (unless parameters are added), order, crops and masks on both sides.
 Skill is only compared where both sides solve the same task: the same targets behind the same masks.
 """
 import hashlib

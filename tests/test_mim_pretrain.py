@@ -151,6 +151,7 @@ def test_a_run_leaves_what_the_design_says(tmp_path):
     assert left >= {'model.pt', 'result.json', 'log.jsonl', 'loss.png', 'features.png'}
     result = json.loads((tmp_path / 'run' / 'result.json').read_text())
     assert result.keys() >= {'cosine', 'baseline', 'inpaint', 'skill', 'seconds', 'parameters', 'command'}
+    assert run.read_log(str(tmp_path / 'run'), 'evals.jsonl')[-1]['skill'] == result['skill']
 
 
 def test_position_baseline_is_the_best_constant():

@@ -491,3 +491,20 @@ def test_a_width_without_sincos_positions_is_initialised():
     """Sin-cos takes widths of a multiple of 4; another narrow ViT starts from random positions."""
     narrow = dict(SIZES['pico'], width=66, heads=2)
     assert init_weights(ViT(ViTConfig(**narrow))).pos_embed.std() > 0
+
+
+def test_rotary_positions_go_with_a_map_and_not_with_windows():
+    """ViTDet's backbone has no class token, whose row of angles is left out; angles know nothing of windows."""
+    config = ViTConfig(**SIZES['pico'], pool='map', mask_token=False, rope='index')
+    vit = init_weights(ViT(config))
+    images = torch.randn(2, 3, 32, 32)
+    assert vit(images).shape == (2, 32, 8, 8)
+    with pytest.raises(Refused, match='--window'):
+        dataclasses.replace(config, window=4)
+
+
+def test_normalize_leaves_its_input_alone():
+    images = torch.randint(0, 256, (1, 3, 32, 32)).float()
+    before = images.clone()
+    ViT(ViTConfig(**SIZES['pico'])).normalize(images)
+    assert torch.equal(images, before)
