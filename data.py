@@ -143,6 +143,10 @@ def star(r, a):             # five points at radius 1, between them inner corner
     return r * (np.cos(a) * x + np.sin(a) * (1 - y)) < x
 
 
+def heart(x, y):            # the sextic curve; here y points up
+    return (x * x + y * y - 1) ** 3 < x * x * y ** 3
+
+
 def wave(phase):            # a sine of period 1
     return np.sin(2 * math.pi * phase)
 
@@ -159,7 +163,7 @@ SHAPES = {
     'star':      lambda x, y, r, a: star(r, a),
     'cross':     lambda x, y, r, a: (np.minimum(abs(x), abs(y)) < .28) & (np.maximum(abs(x), abs(y)) < .95),
     'ring':      lambda x, y, r, a: (r < .96) & (r > .36),
-    'heart':     lambda x, y, r, a: (1.44 * x * x + (.15 - 1.2 * y) ** 2 - 1) ** 3 < 1.44 * x * x * (.15 - 1.2 * y) ** 3,
+    'heart':     lambda x, y, r, a: heart(1.2 * x, .15 - 1.2 * y),
     'moon':      lambda x, y, r, a: (r < .95) & (np.hypot(x - .45, y + .1) > .72),
     'arrow':     lambda x, y, r, a: ((abs(x) < .24) & (abs(y) < .9)) | ((y < .05) & (y > -.98 + 1.25 * abs(x))),
     'drop':      lambda x, y, r, a: (np.hypot(x, y - .35) < .58) | ((y < .2) & (y > -.98 + 2.1 * abs(x))),
