@@ -501,8 +501,12 @@ def draw_scenes(scenes, image_size):
     matrix = (objects.matrix.float() / 4096)[..., None, None].unbind(1)     # four of [M, 1, 1]
     dx = (pixels - objects.x[:, None]).float()[:, None, :]                  # [M, 1, W]
     dy = (pixels - objects.y[:, None]).float()[:, :, None]                  # [M, H, 1]
-    across = (dx * matrix[0] + dy * matrix[1]).floor_().add_(CELLS // 2).clamp_(0, CELLS - 1)
-    down = (dx * matrix[2] + dy * matrix[3]).floor_().add_(CELLS // 2).clamp_(0, CELLS - 1)
+
+    # the cell of each object's table that a pixel shows
+    across = dx * matrix[0] + dy * matrix[1]
+    across = across.floor_().add_(CELLS // 2).clamp_(0, CELLS - 1)
+    down = dx * matrix[2] + dy * matrix[3]
+    down = down.floor_().add_(CELLS // 2).clamp_(0, CELLS - 1)
     cell = down.mul_(CELLS).add_(across).long()                             # [M, H, W]
     surface = objects.texture * NUM_PARTS + objects.part
     distance = shapes.take(cell + (objects.kind * CELLS ** 2)[:, None, None])

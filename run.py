@@ -396,6 +396,8 @@ def layers_above(name, model):
     tower, in_block, rest = name.rpartition('blocks.')
     if in_block:
         return len(model.get_submodule(tower + 'blocks')) - int(rest.split('.')[0])
+
+    # the tower's inputs come before all of its blocks
     inputs = '|'.join((*M.TOKENS, 'patch_embed', 'pre_norm', 'token_embed'))
     is_input = re.match(f'(.*)({inputs})', name)
     return 1 + len(model.get_submodule(is_input[1] + 'blocks')) if is_input else 0
