@@ -18,7 +18,6 @@ Places are (x, y) from 0 to 1 over an image; cell i of n covers i/n to (i+1)/n.
 """
 import colorsys
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -2184,7 +2183,6 @@ def apply_model(cfg, device, rank, world):
     names = model.extra.get('classes') or [str(k) for k in range(K)]
     apply = boxes_in if cfg.head == 'boxes' else classes_in
     picture, legend = apply(model, image, names, cfg, device)
-    os.makedirs(cfg.out_dir, exist_ok=True)
     path = f'{cfg.out_dir}/{Path(cfg.image).stem}.found.png'
     run.draw_sheet(path, {'image': [image], 'found': [picture]}, 640, legend)
     print0(path)

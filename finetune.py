@@ -281,6 +281,8 @@ def real_labels(cfg, dataset):
         of_name = dict(zip(sorted(names), json.loads(Path(cfg.real).read_text()), strict=True))
     except (OSError, ValueError, TypeError) as error:
         raise Refused(f'--real {cfg.real} is no JSON list for {len(names)} images ({M.first_line(error)})') from None
+    if not all(isinstance(labels, list) for labels in of_name.values()) or not any(of_name.values()):
+        raise Refused(f'--real {cfg.real}: expected a list of right labels for each image, some of them not empty')
     return [of_name[name] for name in names]
 
 

@@ -8,7 +8,6 @@ regresses the CLIP features of the other 40%. EVA, arXiv:2211.07636, section 2.2
 """
 import dataclasses
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -461,7 +460,6 @@ def apply_model(cfg, train_set, val_set, device):
     if cfg.image:
         images = data.load_view(cfg.image, model.image_size)[None].to(device)
         mask = make_mask(cfg.mask, torch.tensor([cfg.seed]), model.grid, cfg.mask_ratio).to(device)
-        os.makedirs(cfg.out_dir, exist_ok=True)
         picture = f'{cfg.out_dir}/{Path(cfg.image).stem}.features.png'
         draw_features(picture, model, target, images, mask, bank)
         return print0(picture)

@@ -8,9 +8,9 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
-import pickle
 import re
 import resource
 import shlex
@@ -529,9 +529,14 @@ def resume(out_dir, model, optimizer, cfg, ema=None):
         facts = on_first(read_facts, path)
         refuse_other_options(facts, cfg, path, may_differ)
         state = run_state(model, optimizer, ema)
+        logging.disable(logging.WARNING)    # torch's traceback of a damaged one: we say it in one line
         dcp.load(state, checkpoint_id=path, process_group=cpu_group)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, dcp.api.CheckpointException) as error:
+    except Refused:
+        raise
+    except (Exception, dcp.api.CheckpointException) as error:       # a damaged file may raise anything
         raise Refused(f'{path} is damaged; delete that folder, try again ({M.first_line(error)})') from None
+    finally:
+        logging.disable(logging.NOTSET)
     dcp_state.set_state_dict(model, optimizer, model_state_dict=state['model'], optim_state_dict=state['optim'])
 
     print0(f'continuing {out_dir} at step {facts["step"]}')
@@ -753,6 +758,7 @@ def draw_sheet(path, columns, tile=128, names={}):
         draw.rectangle((right, y, right + 12, y + 12), colour)
         draw.text((right + 17, y - 2), text[:16], 'black', font)
     with writing(path):
+        on_first(os.makedirs, os.path.dirname(path) or '.', exist_ok=True)
         on_first(sheet.save, path)
 
 
