@@ -320,7 +320,7 @@ def evaluate(model, target, val, autocast):
         parts.append(target.read(predictions))
     cosine = hidden_cosine(torch.cat(parts), val.targets, val.mask)
 
-    room = 1 - val.baseline
+    room = 1 - val.baseline or math.nan     # a single validation image is its own mean
     return dict(cosine=cosine, baseline=val.baseline, inpaint=val.inpaint,
                 skill=(cosine - val.baseline) / room,
                 inpaint_skill=(val.inpaint - val.baseline) / room)
@@ -445,17 +445,16 @@ def apply_model(cfg, train_set, val_set, device):
     path = cfg.init or f'{cfg.out_dir}/model.pt'
     model = M.load(path, M.ViT).to(device)
     ours = 'target' in model.extra      # of a released file --teacher has to say what it predicts
-    predicts = model.config.head and not model.pool and (ours or cfg.teacher)
-    if cfg.image or predicts:
+    predicts = model.config.head and not model.pool and (ours or cfg.teacher or cfg.image)
+    if predicts:
         target = find_target(cfg, model.extra.get('target', cfg.target), model.grid, device)
         if 'codebook' in model.extra:
             target.codebook = model.extra['codebook'].to(device)
         bank = first_images(train_set, max(8, BANK // model.grid ** 2), model.image_size, cfg, device)
-        width = target.width(bank)
-        predicts = model.config.head == width
+        predicts = model.config.head == target.width(bank)
     if cfg.image and not predicts:
-        raise M.Refused(f'{path} predicts {model.config.head} numbers a patch, the target has {width}; '
-                        'use the teacher it was trained with')
+        raise M.Refused(f'{path} does not predict the features of this teacher; use a model of mim_pretrain.py '
+                        'and the teacher that it was trained with')
 
     if cfg.image:
         images = data.load_view(cfg.image, model.image_size)[None].to(device)
