@@ -246,7 +246,7 @@ def on_first(function, *args, **options):
     if get_rank() == 0:
         try:
             answer[0] = function(*args, **options)
-        except (ValueError, OSError, RuntimeError, SystemExit) as error:
+        except (Exception, SystemExit) as error:        # whatever it is, the others must not wait for ever
             answer[1] = error
     if dist.is_initialized():
         dist.broadcast_object_list(answer, group=cpu_group)
@@ -525,18 +525,12 @@ def resume(out_dir, model, optimizer, cfg, ema=None):
         return 0, {}
 
     path = found[-1]
-    try:
+    with reading(path):
         facts = on_first(read_facts, path)
-        refuse_other_options(facts, cfg, path, may_differ)
-        state = run_state(model, optimizer, ema)
-        logging.disable(logging.WARNING)    # torch's traceback of a damaged one: we say it in one line
+    refuse_other_options(facts, cfg, path, may_differ)
+    state = run_state(model, optimizer, ema)
+    with reading(path):
         dcp.load(state, checkpoint_id=path, process_group=cpu_group)
-    except Refused:
-        raise
-    except (Exception, dcp.api.CheckpointException) as error:       # a damaged file may raise anything
-        raise Refused(f'{path} is damaged; delete that folder, try again ({M.first_line(error)})') from None
-    finally:
-        logging.disable(logging.NOTSET)
     dcp_state.set_state_dict(model, optimizer, model_state_dict=state['model'], optim_state_dict=state['optim'])
 
     print0(f'continuing {out_dir} at step {facts["step"]}')
@@ -544,6 +538,20 @@ def resume(out_dir, model, optimizer, cfg, ema=None):
     if changed:
         print0(f'with other code: {" and ".join(changed)} changed since')
     return facts['step'], facts['constants']
+
+
+@contextlib.contextmanager
+def reading(path):
+    """A damaged checkpoint may raise anything, and torch logs a traceback besides: here it is one line."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    except Refused:
+        raise
+    except (Exception, dcp.api.CheckpointException) as error:
+        raise Refused(f'{path} is damaged; delete that folder, try again ({M.first_line(error)})') from None
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def read_facts(path):

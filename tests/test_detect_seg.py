@@ -13,6 +13,7 @@ import data
 import detect_seg as D
 import model as M
 import run
+from test_data_objects import row, write_json
 from test_distributed import finish, gradients, launch, small
 
 
@@ -199,23 +200,6 @@ def test_of_equal_objects_the_last_is_found():
     iou = np.array([[.8, .8], [.1, .9]])
     found, _ = D.match_detections(iou, np.zeros((4, 2), dtype=bool), np.zeros(2, dtype=bool))
     assert found[0, 0, 0] and not found[1, 0, 0]
-
-
-def write_json(folder, annotations, num_images=4, size=(24, 32), **fields):
-    """train.json, val.json and images 0.png, 1.png, ... of which image i is of one grey: 40 i."""
-    for split in ('train', 'val'):
-        os.makedirs(folder / split, exist_ok=True)
-        for i in range(num_images):
-            Image.new('RGB', size[::-1], (40 * i,) * 3).save(folder / split / f'{i}.png')
-        images = [dict(id=10 + i, file_name=f'{i}.png', height=size[0], width=size[1]) for i in range(num_images)]
-        categories = [dict(id=3, name='cat'), dict(id=7, name='dog')]
-        held = dict(images=images, annotations=annotations, categories=categories)
-        (folder / f'{split}.json').write_text(json.dumps(held | fields))
-    return str(folder)
-
-
-def row(image=0, box=(2, 3, 10, 8), category=3, **fields):
-    return dict(image_id=10 + image, category_id=category, bbox=list(box), iscrowd=0, **fields)
 
 
 def test_categories_with_gaps_are_numbered_in_order(tmp_path):

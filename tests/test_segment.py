@@ -14,6 +14,7 @@ import data
 import detect_seg as D
 import model as M
 import run
+from test_data_objects import write_maps
 from test_distributed import finish, gradients, launch, nothing, small
 
 TINY = dict(D.MAPS['pico'], image_size=32, patch_size=8, batch_size=2, steps=2, channels=32, queries=5, layers=(1, 2),
@@ -237,20 +238,6 @@ def test_a_scale_given_twice_counts_twice(monkeypatch):
 
 
 # ---- commands
-
-def write_maps(folder, num=4, size=(24, 20), K=3):
-    """Images whose colour tells the class of each pixel, with label maps."""
-    for name in ('train', 'val'):
-        for base in ('images', 'annotations'):
-            os.makedirs(folder / base / name, exist_ok=True)
-        for i in range(num):
-            classes = (uniform(*size, stream=f'{name}{i}').numpy() * K).astype(np.uint8)
-            classes = np.kron(classes[::4, ::4], np.ones((4, 4), np.uint8))[:size[0], :size[1]]
-            Image.fromarray(np.stack([classes * 80] * 3, -1)).save(folder / 'images' / name / f'{i}.png')
-            Image.fromarray(classes).save(folder / 'annotations' / name / f'{i}.png')
-    (folder / 'classes.txt').write_text('zero\none\ntwo\n')
-    return folder
-
 
 @pytest.fixture
 def no_pictures(monkeypatch):
