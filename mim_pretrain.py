@@ -450,7 +450,8 @@ def apply_model(cfg, train_set, val_set, device):
         target = find_target(cfg, model.extra.get('target', cfg.target), model.grid, device)
         if 'codebook' in model.extra:
             target.codebook = model.extra['codebook'].to(device)
-        bank = first_images(train_set, max(8, BANK // model.grid ** 2), model.image_size, cfg, device)
+        num = max(8, BANK // model.grid ** 2) if cfg.image else 1       # only the picture looks for the nearest
+        bank = first_images(train_set, num, model.image_size, cfg, device)
         predicts = model.config.head == target.width(bank)
     if cfg.image and not predicts:
         raise M.Refused(f'{path} does not predict the features of this teacher; use a model of mim_pretrain.py '
