@@ -7,6 +7,7 @@ What is hidden in its images can be told from what is seen: rows, rings, grids a
 objects, and the type of the scene decides which grounds, colours, classes and layouts go together. That is
 what makes masked prediction worth scaling: scenes of independent objects stop rewarding a larger model.
 """
+import contextlib
 import functools
 import glob
 import gzip
@@ -18,10 +19,13 @@ import json
 import math
 import os
 import re
+import signal
 import tarfile
+import threading
+import warnings
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,7 +34,58 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
-from model import Refused, first_line
+from model import Refused, check_file, first_line
+
+# ---- files that people give ---------------------------------------------------------------------
+
+LONGEST_TEXT = 2 ** 24          # bytes of a list of classes, of templates and the like
+LONGEST_JSON = 2 ** 32          # and of a json: LVIS's has a quarter of it
+
+
+def decode(held, errors='strict'):
+    """Bytes as text: UTF-8, with a byte order mark or without, or UTF-16 with one."""
+    is_wide = held.startswith((b'\xff\xfe', b'\xfe\xff'))
+    return held.decode('utf-16' if is_wide else 'utf-8-sig', errors)
+
+
+def read_text(path, most=LONGEST_TEXT):
+    """What a file of text holds. Refused where it is none."""
+    check_file(path, most)
+    try:
+        with open(path, 'rb') as file:
+            held = file.read()
+        return decode(held)
+    except OSError as error:
+        raise Refused(f'{path} cannot be read ({error.strerror})') from None
+    except UnicodeDecodeError as error:
+        raise Refused(f'{path} is not a text in UTF-8 (byte {error.start:,}); save it as UTF-8') from None
+
+
+def read_json(path):
+    """What a JSON file holds, whatever that is. Refused where it is none."""
+    text = read_text(path, LONGEST_JSON)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Refused(f'{path} is not JSON ({first_line(error)})') from None
+
+
+def natural(name):
+    """The key that sorts numbers in names as numbers: frame2 before frame10."""
+    padded = re.sub('[0-9]+', lambda digits: digits[0].zfill(20), name)
+    return padded, name         # 1 and 01 have an order too
+
+
+def find_classes(names, known, what):
+    """The number in known of each of names. what: whose names these are, for the line of a refusal."""
+    number = {name: k for k, name in enumerate(known)}
+    for name in names:
+        if name not in number:
+            some = ', '.join(known[:3]) + ', ...' * (len(known) > 3)
+            none = f'none of the {len(known):,} known: {some:.100}'
+            raise Refused(f"{what} has the class '{name:.60}', which is {none}")
+    return [number[name] for name in names]
+
 
 # ---- randomness without state -------------------------------------------------------------------
 
@@ -283,6 +338,9 @@ class World:
 
     def __len__(self):
         return self.unique if self.unique and self.split == 'train' else 2 ** 40
+
+    def identity(self):         # what a checkpoint remembers of its data
+        return dict(asdict(self), classes=self.classes)
 
     def index(self, position, seed):  # which scenes stand at these positions [B] of a run
         if self.split != 'train':
@@ -658,6 +716,8 @@ def describe(scene, i, draw, count=1):
 CLIP_MERGES = 'https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz'
 CLIP_MERGES_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
 NUM_CLIP_MERGES = 48894         # 49,408 ids = 256 bytes + 256 that end a word + 48,894 merges + 2 specials
+LONGEST_CAPTION = 10_000        # characters; of more the rest is cut
+LONGEST_WORD = 1000             # of them without a space: more than 77 pieces hold
 START = '<|startoftext|>'
 END = '<|endoftext|>'
 WORD = regex.compile(
@@ -700,7 +760,11 @@ class Tokenizer:
         self.ids = {piece: i for i, piece in enumerate(self.pieces)}
         self.ranks = {}                                     # (id, id) -> (priority, id of the two together)
         for rank, line in enumerate(self.merges):
-            left, right = line.split()                      # two pieces of earlier lines
+            pair = line.split() if isinstance(line, str) else []
+            if len(pair) != 2 or not self.ids.keys() >= set(pair):
+                found = repr(str(line)[:40])
+                raise Refused(f'merge {rank:,} of the vocabulary is {found}; expected two known pieces')
+            left, right = pair
             merged = self.ids.setdefault(left + right, len(self.pieces))
             self.pieces.append(left + right)
             self.ranks[self.ids[left], self.ids[right]] = rank, merged
@@ -717,8 +781,9 @@ class Tokenizer:
         result = np.zeros((len(texts), self.context), dtype=np.int64)
         for row, text in zip(result, texts):
             ids = [self.start]
-            for chunk in clean(text).split(' '):            # no match of WORD crosses a space
-                ids += self.encode(chunk)
+            text = clean(text[:LONGEST_CAPTION])
+            for chunk in text.split(' '):                   # no match of WORD crosses a space
+                ids += self.encode(chunk[:LONGEST_WORD])
             ids = ids[:self.context - 1] + [self.end]
             row[:len(ids)] = ids
         return torch.from_numpy(result)
@@ -754,12 +819,16 @@ class Tokenizer:
     def from_file(cls, path):
         """CLIP's bpe_simple_vocab_16e6.txt.gz: a header line, then 'a b' lines."""
         try:
+            check_file(path)
             with gzip.open(path) as file:
-                lines = file.read().decode('utf-8').split('\n')
+                table = file.read(LONGEST_TEXT + 1)
+            if len(table) > LONGEST_TEXT:
+                raise ValueError(f'it has more than {LONGEST_TEXT:,} bytes')
+            lines = table.decode('utf-8').split('\n')
             if '#version' not in lines[0]:
                 raise ValueError("the first line lacks '#version'")
             return cls([line for line in lines[1:NUM_CLIP_MERGES + 1] if line.strip()])
-        except (OSError, EOFError, zlib.error, ValueError, KeyError) as error:
+        except (OSError, EOFError, zlib.error, ValueError) as error:
             table = 'bpe_simple_vocab_16e6.txt.gz'
             raise Refused(f'{path}: no BPE merge table ({error}); expected {table}') from None
 
@@ -775,7 +844,7 @@ class Tokenizer:
         frequent pair (ties: the last in the alphabet), until every word has become one piece."""
         bare = cls([])
         counts = Counter(word for caption in captions for word in WORD.findall(clean(caption)))
-        words = [(bare.spell(word), count) for word, count in counts.most_common(5000)]
+        words = [(bare.spell(word[:LONGEST_WORD]), count) for word, count in counts.most_common(5000)]
         pairs = Counter()
 
         def count_pairs(pieces, count):
@@ -812,6 +881,8 @@ def fetch(url, sha256, path, advice):
 # ---- images from files --------------------------------------------------------------------------
 
 SUFFIXES = tuple('.jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .jp2 .tga'.split())
+FORMATS = 'JPEG PNG WEBP BMP GIF TIFF PPM JPEG2000 TGA'.split()  # EPS, say, would start a program
+LARGEST_PICTURE = 2 ** 30       # bytes of a file; PIL bounds its pixels
 NUM_CROP = 23                   # uniform numbers a crop takes: 10 tries of (area, aspect), top, left, flip
 NUM_AUGMENT = 10                # what follows them: those of AUGMENTS; then when a clip's frames are taken
 FILL = (123, 117, 104)          # what comes in from beyond the border: CLIP's mean colour
@@ -828,6 +899,7 @@ class Views:
 
 def to_rgb(image):
     """Any PIL mode -> 'RGB': deep pixels scaled to 8 bits (PIL would clip them), transparency over white."""
+    image.load()                # some formats know their mode only then
     if image.mode.startswith('I') or image.mode == 'F':
         pixels = np.nan_to_num(np.asarray(image).astype(np.float64)).clip(0)
         white = 65535 if ';16' in image.mode else pixels.max() or 1     # 32 bits do not say what is white
@@ -840,30 +912,79 @@ def to_rgb(image):
 
 class Unreadable(Refused, OSError):
     """A damaged file among many is replaced, as any that gives an OSError; alone it is refused."""
+    reason = 'could not be read'
+    detail = ''                 # what else reports say behind the image's name
+
+
+def unusable(message, reason, detail=''):
+    """The error of a sample that was read and cannot be used: reports say 'images REASON: NAME DETAIL'."""
+    error = Unreadable(message)
+    error.reason = reason
+    error.detail = detail
+    return error
+
+
+@contextlib.contextmanager
+def open_picture(source):
+    """The PIL image in a file, or in its bytes as io.BytesIO: of FORMATS, of a bounded size, not yet
+    decoded. Whatever goes wrong while it is open becomes Unreadable."""
+    name = 'a picture' if isinstance(source, io.BytesIO) else source
+    try:
+        if source is name:
+            check_file(source, LARGEST_PICTURE)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')         # of pictures that are large, or damaged in part
+            with Image.open(source, formats=FORMATS) as image:
+                yield image
+    except Exception as error:  # decoders raise SyntaxError, ValueError, struct.error and more
+        raise Unreadable(f'{name} cannot be read: {first_line(error)}') from error
+
+
+TURNS = {  # what makes a picture upright, by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+
+
+def orientation(image):
+    """EXIF's orientation of an open picture, 1 to 8; 1 where its metadata are damaged."""
+    if image.format == 'TIFF':
+        image.load()            # turns it, and only then is its size that of the upright picture
+        return 1
+    try:
+        turn = image.getexif().get(0x112)
+    except Exception:           # as many kinds as decoders raise
+        turn = 1
+    return turn if turn in TURNS else 1
 
 
 def read_part(path, box_of, size=math.inf):
-    """-> (upright PIL 'RGB' image, box_of(width, height) in it, whether it was decoded smaller: a JPEG is, at 1/2
-    to 1/8, where the box is at least 4 x size, which is much faster). OSError if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            lies = image.getexif().get(0x112, 1) >= 5       # the camera was held upright: so is what we give
-            box = box_of(height, width) if lies else box_of(width, height)
-            shrink = min(box[2] - box[0], box[3] - box[1]) / (2 * size)
-            smaller = None
-            if shrink >= 2:
-                smaller = image.draft('RGB', (math.ceil(width / shrink), math.ceil(height / shrink)))
-            if smaller:
-                box = [side * smaller[1][2] / width for side in box]
-            ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image), box, bool(smaller)
-    except Exception as error:  # decoders raise SyntaxError, ValueError, struct.error and more
-        raise Unreadable(f'{path} cannot be read: {error}') from error
+    """-> (upright PIL 'RGB' image, box_of(width, height) in it, whether it was decoded smaller: a JPEG
+    is, at 1/2 to 1/8, where the box is at least 4 x size, which is much faster). Or Unreadable."""
+    with open_picture(path) as image:
+        turn = orientation(image)
+        width, height = image.size
+        box = box_of(height, width) if turn >= 5 else box_of(width, height)
+
+        shrink = min(box[2] - box[0], box[3] - box[1]) / (2 * size)
+        smaller = None
+        if shrink >= 2:
+            smaller = image.draft('RGB', (math.ceil(width / shrink), math.ceil(height / shrink)))
+        if smaller:
+            box = [side * smaller[1][2] / width for side in box]
+
+        if turn > 1:
+            image = image.transpose(TURNS[turn])
+        return to_rgb(image), box, bool(smaller)
 
 
 def read_image(path):           # whole and upright, PIL
     return read_part(path, lambda width, height: (0, 0, width, height))[0]
+
+
+def read_stored(path):          # whole, however the camera was held
+    with open_picture(path) as image:
+        return to_rgb(image)
 
 
 def to_tensor(image):       # PIL 'RGB' -> uint8 [3, H, W]
@@ -970,55 +1091,133 @@ AUGMENTS = {'rand': rand_augment, 'colour': change_colours}
 
 # ---- folders, clips and shards ------------------------------------------------------------------
 
-def list_files(root):
-    """-> (sorted paths of images below root, with '/'; those of .txt files, without suffix)."""
-    names = [name.replace(os.sep, '/') for name in glob.iglob('**/*', root_dir=root, recursive=True)]
-    texts = {name[:-4] for name in names if name.endswith('.txt')}
-    return sorted(name for name in names if name.lower().endswith(SUFFIXES)), texts
+SPLIT_FOLDERS = {  # names of the folders that hold a split
+    'train': ('train', 'Train', 'training', 'Training'),
+    'val': ('val', 'Val', 'valid', 'Valid', 'validation', 'Validation'),
+    'test': ('test', 'Test', 'testing', 'Testing')}
+SAMPLE_TEXT = 2 ** 20           # bytes of a caption's file, or of the json that holds it
+SAMPLE_CLASS = 1000             # and of a class's
+
+
+def find_splits(path):
+    """-> (path or, where the splits are there, path/images; {'train', 'val' or 'test': its folder})."""
+    for base in (os.path.join(path, 'images'), path):
+        found = {}
+        for split, names in SPLIT_FOLDERS.items():
+            for place in (os.path.join(base, name) for name in names):
+                if os.path.isdir(place):
+                    found[split] = place
+        if found:
+            break
+    return base, found
+
+
+def list_files(root, skip=()):
+    """-> (paths of images below root, with '/', in natural order; those of .txt files, without suffix).
+    Hidden ones do not count, nor folders in skip. Refused where a folder cannot be read."""
+    def refuse(error):
+        raise Refused(f'{error.filename} cannot be read ({error.strerror})')
+
+    images = []
+    texts = set()
+    walked = set()              # a link may lead to a folder above it
+    for folder, inner, names in os.walk(root, onerror=refuse, followlinks=True):
+        if os.path.realpath(folder) in walked:
+            inner.clear()
+            continue
+        walked.add(os.path.realpath(folder))
+        inner[:] = [name for name in inner if name[0] != '.']
+        inner[:] = [name for name in inner if os.path.join(folder, name) not in skip]
+        place = os.path.relpath(folder, root).replace(os.sep, '/') + '/'
+        place = '' if place == './' else place
+        for name in names:
+            if name.lower().endswith(SUFFIXES) and name[0] != '.':
+                images.append(place + name)
+            elif name.endswith('.txt'):
+                texts.add(place + name[:-4])
+    return sorted(images, key=natural), texts
 
 
 def split_by_hash(paths):
-    """5% of the paths, by each one's hash, are validation; at least one, and not all (one image is both)."""
+    """5% of the paths, by each one's hash, are validation; at least 8, and at most half."""
     value = {path: hashlib.blake2b(os.fsencode(path), digest_size=8).digest() for path in paths}
     num = sum(int.from_bytes(value[path], 'big') < .05 * 2 ** 64 for path in paths)
-    val = set(sorted(paths, key=value.get)[:max(1, min(num, len(paths) - 1))])
+    val = set(sorted(paths, key=value.get)[:min(max(num, 8), len(paths) // 2)])
     train = [path for path in paths if path not in val]
-    return {'train': train or paths, 'val': sorted(val)}
+    return {'train': train, 'val': [path for path in paths if path in val]}
+
+
+def read_captions(raw, kind):
+    """The captions in the bytes of a 'txt', which is one, or of a 'json': its "caption", or a list."""
+    found = decode(raw, 'replace')
+    if kind == 'json':
+        try:
+            found = json.loads(found)['caption']
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return []
+    found = found if isinstance(found, list) else [found]
+    texts = [text.strip()[:LONGEST_CAPTION] for text in found if isinstance(text, str)]
+    whole = [text.encode('utf-8', 'replace').decode() for text in texts]    # json has halves of letters
+    return [text for text in whole if text]
+
+
+REPLACED = 2 ** 62      # position of a sample that stands for an unreadable one: beyond every end
 
 
 class Files:
     """What readers of files share. Each has sample(i, image_size, u): a dict of sample i, in training by
     uniform numbers u, or, where u is None, as judged; OSError if it cannot be read."""
     reads_files = True          # worker processes help
+    has_captions = False
     says_why = False            # reports name broken samples, or say what is wrong with them
     frames = 0
+    what = 'images'             # its samples, in reports
 
     def __len__(self):
         return len(self.paths)
 
+    def identity(self):
+        """What a checkpoint remembers of its data."""
+        names = '\n'.join(self.paths).encode('utf-8', 'surrogateescape')
+        classes = getattr(self, 'label_names', self.classes)
+        names = hashlib.blake2b(names, digest_size=8).hexdigest()
+        return dict(samples=len(self.paths), names=names, classes=classes)
+
     def index(self, position, seed):  # which samples stand at these positions [B] of a run
         return sample_index(position, len(self), seed).tolist()
 
+    def trouble(self, i, error, fate):
+        """What reports say of sample i: a pair for broken."""
+        reason = getattr(error, 'reason', Unreadable.reason)
+        name = self.paths[i] + getattr(error, 'detail', '')
+        return f'of {len(self.paths):,} {self.what} {reason} and were {fate}', name
+
     def first_readable(self, first, image_size, u, broken):
-        """Sample `first`, or the next that can be read; others' names go to broken."""
+        """(i, sample i), the first from `first` on that can be read; others' names go to broken."""
         num = len(self.paths)
         for i in range(first, first + num):
             i = i % num
             try:
-                return self.sample(i, image_size, u)
+                return i, self.sample(i, image_size, u)
             except OSError as error:
                 last = error
-                name = str(error) if self.says_why else self.paths[i]
-                broken.append((f'of {num:,} images could not be read and were replaced', name))
-        raise Refused(f'{self.root}: none of {num:,} images can be used; the last: {last}')
+                broken.append(self.trouble(i, error, 'replaced'))
+        raise Refused(f'{self.root}: none of {num:,} {self.what} can be used; the last: {last}')
 
     def batch(self, position, image_size, seed=0, device='cpu', train=True):
-        """The samples at these positions [B], as seen in training (train) or as judged: one dict, tensors stacked,
-        other things in lists; and position, broken."""
+        """The samples at these positions [B], as seen in training (train) or as judged: one dict, tensors
+        stacked, other things in lists; and broken and position: as judged REPLACED where a sample
+        stands for another."""
         broken = []
-        numbers = uniform(seed, 'crop', position, NUM_CROP + NUM_AUGMENT + self.frames).tolist()
-        samples = [self.first_readable(first, image_size, u if train else None, broken)
-                   for first, u in zip(self.index(position, seed), numbers)]
+        samples = []
+        position = position.clone()
+        numbers = uniform(seed, 'crop', position, NUM_CROP + NUM_AUGMENT + self.frames + 1).tolist()
+        for n, first in enumerate(self.index(position, seed)):
+            u = numbers[n] if train else None
+            i, sample = self.first_readable(first, image_size, u, broken)
+            samples.append(sample)
+            if i != first and not train:
+                position[n] = REPLACED
         broken += [('captions are not UTF-8', self.paths[sample['index']]) for sample in samples
                    if '\ufffd' in sample.get('captions', '')]
         batch = {name: [sample[name] for sample in samples] for name in samples[0]}
@@ -1029,56 +1228,116 @@ class Files:
 
 
 class Folder(Files):
-    """Any folder of images, flat or nested. train/ and val/ (or images/train, images/val) are the splits if
-    both exist, else split_by_hash. 'test' is val/ or, without it, every image: nothing was trained on it.
-    Class folders give labels and 'a photo of a ...'; a .txt beside an image is its caption."""
+    """Any folder of images, flat or nested. The splits are train/ (else all but val/ and test/) and val/
+    (else split_by_hash), see SPLIT_FOLDERS; 'test' is val/ or, without it, every image; test/ is never
+    read. Class folders give labels and 'a photo of a ...'; a .txt beside an image is its caption."""
+    sources = {'caption': 'a .txt beside each, or class folders', 'class': 'a folder for each'}
 
-    def __init__(self, path, split='train', views=Views(), frames=0):
+    def __init__(self, path, split='train', views=Views(), frames=0, captions=False, labels=False):
         self.views = views
         self.frames = frames
-        self.broken = set()     # (what, name) of what could not be read, met so far
-        self.root = path
-        other = ''
-        for base in (os.path.join(path, 'images'), path):
-            folders = [os.path.join(base, name) for name in ('train', 'val')]
-            if all(map(os.path.isdir, folders)):
-                self.root, other = folders if split == 'train' else folders[::-1]
-        files, texts = self.find(self.root)
-        others = self.find(other)[0] if other else []
-        self.paths = files if other or split == 'test' else split_by_hash(files)[split]
-        if not self.paths:
-            raise Refused(f'{self.root}: no images in it or below; looked for {" ".join(SUFFIXES)} and .tar '
-                          'shards (json lists and the like are not read: unpack them)')
+        self.has_captions = captions
+        self.broken = set()     # (what, name) of what could not be used, met so far
+
+        # where this split is, and the other
+        base, folders = find_splits(path)
+        if list(folders) == ['test']:
+            only = folders['test']
+            raise Refused(f'{path} has only a folder of tests; to use it give {only} as --data')
+        train = folders.get('train', base)
+        val = folders.get('val', train)
+        self.root = train if split == 'train' else val
+        other = val if split == 'train' else train
+        files, texts = self.find(self.root, folders.values())
+        others = self.find(other, folders.values())[0] if val != train else []
+        if not files:
+            looked = ' '.join(SUFFIXES) + ' and .tar shards'
+            message = f'{self.root}: no {self.what} in it or below; looked for {looked}'
+            raise nothing_left(self, message + ' (json lists and the like are not read: unpack them)')
 
         # a class is the first folder below those that all share; the other split's count too
-        parts = [path.split('/')[:-1] for path in files + others]
-        depth = len(os.path.commonprefix(parts))            # takes any sequences, not only strings
-        names = [part[depth] for part in parts if len(part) > depth]
-        class_of = dict(zip(files + others, names)) if len(names) == len(parts) else {}
-        self.set_labels(class_of, sorted(set(class_of.values())))
+        names = files + others
+        parts = [name.split('/')[:-1] for name in names]
+        shared = os.path.commonprefix([part for part in parts if part])     # takes any sequences
+        depth = len(shared)
+        class_of = {name: part[depth] for name, part in zip(names, parts) if len(part) > depth}
+        files, class_of = self.with_class(files, others, class_of, labels)
+
+        # of a caption's file more than its size is seen when it is read
+        self.texts = set()      # images with one
+        if captions:
+            for name in files:
+                stem = os.path.splitext(name)[0]
+                path = os.path.join(self.root, stem + '.txt')
+                if stem in texts and os.path.isfile(path) and os.path.getsize(path):
+                    self.texts.add(name)
+            files = self.only(files, self.texts | class_of.keys(), 'caption')
+
+        self.paths = files if 'val' in folders or split == 'test' else self.part(files, split)
+        self.set_labels(class_of)
         self.classes = self.label_names
-        self.texts = {path for path in self.paths if os.path.splitext(path)[0] in texts}
-        self.has_captions = bool(class_of) or len(self.texts) == len(self.paths)
         self.first_readable(0, 8, None, [])                 # refused unless some image can be read
 
-    find = staticmethod(list_files)                         # a Clips' samples are folders
+    def find(self, root, skip):
+        return list_files(root, skip)
 
-    def set_labels(self, class_of, names):
-        """class_of: {path: the name of its class}, or empty; names: of all classes, in order."""
-        self.label_names = names
-        ids = {name: i for i, name in enumerate(names)}
-        self.labels = [ids[class_of[path]] for path in self.paths] if class_of else None
+    def only(self, names, kept, lacking):
+        """Those of names that are kept; others, lacking a 'class' or a 'caption', go to broken."""
+        reason = f'{self.what} have no {lacking} and were left out'
+        self.broken |= {(reason, name) for name in names if name not in kept}
+        left = [name for name in names if name in kept]
+        if not left:
+            expected = self.sources[lacking]
+            raise nothing_left(self, f'{self.root}: no {lacking} for any; expected {expected}')
+        return left
+
+    def with_class(self, names, others, class_of, labels):
+        """-> (names with a class, class_of): the rest are left out where labels are asked for, or at least
+        half, also of the other split's, have one; else nothing has a class."""
+        def most(of):
+            return 2 * sum(name in class_of for name in of) >= len(of)
+        if labels or most(names) and most(others):
+            return self.only(names, class_of, 'class'), class_of
+        return names, {}
+
+    def part(self, names, split):
+        """The names of a split by hash. What was left out of both is training's to report."""
+        if len(names) < 4:
+            found = f'{self.root} has {len(names)} {self.what}'
+            raise nothing_left(self, f'{found}, too few to set some apart for validation; give at least 4')
+        if split == 'val':
+            self.broken.clear()
+        return split_by_hash(names)[split]
+
+    def set_labels(self, class_of):
+        """class_of: {path: the name of its class}, of both splits, or empty."""
+        self.label_names = sorted(set(class_of.values()), key=natural)
+        classes = [class_of[path] for path in self.paths] if class_of else []
+        self.labels = find_classes(classes, self.label_names, self.root) or None
 
     def some_captions(self, num):  # of the first, for a tokenizer to learn from
-        return [self.caption(i) for i in range(min(num, len(self)))]
+        found = []
+        for i in range(min(num, len(self))):
+            with contextlib.suppress(OSError):
+                found.append(self.caption(i))
+        return found
 
-    def caption(self, i):
-        """The .txt beside image i, else its class in a sentence, else ''."""
-        if self.paths[i] in self.texts:
-            path = os.path.join(self.root, os.path.splitext(self.paths[i])[0] + '.txt')
-            with open(path, encoding='utf-8', errors='replace') as file:
-                return file.read().strip()
-        return 'a photo of a ' + self.classes[self.labels[i]].replace('_', ' ') if self.classes else ''
+    def caption(self, i, u=0.):
+        """Of those beside image i the one at u, 0 to 1; without any its class in a sentence."""
+        found = self.captions(i)
+        if found:
+            return found[int(u * len(found))]
+        if not self.classes:
+            raise Unreadable(f'{self.paths[i]} has no caption')
+        return 'a photo of a ' + self.classes[self.labels[i]].replace('_', ' ')
+
+    def captions(self, i):
+        if self.paths[i] not in self.texts:
+            return []
+        path = os.path.join(self.root, os.path.splitext(self.paths[i])[0] + '.txt')
+        check_file(path)
+        with open(path, 'rb') as file:
+            return read_captions(file.read(SAMPLE_TEXT), 'txt')
 
     def image(self, i):
         """What PIL can open of image i: a path, or its bytes as a file."""
@@ -1091,12 +1350,10 @@ class Folder(Files):
         return load_crop(self.image(i), image_size, u, self.views.crop)
 
     def sample(self, i, image_size, u):
-        """dict of sample i: images [3, S, S], index, labels if there are any, captions if all have one."""
-        caption = self.caption(i)
+        """dict of sample i: images [3, S, S], index, labels if there are any, captions if asked for."""
         image = self.view(i, image_size, u)
         if u is not None:
-            has_sides = re.search(r'\b(left|right)', caption, re.IGNORECASE)    # untrue of the mirror image
-            if self.views.flip and u[22] < .5 and not has_sides:
+            if self.views.flip and u[22] < .5:
                 image = image.flip(-1)
             if self.views.augment:
                 image = AUGMENTS[self.views.augment](image, u[NUM_CROP:])
@@ -1104,7 +1361,7 @@ class Folder(Files):
         if self.labels is not None:
             sample['labels'] = torch.tensor(self.labels[i])
         if self.has_captions:
-            sample['captions'] = caption
+            sample['captions'] = self.caption(i, u[-1] if u else 0.)
         return sample
 
 
@@ -1112,25 +1369,29 @@ class Clips(Folder):
     """A folder of clips, each a folder of frames, of which T are seen, one from every T-th: [T, 3, S, S]. Judged
     are 4 choices of frames times 3 squares along the longer side: [12, T, 3, S, S]."""
     VIEWS = (4, 3)
+    what = 'clips'
 
-    def find(self, root):
-        num_frames = Counter(os.path.dirname(name) for name in list_files(root)[0])
-        short = min(num_frames, key=num_frames.get, default='')
-        if num_frames[short] < self.frames:
-            raise Refused(f'{os.path.join(root, short)} has {num_frames[short]} frames, fewer than --frames '
-                          f'{self.frames}; each clip is a folder of its frames')
-        return sorted(num_frames), set()
+    def find(self, root, skip):
+        num_frames = Counter(os.path.dirname(name) for name in list_files(root, skip)[0])
+        short = {name for name, num in num_frames.items() if num < self.frames}
+        if root == self.root:
+            reason = f'clips have fewer than {self.frames} frames and were left out'
+            self.broken |= {(reason, name or '.') for name in short}
+        return sorted(num_frames.keys() - short, key=natural), set()
 
     def frame_paths(self, i, times):
         """A frame from every T-th of clip i. times: T numbers from 0 to 1, where in its part each lies."""
         folder = self.image(i)
-        names = sorted(name for name in os.listdir(folder) if name.lower().endswith(SUFFIXES) and name[0] != '.')
+        names = [name for name in os.listdir(folder) if name.lower().endswith(SUFFIXES)]
+        names = sorted((name for name in names if name[0] != '.'), key=natural)
+        if not names:
+            raise Unreadable(f'{folder} has no frames')
         places = [int((t + time) * len(names) / self.frames) for t, time in enumerate(times)]
         return [os.path.join(folder, names[place]) for place in places]
 
     def view(self, i, image_size, u):
         if u is not None:
-            paths = self.frame_paths(i, u[NUM_CROP + NUM_AUGMENT:])
+            paths = self.frame_paths(i, u[NUM_CROP + NUM_AUGMENT:-1])
             return torch.stack([load_crop(path, image_size, u, self.views.crop) for path in paths])
         views = []
         for time in (.125, .375, .625, .875):
@@ -1141,86 +1402,120 @@ class Clips(Folder):
         return torch.stack(views)
 
 
+def tar_members(path):
+    """Yields (name, offset, size) of each file in a tar. Damage raises errors of many kinds."""
+    check_file(path)
+    end = os.path.getsize(path)
+    with tarfile.open(path, 'r:') as archive:
+        for member in archive:
+            if archive.offset <= member.offset or member.size < 0:      # it would go round for ever
+                raise tarfile.ReadError('a negative size')
+            is_whole = member.isfile() and not member.issparse()
+            if is_whole and member.offset_data + member.size <= end:
+                yield member.name, member.offset_data, member.size
+        archive.fileobj.seek(archive.offset)
+        if archive.fileobj.read(512) != bytes(512):         # the zeros that end every tar
+            raise tarfile.ReadError('no end')
+        if archive.fileobj.read(2 ** 20).strip(b'\0'):
+            raise tarfile.ReadError('more behind its end')
+
+
 class Shards(Folder):
     """Samples in tar files, as img2dataset and webdataset write them: members of one basename are an image,
     its caption (.txt, or "caption" in .json) and class (.cls). Each is read where it lies."""
+    sources = {'caption': '.txt or .json members with a caption', 'class': '.cls members'}
 
-    def __init__(self, paths, split='train', views=Views()):
+    def __init__(self, paths, split='train', views=Views(), captions=False, labels=False):
         self.views = views
         self.shards = paths
         self.root = os.path.commonpath(paths)
+        self.has_captions = captions
         self.broken = set()
         members = self.find_members()
         if not members:
-            looked = ' '.join(SUFFIXES)
-            raise Refused(f'{self.root}: no images in {len(paths)} tar shards; looked for {looked}')
+            message = f'{self.root}: no images in {len(paths)} tar shards; looked for '
+            raise nothing_left(self, message + ' '.join(SUFFIXES))
 
-        # a caption for each, or for none
-        described = {name for name, row in members.items() if 'txt' in row or 'json' in row}
-        self.has_captions = bool(described)
-        silent = members.keys() - described if described else ()
-        self.broken |= {('images without a caption were left out', name) for name in silent}
-        names = sorted(described or members)
-        self.paths = names if split == 'test' else split_by_hash(names)[split]
+        names = sorted(members, key=natural)
+        names, class_of = self.with_class(names, [], self.read_classes(members), labels)
+        if captions:
+            names = self.only(names, self.with_caption(members), 'caption')
+
+        self.paths = names if split == 'test' else self.part(names, split)
         self.rows = np.array([[members[name].get(kind, (0, 0, 0)) for kind in ('image', 'txt', 'json')]
                               for name in self.paths])                              # [n, 3, 3] int64
-
-        # a class for each, or for none
-        class_of = {}
-        if all('cls' in row for row in members.values()):
-            class_of = {name: self.read(*row['cls']).decode().strip() for name, row in members.items()}
-        names = sorted(set(class_of.values()))
-        names.sort(key=lambda name: len(name) if name.isdecimal() else 0)           # 9 before 10
-        self.set_labels(class_of, names)
-        self.classes = [] if all(map(str.isdecimal, names)) else names
+        self.set_labels(class_of)
+        self.classes = [] if all(map(str.isdecimal, self.label_names)) else self.label_names
         self.first_readable(0, 8, None, [])                 # refused unless some image can be read
 
     def find_members(self):
         """{'shard/basename': {'image', 'txt', 'json' or 'cls': (shard, offset, size)}} of every image."""
         rows = {}
+        root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in self.shards])
         for shard, path in enumerate(self.shards):
-            end = os.path.getsize(path)
+            place = os.path.relpath(path, root)
             try:
-                with tarfile.open(path, 'r:') as archive:
-                    for member in filter(tarfile.TarInfo.isfile, archive):
-                        base, _, suffix = os.path.basename(member.name).partition('.')
-                        what = 'image' if f'.{suffix.lower()}' in SUFFIXES else suffix
-                        key = os.path.join(os.path.basename(path), os.path.dirname(member.name), base)
-                        if member.offset_data + member.size <= end:
-                            rows.setdefault(key, {})[what] = shard, member.offset_data, member.size
-                    archive.fileobj.seek(archive.offset)
-                    if archive.fileobj.read(512) != bytes(512):         # the zeros that end every tar
-                        raise tarfile.ReadError('no end')
-            except (OSError, tarfile.TarError):         # what comes before the damage counts
+                for name, offset, size in tar_members(path):
+                    base, _, suffix = os.path.basename(name).partition('.')
+                    what = 'image' if base and f'.{suffix.lower()}' in SUFFIXES else suffix
+                    key = os.path.join(place, os.path.dirname(name).lstrip('/'), base)
+                    row = rows.setdefault(key, {})
+                    if what in row:
+                        reason = 'members are there again, of which the last counts'
+                        self.broken.add((reason, f'{key}.{suffix}'))
+                    row[what] = shard, offset, size
+            except Exception:           # what comes before the damage counts
                 self.broken.add(('shards are cut short or damaged', path))
-        return {key: row for key, row in rows.items() if 'image' in row}
 
-    def read(self, shard, offset, size):
+        members = {key: row for key, row in rows.items() if 'image' in row}
+        alone = [key for key in rows.keys() - members.keys() if rows[key].keys() & {'txt', 'json', 'cls'}]
+        self.broken |= {('members have no image', key) for key in alone}
+        return members
+
+    def read_classes(self, members):
+        """{name: class} of the members whose .cls is a word in UTF-8."""
+        class_of = {}
+        for name, row in members.items():
+            raw = self.read(*row['cls'], SAMPLE_CLASS) if 'cls' in row else b''
+            with contextlib.suppress(UnicodeDecodeError):
+                class_of[name] = raw.decode('utf-8-sig').strip()
+        return {name: label for name, label in class_of.items() if label}
+
+    def with_caption(self, members):
+        """Names of the members with a caption; a .txt or .json without goes."""
+        for row in members.values():
+            for kind in ('txt', 'json'):
+                if kind in row and not read_captions(self.read(*row[kind], SAMPLE_TEXT), kind):
+                    del row[kind]
+        return {name for name, row in members.items() if 'txt' in row or 'json' in row}
+
+    def read(self, shard, offset, size, most):
         with open(self.shards[shard], 'rb') as file:
             file.seek(offset)
-            return file.read(size)
+            return file.read(min(size, most))
 
-    def caption(self, i):
+    def captions(self, i):
         _, text, held = self.rows[i]
-        if text[2]:
-            return self.read(*text).decode('utf-8', 'replace').strip()
-        try:                    # img2dataset's json
-            return str(json.loads(self.read(*held).decode('utf-8', 'replace'))['caption'] or '')
-        except (ValueError, LookupError, TypeError):
-            return ''
+        row, kind = (text, 'txt') if text[2] else (held, 'json')
+        return read_captions(self.read(*row, SAMPLE_TEXT), kind)
 
     def image(self, i):
-        return io.BytesIO(self.read(*self.rows[i, 0]))
+        return io.BytesIO(self.read(*self.rows[i, 0], LARGEST_PICTURE))
 
 
 def report_broken(dataset):     # a line for each kind of trouble
     lines = []
     for kind in sorted({what for what, _ in dataset.broken}):
-        names = sorted(name for what, name in dataset.broken if what == kind)
-        some = ', '.join(names[:3]).encode('utf-8', 'replace').decode()
+        names = sorted((name for what, name in dataset.broken if what == kind), key=natural)
+        some = ''.join(letter if letter.isprintable() else '?' for letter in ', '.join(names[:3]))
         more = ', ...' if len(names) > 3 else ''
         lines.append(f'{len(names):,} {kind}: {some}{more}')
     return '\n'.join(lines)
+
+
+def nothing_left(dataset, message):
+    """What refuses a data set of which nothing is left, with the reasons why."""
+    return Refused('; '.join([message, *report_broken(dataset).splitlines()]))
 
 
 # ---- masks --------------------------------------------------------------------------------------
@@ -1241,20 +1536,23 @@ def decode_mask(runs, size):    # size: (height, width) -> bool [H, W]
 
 def string_to_runs(text):
     """COCO's compressed form: numbers in groups of 5 bits, lowest first, bit 32 where more follow, plus 48
-    as ASCII; from the fourth on, each is a run's difference to the one two earlier."""
-    runs = []
-    value = 0
-    place = 0
-    for code in text.encode():
-        bits = code - 48
-        value += (bits & 31) << place
-        place += 5
-        if bits < 32:                                               # the last group of a number
-            value -= (bits & 16) << (place - 4)                     # whose highest bit is the sign
-            runs.append(value + runs[-2] if len(runs) > 2 else value)
-            value = 0
-            place = 0
-    return np.array(runs)
+    as ASCII; from the fourth on, each is a run's difference to the one two earlier. Else a ValueError."""
+    bits = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) - 48
+    last = np.flatnonzero(bits < 32)                                # the last group of each number
+    groups = np.diff(last, prepend=-1)                              # how many it has
+    if not len(bits) or bits.min() < 0 or bits.max() > 63 or bits[-1] > 31 or groups.max() > 7:
+        raise ValueError('no compressed runs')
+
+    # the numbers, whose highest bit is the sign
+    first = last - groups + 1
+    place = 5 * (np.arange(len(bits)) - first.repeat(groups))
+    runs = np.add.reduceat((bits & 31) << place, first)
+    runs -= (bits[last] & 16) << (place[last] + 1)
+
+    # the sums of their differences
+    runs[1::2] = runs[1::2].cumsum()
+    runs[2::2] = runs[2::2].cumsum()
+    return runs
 
 
 def mask_area(runs):
@@ -1291,9 +1589,16 @@ def fill_polygon(points, size):
     return (times.astype(np.uint8).cumsum(dtype=np.uint8) % 2 == 1).reshape(width, height).T
 
 
-def fill_polygons(polygons, size):
-    """Run lengths of the union of an object's parts, each [x, y, x, y, ...]."""
-    return encode_mask(functools.reduce(np.logical_or, [fill_polygon(part, size) for part in polygons]))
+def paint_polygons(polygons, size):
+    """The union of an object's parts, each [x, y, x, y, ...]: bool [H, W]."""
+    mask = np.zeros(size, dtype=bool)
+    for part in polygons:
+        mask |= fill_polygon(part, size)
+    return mask
+
+
+def fill_polygons(polygons, size):  # its run lengths
+    return encode_mask(paint_polygons(polygons, size))
 
 
 def read_segmentation(segmentation, size):
@@ -1336,56 +1641,232 @@ def bilinear_part(image, whole, corner, size):
 REPEAT = .001           # LVIS: images of classes in fewer of them than this share are shown more often
 SMALLEST = 8            # visible pixels of an object of the world that counts
 PLACES = ('{}', '../{}2017', '../images/{}', 'images/{}', '..', '.')        # of images, beside the json
-COCO_KEYS = {'images': {'id', 'width', 'height'}, 'categories': {'id', 'name'},      # what we use of a json
-             'annotations': {'image_id', 'category_id', 'bbox'}}
+LONGEST_OUTLINE = 200   # times its image's longer side: more is no object's, and takes gigabytes
+NUMBER_TYPES = {int, float}     # of a json
 
 
 def is_lvis(truth):         # a json's categories have LVIS's frequencies
     return any('frequency' in category for category in truth['categories'])
 
 
-def read_json(spec, split):
-    """--data -> (path of the COCO or LVIS json of a split, what it holds, checked for what we use)."""
+def whole(value):
+    """The whole number that a json holds, also as '64' or 64.0; None: it holds none."""
+    if type(value) is int:                  # True is none
+        return value
+    if isinstance(value, str) and value.isdecimal() and len(value) < 20:
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return None
+
+
+def read_id(value):
+    """A whole number or a text; None: neither."""
+    number = whole(value)
+    return value if number is None and isinstance(value, str) else number
+
+
+def id_order(name):         # the key that sorts ids: numbers before texts
+    return isinstance(name, str), name
+
+
+def are_numbers(values, low=-2 ** 31, high=2 ** 31):
+    """Whether all are finite numbers from low to high; True is none."""
+    if not NUMBER_TYPES.issuperset(map(type, values)):
+        return False
+    return low <= min(values) and max(values) <= high and all(map(math.isfinite, values))
+
+
+def read_coco(spec, split):
+    """--data -> (path of the COCO or LVIS json of a split, the lists that it holds)."""
     names = f'{split}.json', f'annotations/instances_{split}*.json', f'annotations/lvis*_{split}.json'
     paths = [path for name in names for path in sorted(glob.glob(os.path.join(glob.escape(spec), name)))]
     if not paths:
         raise Refused(f"--data {spec}: no boxes; looked for {', '.join(names)} in it. Or use 'shapes', the built-in world")
-    try:
-        with open(paths[0]) as file:
-            held = json.load(file)
-        if not all(keys <= row.keys() for name, keys in COCO_KEYS.items() for row in held[name]):
-            raise ValueError('a row lacks a key')
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise Refused(f'{paths[0]} is not a COCO json ({first_line(error)}); expected {COCO_KEYS}') from None
-    for row in held['images']:              # LVIS gives addresses, whose last two parts are COCO's path
-        row.setdefault('file_name', '/'.join(str(row.get('coco_url', '')).split('/')[-2:]))
-    return paths[0], held
+    path = paths[0]
+    held = read_json(path)
+    for name in ('images', 'annotations', 'categories'):
+        if not isinstance(held, dict) or not isinstance(held.get(name), list):
+            raise Refused(f'{path} is not a COCO json: it has no list of {name}')
+    return path, held
+
+
+def read_categories(path, rows):
+    """A json's categories in the order of their ids, each with id, name and, of LVIS's, frequency. Refused if
+    one of them means nothing."""
+    if not rows:
+        raise Refused(f'{path} has no categories')
+    categories = []
+    for row in rows:
+        held = row if isinstance(row, dict) else {}
+        category = dict(id=read_id(held.get('id')), name=held.get('name'))
+        if category['id'] is None or not isinstance(category['name'], str):
+            raise Refused(f'{path}: a category is {row!r:.60}; expected an id and a name')
+        if held.get('frequency') is not None:
+            category['frequency'] = held['frequency']
+        categories.append(category)
+
+    # each once
+    for key in ('id', 'name'):
+        value, num = Counter(row[key] for row in categories).most_common(1)[0]
+        if num > 1:
+            raise Refused(f'{path}: {num} categories have the {key} {value!r:.40}')
+
+    # frequencies of all or of none
+    if is_lvis(dict(categories=categories)):
+        for row in categories:
+            if row.get('frequency') not in ('r', 'c', 'f'):
+                expected = "r, c or f, as LVIS's all have and COCO's none"
+                raise Refused(f"{path}: {row['name']!r:.40} has no frequency {expected}")
+
+    return sorted(categories, key=lambda row: id_order(row['id']))      # ids may have gaps
+
+
+def image_trouble(row):
+    """Settles an image of a json: id, width, height, file_name. -> what is wrong with it, or ''."""
+    if not isinstance(row, dict):
+        return 'images are no objects of the json'
+    row['id'] = read_id(row.get('id'))
+    row['width'] = whole(row.get('width')) or 0
+    row['height'] = whole(row.get('height')) or 0
+    if row['id'] is None:
+        return 'images have no id'
+    if not 1 <= min(row['width'], row['height']) <= max(row['width'], row['height']) < 2 ** 31:
+        return 'images have no width or height'
+
+    # LVIS gives addresses, whose last two parts are COCO's path
+    address = str(row.get('coco_url', ''))
+    name = row.get('file_name') or '/'.join(address.split('/')[-2:])
+    row['file_name'] = name
+    if not isinstance(name, str) or not name:
+        return 'images have no file_name'
+    if os.path.isabs(name) or '..' in re.split(r'[/\\]', name):
+        return 'images lie outside of their folder'
+    return ''
+
+
+def object_trouble(row, size, label_of):
+    """Settles an annotation of a json: label, box [x1, y1, x2, y2] within its image of (height, width),
+    area, iscrowd, segmentation. -> what is wrong with it, or ''. label_of: {category id: label}."""
+    if not isinstance(row, dict):
+        return 'annotations are no objects of the json'
+    row['label'] = label_of.get(read_id(row.get('category_id')))
+    if size is None or row['label'] is None:
+        return 'annotations name an unknown image or category'
+    row['category_id'] = row['label']
+
+    # its box
+    box = row.get('bbox')
+    if not isinstance(box, list) or len(box) != 4 or not are_numbers(box):
+        return 'annotations have no box of four numbers'
+    x, y, w, h = box
+    row['box'] = [max(0, x), max(0, y), min(size[1], x + w), min(size[0], y + h)]
+    if row['box'][0] >= row['box'][2] or row['box'][1] >= row['box'][3]:
+        return 'boxes have no area within their image'
+
+    # what is judged
+    if type(row.get('area')) not in NUMBER_TYPES or not 0 <= row['area'] < 1e10:
+        row['area'] = w * h
+    row['iscrowd'] = whole(row.get('iscrowd') or 0)
+    if row['iscrowd'] not in (0, 1):
+        return 'annotations have an iscrowd that is neither 0 nor 1'
+
+    # its mask: if there is none, the box
+    left, top, right, bottom = row['box']
+    mask = row.get('segmentation') or [[left, top, right, top, right, bottom, left, bottom]]
+    if isinstance(mask, list) and not isinstance(mask[0], list):
+        mask = [mask]                       # a single polygon's numbers
+    row['segmentation'] = mask
+    if isinstance(mask, list):
+        return polygon_trouble(mask, max(size))
+    return run_trouble(mask, size)
+
+
+def polygon_trouble(parts, side):
+    """What is wrong with the polygons of an object in an image with this longer side, or ''."""
+    for part in parts:
+        if not isinstance(part, list) or len(part) < 6 or len(part) % 2:
+            return 'polygons have no three points'
+        if not are_numbers(part, -side, 2 * side):
+            return 'polygons are no numbers or lie far outside of their image'
+    num = sum(map(len, parts)) / 2
+    if num * 3 > LONGEST_OUTLINE and sum(map(outline, parts)) > LONGEST_OUTLINE * side:
+        return 'polygons have endless outlines'
+    return ''
+
+
+def outline(part):          # how long it is, along the longer axis of each edge
+    points = np.reshape(part, (-1, 2))
+    return abs(points - np.roll(points, -1, axis=0)).max(1).sum()
+
+
+def run_trouble(mask, size):
+    """What is wrong with the run lengths of an object in an image of (height, width), or ''."""
+    if not isinstance(mask, dict):
+        return 'masks are neither polygons nor run lengths'
+    held = mask.get('size')
+    if not isinstance(held, list) or [whole(side) for side in held] != [*size]:
+        return 'masks are of another size than their image'
+    runs = mask.get('counts')
+    if isinstance(runs, str):
+        try:
+            runs = string_to_runs(runs).tolist()
+        except ValueError:
+            runs = None
+    if not isinstance(runs, list) or set(map(type, runs)) != {int} or min(runs) < 0:
+        return 'run lengths are no whole numbers'
+    if sum(runs) != size[0] * size[1]:
+        return 'run lengths do not add up to their image'
+    return '' if any(runs[1::2]) else 'masks are empty'
 
 
 class Instances(Files):
     """Images with boxes and masks from a COCO or LVIS json. What cannot be used is left out and counted in
-    broken. Crowds are not learnt from, and judged as COCO does."""
+    broken. Crowds are not learnt from, and judged as COCO does. classes: whose numbers labels are; if None
+    the json's."""
     coarse = None
 
-    def __init__(self, spec, split='train', images='', scale_jitter=(1., 1.)):
-        path, held = read_json(spec, split)
+    def __init__(self, spec, split='train', images='', scale_jitter=(1., 1.), classes=None):
+        path, held = read_coco(spec, split)
         self.scale_jitter = scale_jitter
-        self.categories = sorted(held['categories'], key=lambda row: row['id'])     # ids may have gaps
-        self.classes = [row['name'] for row in self.categories]
-        self.lvis = is_lvis(held)
+        self.broken = set()
+
+        # categories that the json lacks have no objects
+        categories = read_categories(path, held['categories'])
+        names = [row['name'] for row in categories]
+        self.classes = names if classes is None else list(classes)
+        labels = find_classes(names, self.classes, path)
+        label_of = {row['id']: k for row, k in zip(categories, labels)}
+        self.categories = [dict(id=k, name=name) for k, name in enumerate(self.classes)]
+        for row, k in zip(categories, labels):
+            self.categories[k] = dict(row, id=k)
+        self.lvis = is_lvis(dict(categories=self.categories))
 
         # the split's images that are there
-        names = sorted(row['file_name'] for row in held['images'])
+        rows = self.usable_images(path, held['images'])
+        names = sorted(row['file_name'] for row in rows)
         folders = [images] if images else [os.path.join(os.path.dirname(path), place.format(split)) for place in PLACES]
-        there = [folder for folder in folders for name in names[:20] if os.path.exists(os.path.join(folder, name))]
+        there = [folder for folder in folders for name in names[:20] if os.path.isfile(os.path.join(folder, name))]
         self.root = (there or folders)[0]
-        absent = {name for name in names if not os.path.exists(os.path.join(self.root, name))}
-        self.broken = {('images of the json are not there', name) for name in absent}
-        self.images = [row for row in held['images'] if row['file_name'] not in absent]
+        absent = {name for name in names if not os.path.isfile(os.path.join(self.root, name))}
+        self.broken |= {('images of the json are not there', name) for name in absent}
+        self.images = [row for row in rows if row['file_name'] not in absent]
         self.paths = [row['file_name'] for row in self.images]
         if not self.images:
-            raise Refused(f'{path}: none of its {len(names):,} images is in {self.root}; use --images DIR')
-        self.rows = self.usable_rows(held)
+            num = len(held['images'])
+            message = f'{path}: none of its {num:,} images is in {self.root}; use --images DIR'
+            raise nothing_left(self, message)
+        if self.lvis:
+            self.settle_absences(path, split, label_of)
+
+        # their objects
+        self.rows = self.usable_rows(held, label_of)
+        crowds = [row['iscrowd'] for rows in self.rows.values() for row in rows]
+        if all(crowds):
+            message = f'{path}: no object is left to learn from'
+            if crowds:
+                message += f'; {len(crowds):,} are crowds (iscrowd 1), which are not learnt'
+            raise nothing_left(self, message)
 
         # an epoch shows each image once, LVIS's sqrt(REPEAT / share) times for its rarest class (arXiv:1908.03195)
         repeats = np.ones(len(self.images))
@@ -1396,30 +1877,79 @@ class Instances(Files):
                 labels = [row['label'] for row in self.rows[image['id']]]
                 repeats[i] = factor[labels].max(initial=1.)
         self.shares = np.cumsum(repeats)
+        self.first_readable(0, 8, None, [])                 # refused unless some image can be used
 
-    def usable_rows(self, held):
-        """{image id: its annotations that can be used}, with label and box [x1, y1, x2, y2] within the image."""
-        label_of = {row['id']: k for k, row in enumerate(self.categories)}
-        sizes = {row['id']: (row['height'], row['width']) for row in held['images']}
-        rows = {row['id']: [] for row in self.images}
-        for n, row in enumerate(held['annotations']):
-            image = row['image_id']
-            trouble = ''
-            if image not in sizes or row['category_id'] not in label_of:
-                trouble = 'annotations name an unknown image or category'
-            elif image in rows:             # others are of the other split, or not there
-                x, y, w, h = row['bbox'] if len(row['bbox']) == 4 else (0, 0, 0, 0)
-                box = clip_boxes(torch.tensor([x, y, x + w, y + h], dtype=torch.float32), sizes[image])
-                mask = row.get('segmentation') or [[x, y, x + w, y, x + w, y + h, x, y + h]]
-                if not has_area(box):
-                    trouble = 'boxes have no area within their image'
-                elif isinstance(mask, dict) and tuple(mask.get('size', ())) != sizes[image]:
-                    trouble = 'masks are of another size than their image'
-                else:
-                    label = label_of[row['category_id']]
-                    rows[image].append({'area': w * h, **row, 'segmentation': mask, 'box': box, 'label': label})
+    def leave_out(self, what, n, row, trouble):
+        """Counts a json's row, named by its id or, without one, by its place."""
+        number = read_id(row.get('id')) if isinstance(row, dict) else None
+        name = f'{what}s[{n}]' if number is None else f'{what} {number!s:.40}'
+        self.broken.add((trouble + ' and were left out', name))
+
+    def usable_images(self, path, rows):
+        """A json's images that can be used. Refused if two files have one id."""
+        images = {}
+        for n, row in enumerate(rows):
+            trouble = image_trouble(row)
+            if not trouble and row['id'] in images:
+                trouble = 'images are listed twice'
+                if row['file_name'] != images[row['id']]['file_name']:
+                    raise Refused(f"{path}: two images have the id {row['id']!r:.40}")
             if trouble:
-                self.broken.add((trouble + ' and were left out', f"annotation {row.get('id', n)}"))
+                self.leave_out('image', n, row, trouble)
+            else:
+                images[row['id']] = row
+        return list(images.values())
+
+    def settle_absences(self, path, split, label_of):
+        """LVIS: which classes an image is known not to show, and of which it does not mark all objects,
+        as labels. One that does not say knows of none; not all of those that are judged may."""
+        silent = set()
+        for image in self.images:
+            for key in ('neg_category_ids', 'not_exhaustive_category_ids'):
+                if not isinstance(image.get(key), list):
+                    silent.add(image['file_name'])
+                    image[key] = []
+                image[key] = [label_of[k] for k in map(read_id, image[key]) if k in label_of]
+
+        # of training images nobody asks
+        if split == 'train':
+            return
+        if len(silent) == len(self.images):
+            raise Refused(f'{path} has frequencies, as LVIS, but no image has neg_category_ids and '
+                          "not_exhaustive_category_ids; without 'frequency' it is judged as COCO")
+        reason = 'images do not say what they lack: other classes are not judged'
+        self.broken |= {(reason, name) for name in silent}
+
+    def usable_rows(self, held, label_of):
+        """{image id: its annotations that can be used}, as object_trouble settles them; box a tensor [4]."""
+        sizes = {row['id']: (row['height'], row['width']) for row in self.images}
+        listed = {row['id'] for row in held['images'] if isinstance(row, dict)}
+        gone = listed - sizes.keys() - {None}
+        rows = {name: [] for name in sizes}
+        ids = set()
+        kept = []
+        for n, row in enumerate(held['annotations']):
+            number = image = None
+            if isinstance(row, dict):
+                number = read_id(row.get('id'))
+                image = read_id(row.get('image_id'))
+            if image in gone:               # with its objects
+                continue
+
+            trouble = object_trouble(row, sizes.get(image), label_of)
+            if not trouble and number is not None and number in ids:
+                trouble = 'annotations have the id of another'
+            if trouble:
+                self.leave_out('annotation', n, row, trouble)
+                continue
+            ids.add(number)
+            row['image_id'] = image
+            rows[image].append(row)
+            kept.append(row)
+
+        boxes = torch.tensor([row['box'] for row in kept], dtype=torch.float32)
+        for row, box in zip(kept, boxes):
+            row['box'] = box
         return rows
 
     def frequencies(self):      # in how many images each class is [K]
@@ -1440,8 +1970,8 @@ class Instances(Files):
     def sample(self, i, image_size, u):
         """dict of images uint8 [3, S, S] (padded with zeros), sizes (height, width without), targets (boxes, labels,
         masks), index: in training with large-scale jitter (arXiv:2012.07177), else as large as fits."""
-        image = read_image(os.path.join(self.root, self.paths[i]))
         original = np.array([self.images[i]['width'], self.images[i]['height']])
+        image = self.picture(i, original.tolist())
         low, high = self.scale_jitter
         scale = 1. if u is None else low + (high - low) * u[0]
         whole = (original * scale * image_size / original.max()).round().clip(1)        # (width, height)
@@ -1451,14 +1981,15 @@ class Instances(Files):
         height, width = pixels.shape[1:]
 
         # boxes move with it, and objects of which nothing is left go
-        rows = [row for row in self.rows[self.images[i]['id']] if not row.get('iscrowd')]
+        rows = [row for row in self.rows[self.images[i]['id']] if not row['iscrowd']]
         boxes = torch.stack([row['box'] for row in rows]) if rows else torch.zeros(0, 4)
         boxes = boxes * boxes.new_tensor(whole / original).repeat(2) - boxes.new_tensor(corner).repeat(2)
-        boxes = clip_boxes(boxes, (height, width))
-        kept = has_area(boxes)
-        boxes = boxes[kept]
+        inside = clip_boxes(boxes, (height, width))
+        is_cut = (boxes - inside).abs().amax(1) > .01           # pixels: more than rounding
+        kept = has_area(inside)
+        boxes = inside[kept]
+        is_cut = is_cut[kept].tolist()
         rows = [row for row, keep in zip(rows, kept.tolist()) if keep]
-        labels = torch.tensor([row['label'] for row in rows], dtype=torch.long)
 
         # so do masks; then the mirror image
         mirror = u is not None and u[3] < .5
@@ -1467,13 +1998,54 @@ class Instances(Files):
             pixels = pixels.flip(-1)
             x1, y1, x2, y2 = boxes.unbind(1)
             boxes = torch.stack((width - x2, y1, width - x1, y2), 1)
-        target = dict(boxes=boxes, labels=labels, masks=masks)
+
+        # an object that the crop cut has a box around what is left of it
+        for n, mask in enumerate(masks):
+            if is_cut[n]:
+                boxes[n] = bounds(mask, (height, width))
+        kept = has_area(boxes)
+        masks = [mask for mask, keep in zip(masks, kept.tolist()) if keep]
+        labels = torch.tensor([row['label'] for row in rows], dtype=torch.long)
+        target = dict(boxes=boxes[kept], labels=labels[kept], masks=masks)
         return dict(images=pad_to(pixels, image_size), sizes=(height, width), targets=target, index=i)
+
+    def picture(self, i, size):
+        """Image i, PIL, as its json describes it, of (width, height): upright or, if only that fits, as it
+        is stored."""
+        path = os.path.join(self.root, self.paths[i])
+        image = read_image(path)
+        if [*image.size] == size:
+            return image
+        stored = read_stored(path)
+        if [*stored.size] == size:
+            return stored
+        message = f'{path} has {image.width} x {image.height} pixels, not the {size[0]} x {size[1]} of its json'
+        raise unusable(message, 'are of another size than their json says')
 
     def truth(self, batch):
         """A COCO json's images of a batch, each with the list of its annotations, crowds too."""
         images = [self.images[i] for i in batch['index']]
         return [(image, self.rows[image['id']]) for image in images]
+
+
+def bounds(mask, size):
+    """The box [4] around the pixels of an object, polygons or bool [h, w], in an image of (height, width).
+    Zeros if there are none."""
+    corner = np.zeros(2)
+    if isinstance(mask, list):              # only as much is filled as they may cover
+        parts = [np.reshape(part, (-1, 2)) for part in mask]
+        points = np.concatenate(parts)
+        corner = np.floor(points.min(0)).clip(0)
+        width, height = (np.ceil(points.max(0)).clip(max=size[::-1]) - corner).clip(0).astype(int)
+        mask = paint_polygons([part - corner for part in parts], (height, width))
+    mask = np.asarray(mask)
+    x = np.flatnonzero(mask.any(0))
+    y = np.flatnonzero(mask.any(1))
+    if len(x) == 0:
+        return torch.zeros(4)
+    low = corner + (x[0], y[0])
+    high = corner + (x[-1] + 1, y[-1] + 1)
+    return torch.from_numpy(np.concatenate((low, high)))
 
 
 def move_mask(mask, original, whole, corner, size, mirror):
@@ -1539,6 +2111,7 @@ class WorldInstances(World):
 
 # ---- images with a class for every pixel --------------------------------------------------------
 
+MOST_VALUES = 2 ** 15   # of label maps that have names
 IGNORED = -1            # a pixel's class where there is none to learn
 UNKNOWN = -2            # what a value means that label maps must not hold
 LARGEST_SHARE = .75     # of a crop that one class may have, if ten tries find another
@@ -1554,13 +2127,11 @@ def name_values(root, classes, folder, label):
     split = os.path.basename(folder)
     is_ade = split in ('training', 'validation')
     path = classes or os.path.join(root, 'classes.txt')
-    if classes or os.path.exists(path):
-        try:
-            with open(path) as file:
-                names = file.read().splitlines()
-        except OSError as error:
-            raise Refused(f'--classes {path} cannot be read ({error.strerror}); expected a file of names, '
-                          "a line for each value of the label maps, '-' where one is none") from None
+    if classes and not os.path.exists(classes):
+        raise Refused(f'--classes {classes} does not exist; expected a file of names, a line for '
+                      "each value of the label maps, '-' where one is none")
+    if os.path.exists(path):
+        names = read_names(path)
     elif is_ade:
         names = [str(k) for k in range(150)]
     elif '_labelTrainIds' in label:
@@ -1571,6 +2142,23 @@ def name_values(root, classes, folder, label):
         raise Refused(f'--data {root}: which classes are there? Give --classes FILE, a line for each name')
     if is_ade and len(names) == 150:                # its lists of names leave out the value 0, which is none
         names = ['-'] + names
+    return names
+
+
+def read_names(path):
+    """The lines of a file that names values. Refused where they cannot."""
+    names = [line.strip() for line in read_text(path).rstrip().splitlines()]
+    if not any(name != '-' for name in names):
+        raise Refused(f'{path} names no class; expected a line for each value of the label maps')
+    if len(names) > MOST_VALUES:
+        raise Refused(f'{path} has {len(names):,} lines; at most {MOST_VALUES:,} values have names')
+    lines = {}
+    for n, name in enumerate(names, 1):
+        if not name:
+            raise Refused(f"{path}: line {n} is empty; '-' stands for a value that is no class")
+        if name != '-' and name in lines:
+            raise Refused(f'{path}: lines {lines[name]} and {n} are both {name!r:.40}')
+        lines[name] = n
     return names
 
 
@@ -1585,10 +2173,10 @@ def label_table(names):
 
 class LabelMaps(Files):
     """Images with label maps: PNGs of the same name with 8 or 16 bits a pixel, grey or with a palette. What
-    cannot be used is left out and counted in broken."""
-    says_why = True
+    cannot be used is left out and counted in broken. names: of the classes whose numbers labels are; if None
+    the data's own."""
 
-    def __init__(self, spec, split='train', classes='', scale_jitter=(.5, 2.)):
+    def __init__(self, spec, split='train', classes='', scale_jitter=(.5, 2.), names=None):
         looked = [(os.path.join(spec, images.format(name)), os.path.join(spec, labels.format(name)))
                   for images, labels in MAP_PLACES for name in SPLITS[split]]
         places = [place for place in looked if all(map(os.path.isdir, place))]
@@ -1612,29 +2200,68 @@ class LabelMaps(Files):
                 self.broken.add(('images have no label map and were left out', name))
         if not self.paths:
             raise Refused(f'{folder}: none of the {len(images):,} images in {self.root} has a PNG of its name here')
-        names = name_values(spec, classes, self.root, self.labels[0])
-        self.table = label_table(names)
-        self.classes = [name for name in names if name != '-']
-        self.first_readable(0, 8, [0.] * 32, [])            # refused unless some image can be used
+        values = name_values(spec, classes, self.root, self.labels[0])
+        own = [name for name in values if name != '-']
+        self.classes = own if names is None else list(names)
+        numbers = find_classes(own, self.classes, f'--data {spec}')
+        self.table = label_table(values)
+        known = self.table >= 0
+        self.table[known] = np.array(numbers)[self.table[known]]
+        self.check_labelled()
+
+    def check_labelled(self):
+        """Refuses a set in which nothing that can be used has a class. Reads until something has."""
+        unused = set()
+        last = 'no value but 255 and those without a name'
+        for i in range(len(self.paths)):
+            try:
+                if (self.read(i)[1] != IGNORED).any():
+                    return
+            except OSError as error:
+                unused.add(self.trouble(i, error, 'left out'))
+                last = error
+        self.broken |= unused
+        raise nothing_left(self, f'{self.root}: not one pixel has a class; {last}')
 
     def read(self, i):
-        """Image i, PIL, and its classes, int16 [H, W]. OSError if they cannot be used."""
-        image = read_image(os.path.join(self.root, self.paths[i]))
-        path = self.labels[i]
-        try:
-            with Image.open(path) as file:
-                values = np.array(file)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise OSError(f'{path} cannot be read: {first_line(error)}') from None
-        if values.shape != (image.height, image.width):
-            expected = f'one class for each of its image\'s {image.height} x {image.width} pixels'
-            raise OSError(f'{path} has {" x ".join(map(str, values.shape))} numbers; expected {expected}')
-        classes = self.table[values.astype(np.int64).clip(0, len(self.table) - 1)]
-        unknown = values[classes == UNKNOWN]
+        """Image i, PIL, and its classes, int16 [H, W]. Unreadable if they cannot be used."""
+        path = os.path.join(self.root, self.paths[i])
+        image = read_image(path)
+        values = self.read_values(self.labels[i])
+        height, width = values.shape
+        if image.size != (width, height):       # the map may be of the picture as it is stored
+            image = read_stored(path)
+        if image.size != (width, height):
+            sizes = f'{width} x {height} pixels, its image {image.width} x {image.height}'
+            message = f'{self.labels[i]} has {sizes}'
+            raise unusable(message, 'are of another size than their label map')
+
+        # whole numbers that have a name, or 255
+        numbers = np.nan_to_num(values.astype(np.float64), nan=-1).clip(-1, 65536).astype(np.int64)
+        classes = np.append(self.table, (UNKNOWN, UNKNOWN))[numbers]        # of 65536 and of -1
+        unknown = values[(classes == UNKNOWN) | (numbers != values)]
         if unknown.size:
-            num = len(self.classes)
-            raise OSError(f'{path} holds the value {unknown.max()}, none of the {num} classes; see --classes')
+            value = unknown[0]
+            expected = f'none of the {len(self.classes)} classes; see --classes'
+            message = f'{self.labels[i]} holds the value {value}, {expected}'
+            raise unusable(message, 'have a label map with a value that is no class', f' ({value})')
         return image, classes
+
+    def read_values(self, path):
+        """The numbers [H, W] in a label map."""
+        try:
+            with open_picture(path) as picture:
+                values = np.array(picture)
+                is_jpeg = picture.format == 'JPEG'
+        except Unreadable as error:
+            raise unusable(str(error), 'have a label map that cannot be read') from None
+        if is_jpeg:
+            message = f'{path} is a JPEG, which blurs classes'
+            raise unusable(message, 'have a label map that is a JPEG')
+        if values.ndim != 2:
+            message = f'{path} has {values.shape[2]} numbers a pixel; expected one, its class'
+            raise unusable(message, 'have a label map in colours')
+        return values
 
     def sample(self, i, image_size, u):
         """dict of images uint8 [3, S, S] and labels int64 [S, S], to learn from; truth is for judging."""
@@ -1647,7 +2274,7 @@ class LabelMaps(Files):
             try:
                 image, classes = self.read(i)
             except OSError as error:
-                self.broken.add(('images or label maps could not be used and were left out', str(error)))
+                self.broken.add(self.trouble(i, error, 'left out'))
                 continue
             yield to_tensor(image)[None].to(device), torch.from_numpy(classes).long()[None].to(device)
 
@@ -1721,6 +2348,8 @@ class WorldMaps(World):
 
 # ---- loading ------------------------------------------------------------------------------------
 
+MOST_SHARDS = 100_000
+
 def open_world(kind, spec, split, **options):
     """'shapes' or 'shapes:unique=2000,objects=1' -> a World of this kind; None if spec is something else."""
     name, _, knobs = spec.partition(':')
@@ -1734,8 +2363,9 @@ def open_world(kind, spec, split, **options):
     return kind('val' if split == 'test' else split, **options)
 
 
-def open_data(spec, split='train', frames=0, views=Views()):
-    """--data -> World, Shards or Folder; with frames, clips. split: train, val or test."""
+def open_data(spec, split='train', frames=0, views=Views(), captions=False, labels=False):
+    """--data -> World, Shards or Folder; with frames, clips. split: train, val or test. With captions,
+    or labels, samples without one are left out, and a set without any is refused."""
     world = open_world(World, spec, split, frames=frames)
     if world:
         return world
@@ -1746,31 +2376,49 @@ def open_data(spec, split='train', frames=0, views=Views()):
             raise Refused(f"--data {spec}: {path} does not exist; expected a folder of images, a folder of .tar "
                           "shards or a range of them like {00000..00099}.tar, or 'shapes', the built-in world")
     if frames:
-        return Clips(spec, split, views, frames)
-    return Shards(shards, split, views) if shards else Folder(spec, split, views)
+        return Clips(spec, split, views, frames, captions, labels)
+    if shards:
+        return Shards(shards, split, views, captions, labels)
+    return Folder(spec, split, views, 0, captions, labels)
 
 
 def expand(spec):               # 'x/{00..11}.tar' -> the twelve paths
-    found = re.search(r'\{(\d+)\.\.(\d+)\}', spec)
+    found = re.search(r'\{([0-9]{1,9})\.\.([0-9]{1,9})\}', spec)
     if not found:
         return [spec]
     first, last = found.groups()
+    num = int(last) + 1 - int(first)
+    if not 0 < num <= MOST_SHARDS:
+        raise Refused(f'--data {spec} is a range of {num:,} shards; expected 1 to {MOST_SHARDS:,}')
     numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
     return [spec[:found.start()] + number + spec[found.end():] for number in numbers]
 
 
-def open_instances(spec, split, images='', scale_jitter=(1., 1.), vocabulary='coarse'):
-    """--data of images with objects -> WorldInstances or Instances."""
+def open_instances(spec, split, images='', scale_jitter=(1., 1.), vocabulary='coarse', classes=None):
+    """--data of images with objects -> WorldInstances or Instances. classes: whose numbers labels are; if None
+    the data's own."""
     check_scale_jitter(scale_jitter)
     world = open_world(WorldInstances, spec, split, vocabulary=vocabulary)
-    return world or Instances(spec, split, images, scale_jitter)
+    if world:
+        return with_classes(world, spec, classes)
+    return Instances(spec, split, images, scale_jitter, classes)
 
 
-def open_maps(spec, split, classes='', scale_jitter=(.5, 2.), image_size=0):
-    """--data of label maps -> WorldMaps, of image_size, or LabelMaps."""
+def open_maps(spec, split, classes='', scale_jitter=(.5, 2.), image_size=0, names=None):
+    """--data of label maps -> WorldMaps, of image_size, or LabelMaps. classes: a file that names the values.
+    names: of the classes whose numbers labels are; if None the data's own."""
     check_scale_jitter(scale_jitter)
     world = open_world(WorldMaps, spec, split, image_size=image_size)
-    return world or LabelMaps(spec, split, classes, scale_jitter)
+    if world:
+        return with_classes(world, spec, names)
+    return LabelMaps(spec, split, classes, scale_jitter, names)
+
+
+def with_classes(world, spec, names):
+    """The world, whose classes are as they are: refused if names are given and others."""
+    if names is not None and find_classes(world.classes, names, f'--data {spec}') != [*range(len(names))]:
+        raise Refused(f'--data {spec} has {len(world.classes)} classes, expected {len(names)} in another order')
+    return world
 
 
 def check_scale_jitter(scale_jitter):
@@ -1796,9 +2444,21 @@ def stream(dataset, begins, num, end, device, workers, **options):
         loader = torch.utils.data.DataLoader(
             begins, batch_size=None, collate_fn=read, num_workers=workers, pin_memory='cuda' in str(device),
             generator=torch.Generator())                # leaves torch's global one alone
-    for batch in loader:        # one pass; the workers end with it, or when the caller drops it
-        dataset.broken.update(map(tuple, batch.pop('broken', ())))
-        yield to_device(batch, device)
+    loader = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # torch's would raise wherever the loop just is
+
+    try:
+        for batch in loader:    # one pass; the workers end with it, or when the caller drops it
+            dataset.broken.update(map(tuple, batch.pop('broken', ())))
+            yield to_device(batch, device)
+    except Refused as error:    # torch's copy of a worker's: its traceback, then the line
+        line = str(error).strip().splitlines()[-1]
+        raise Refused(line.partition('Refused: ')[2] or line) from None
+    except (RuntimeError, ConnectionError, EOFError) as error:      # the last two: its batch went with it
+        if type(error) is RuntimeError and not str(error).startswith('DataLoader worker'):
+            raise
+        raise Refused(f'a process that reads data died ({first_line(error)}); try fewer --workers') from None
 
 
 def batches(dataset, batch_size, image_size, start, steps, seed, device, workers=0, rank=0, world=1):

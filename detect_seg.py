@@ -43,10 +43,10 @@ class Config(run.Run):
     classes: str = option('', "maps: file of a name for each value of the label maps, '-' for none; or the data's")
     adapter: bool = option(False, 'mask2former: ViT-Adapter, instead of the pyramid of the last map')
     stages: int = option(1, 'boxes: heads of the cascade; 1 is Mask R-CNN', low=1, high=5)
-    window: int = option(0, 'boxes: patches along the side of an attention window; 0: all blocks are global')
+    window: int = option(0, 'boxes: patches along the side of an attention window; 0: all blocks are global', high=256)
     soft: bool = option(False, "boxes: test as for EVA's published numbers, by soft-NMS and maskness")
     freeze: bool = option(None, 'the ViT stays as it is; if not given: so does that of --init under linear')
-    scale_jitter: tuple = option((.1, 2.), 'train on images at so much of the size at which they fit', low=.01)
+    scale_jitter: tuple = option((.1, 2.), 'train on images at so much of the size at which they fit', low=.01, high=100)
     scales: tuple = option((1.,), 'maps: test at these sizes and take the mean', low=.01, high=10)
     flip: bool = option(False, 'maps: test the mirror image too')
     layer_decay: float = option(.9, "each layer of the ViT learns at so much of the next one's rate", high=1)
@@ -1033,7 +1033,10 @@ def precision_and_recall(truth, results, kind, most):
         results = known
     results = group(results, 'image_id', 'category_id')
     pairs = {category: [] for category in sorted(row['id'] for row in truth['categories'])}
-    for pair in sorted(objects.keys() | results.keys()):
+    def place(pair):
+        return data.id_order(pair[0]), pair[1]
+
+    for pair in sorted(objects.keys() | results.keys(), key=place):
         pairs[pair[1]].append(pair)
     precision = np.full((len(pairs), len(COCO_AREAS), len(COCO_IOUS), len(COCO_RECALLS)), -1.)
     recall = np.full((len(pairs), len(COCO_AREAS), len(most), len(COCO_IOUS)), -1.)
@@ -1087,7 +1090,7 @@ def average_precision(truth, results, kind='bbox', most=(1, 10, 100)):
     if data.is_lvis(truth):
         categories = sorted(truth['categories'], key=lambda row: row['id'])
         for letter in 'rcf':
-            rows = [category['frequency'] == letter for category in categories]
+            rows = [category.get('frequency') == letter for category in categories]
             result['AP' + letter] = known_mean(precision[rows, 0])
     return result
 
@@ -1097,8 +1100,12 @@ def average_precision(truth, results, kind='bbox', most=(1, 10, 100)):
 def new_detector(cfg, dataset):
     """A Detector on a new ViT or that of --init."""
     config = run.vit_config(cfg)
+    grid = config.image_size // config.patch_size
+    if cfg.window > grid:
+        raise Refused(f'--window {cfg.window} is wider than the {grid} x {grid} patches of an image')
+
     # distances are learnt where there are windows; the table of positions is resized at every step
-    rel_pos = config.image_size // config.patch_size if cfg.window else 0
+    rel_pos = grid if cfg.window else 0
     vit = start_vit(cfg, patch_size=config.patch_size, pool='map', window=cfg.window, rel_pos=rel_pos)
     model = Detector(DetectorConfig(
         vit.config, len(dataset.classes), cfg.channels, cfg.hidden, cfg.stages, dataset.lvis,
@@ -1134,14 +1141,14 @@ def find(model, batch, originals, choose, device):
     return results
 
 
-def result_rows(found, image, categories):
-    """Detections as rows of COCO's results; mask_score is EVA's for masks."""
+def result_rows(found, image):
+    """Detections as rows of COCO's results, of labels as categories; mask_score is EVA's for masks."""
     scores = found['scores'], found['scores'] * maskness(found['masks'])
     columns = [column.tolist() for column in (found['boxes'], found['classes'], *scores)]
     rows = []
     for (x1, y1, x2, y2), k, score, mask_score, mask in zip(*columns, found['pasted']):
         rows.append(dict(
-            image_id=image, category_id=categories[k]['id'], bbox=[x1, y1, x2 - x1, y2 - y1], score=score,
+            image_id=image, category_id=k, bbox=[x1, y1, x2 - x1, y2 - y1], score=score,
             segmentation=dict(counts=data.encode_mask(mask.cpu())), mask_score=mask_score))
     return rows
 
@@ -1157,15 +1164,16 @@ def judge_boxes(model, dataset, cfg, device, num, rank, world):
         truth = dataset.truth(batch)
         found = find(model, batch, [(image['height'], image['width']) for image, _ in truth], choose, device)
         for n, (image, objects) in enumerate(truth):
-            if batch['position'][n] < num:  # later ones fill the last process's part
-                rows = result_rows(found[n], image['id'], dataset.categories)
-                seen[image['id']] = image, objects, rows
+            # others fill the last process's part, or stand for unreadable ones
+            if batch['position'][n] < num:
+                seen[image['id']] = image, objects, result_rows(found[n], image['id'])
 
     # all processes' images as one json
-    images, objects, results = zip(*dict(run.gather_lists(list(seen.items()))).values())
-    objects = [row for rows in objects for row in rows]
+    seen = dict(run.gather_lists(list(seen.items()))).values()
+    images = [image for image, _, _ in seen]
+    objects = [row for _, rows, _ in seen for row in rows]
     truth = dict(images=images, annotations=objects, categories=dataset.categories)
-    results = [row for rows in results for row in rows]
+    results = [row for _, _, rows in seen for row in rows]
     most = (300,) if dataset.lvis else (1, 10, 100)
     boxes = percent(average_precision(truth, results, 'bbox', most))
     of_masks = [dict(row, score=row['mask_score']) for row in results] if cfg.soft else results
@@ -1983,17 +1991,37 @@ def new_segmenter(cfg, num_classes):
     return init_segmenter(model, cfg.seed)
 
 
-def next_segmenter(cfg, num_classes):
-    """From another segmentor everything is taken but what names its classes, unless there are as many."""
+def next_segmenter(cfg, classes):
+    """From another segmentor everything is taken; of its head's classes those of the same names, and others
+    start afresh. Of one that has no names all are taken if there are as many, or none."""
     before = M.load(cfg.init, Segmenter)
+    if cfg.head != before.config.head:
+        raise Refused(f'{cfg.init} has a head {before.config.head}; give it as --head')
     if cfg.image_size != before.vit.image_size:
         raise Refused(f'{cfg.init} is of {before.vit.image_size} pixels; give them as --image_size')
     vit = replace(before.config.vit, drop_path=0. if cfg.freeze else cfg.drop_path)
-    config = replace(before.config, vit=vit, num_classes=num_classes, points=cfg.points)
+    config = replace(before.config, vit=vit, num_classes=len(classes), points=cfg.points)
     model = init_segmenter(Segmenter(config), cfg.seed)
-    own = model.state_dict()
-    taken = {name: x for name, x in before.state_dict().items() if x.shape == own[name].shape}
-    model.load_state_dict(taken, strict=False)
+
+    # which rows of the old head are which of the new one; a Mask2Former's last is no object
+    names = before.extra.get('classes')
+    if names is None:
+        names = range(before.config.num_classes)
+        if len(names) == len(classes):
+            say_order(cfg.init, classes)
+            names = classes
+    old = [k for k, name in enumerate(names) if name in classes]
+    new = [classes.index(names[k]) for k in old]
+    if cfg.head == 'mask2former':
+        old.append(len(names))
+        new.append(len(classes))
+
+    taken = before.state_dict()
+    for name, own in model.state_dict().items():
+        if name.startswith(('head.weight', 'head.bias', 'head.decoder.classes.')):
+            own[new] = taken[name][old]
+            taken[name] = own
+    model.load_state_dict(taken)
     return model
 
 
@@ -2086,6 +2114,10 @@ def settle(cfg):
     for name in others.split():
         if getattr(cfg, name) != getattr(Config, name):
             raise Refused(f'--{name} is not an option of --head {cfg.head}')
+    others = 'classes images' if cfg.data.partition(':')[0] == 'shapes' else 'vocabulary'
+    for name in others.split():
+        if getattr(cfg, name) != getattr(Config, name):
+            raise Refused(f'--{name} is not an option of --data {cfg.data}')
     if cfg.adapter and cfg.head != 'mask2former':
         raise Refused('--adapter goes with --head mask2former')
     if cfg.freeze is None:
@@ -2093,11 +2125,16 @@ def settle(cfg):
     cfg.out_dir = cfg.out_dir or f'out/detect_seg-{cfg.size}{kind}'
 
 
-def open_dataset(cfg, split):
-    """--data, for the head."""
+def open_dataset(cfg, split, names=None):
+    """--data, for the head. names: of the classes that labels are numbers of; if None the data's own."""
     if cfg.head == 'boxes':
-        return data.open_instances(cfg.data, split, cfg.images, cfg.scale_jitter, cfg.vocabulary)
-    return data.open_maps(cfg.data, split, cfg.classes, cfg.scale_jitter, cfg.image_size)
+        return data.open_instances(cfg.data, split, cfg.images, cfg.scale_jitter, cfg.vocabulary, names)
+    return data.open_maps(cfg.data, split, cfg.classes, cfg.scale_jitter, cfg.image_size, names)
+
+
+def say_order(path, classes):       # of a model without names, as released ones are
+    print0(f'{path} has no names for its {len(classes)} classes: they are taken in the order of the '
+           f'data\'s, {classes[0]!r} to {classes[-1]!r}')
 
 
 def start_vit(cfg, **options):
@@ -2114,9 +2151,12 @@ def build(cfg, dataset):
     if cfg.head == 'boxes':
         model = new_detector(cfg, dataset)
     elif held.get('name') == 'Segmenter' or any(name.startswith('decode_head.') for name in M.unwrap(held)):
-        model = next_segmenter(cfg, len(dataset.classes))
+        model = next_segmenter(cfg, dataset.classes)
     else:
         model = new_segmenter(cfg, len(dataset.classes))
+    side = cfg.image_size // model.vit.patch_size
+    if cfg.head != 'linear' and side < 2:
+        raise Refused(f'--image_size {cfg.image_size} is one patch; the pyramid of --head {cfg.head} needs 2 x 2')
     if cfg.freeze:
         model.vit.requires_grad_(False)
     return model
@@ -2146,10 +2186,12 @@ def draw_sheet(model, dataset, cfg, device):
     """objects.png or classes.png: validation images, what was found, the truth."""
     show = show_boxes if cfg.head == 'boxes' else show_maps
     what = 'objects' if cfg.head == 'boxes' else 'classes'
+    path = f'{cfg.out_dir}/{what}.png'
     model.eval()
-    columns, names = show(model, dataset, cfg, device)
+    with run.optional(path):
+        columns, names = show(model, dataset, cfg, device)
+        run.draw_sheet(path, columns, 320, names)
     model.train()
-    run.draw_sheet(f'{cfg.out_dir}/{what}.png', columns, 320, names)
 
 
 def class_colour(k):
@@ -2168,19 +2210,19 @@ def apply_model(cfg, device, rank, world):
     if model.config.vit.rel_pos:
         stretch_distances(model.vit, [cfg.image_size // model.vit.patch_size] * 2)
     K = model.config.num_classes
+    names = model.extra.get('classes')
     if cfg.eval:
-        dataset = open_dataset(cfg, 'val')
+        dataset = open_dataset(cfg, 'val', names)
         if len(dataset.classes) != K:
             raise Refused(f'{path} knows {K} classes, --data {cfg.data} has {len(dataset.classes)}')
+        if names is None:
+            say_order(path, dataset.classes)
         print0(run.table(evaluate(model, dataset, cfg, device, math.inf, rank, world)))
         run.report_broken(dataset)
         return
 
-    try:
-        image = data.read_image(cfg.image)
-    except OSError as error:
-        raise Refused(f'--image {M.first_line(error)}') from None
-    names = model.extra.get('classes') or [str(k) for k in range(K)]
+    image = data.read_image(cfg.image)
+    names = names or [str(k) for k in range(K)]
     apply = boxes_in if cfg.head == 'boxes' else classes_in
     picture, legend = apply(model, image, names, cfg, device)
     path = f'{cfg.out_dir}/{Path(cfg.image).stem}.found.png'
@@ -2200,10 +2242,11 @@ def train(cfg):
 
     # data, model, and where an earlier run stopped
     train_set = open_dataset(cfg, 'train')
-    val_set = open_dataset(cfg, 'val')
+    val_set = open_dataset(cfg, 'val', train_set.classes)
+    run.settle_steps(cfg, train_set)
     if run.finished(cfg):
         return
-    run.settle_steps(cfg, train_set)
+    run.introduce(train_set, val_set)
     model = build(cfg, train_set)
     if not cfg.freeze:
         run.check_memory(cfg, model.config.vit, device, world)
@@ -2212,7 +2255,8 @@ def train(cfg):
     for group in optimizer.param_groups:
         if cfg.head == 'linear' and group['lr_scale'] == 1:
             group['lr_scale'] = LINEAR_RATE
-    start, constants = run.resume(cfg.out_dir, model, optimizer, cfg)
+    about = run.describe(train_set, val_set, classes=train_set.classes)
+    start, constants = run.resume(cfg.out_dir, model, optimizer, cfg, about=about)
 
     K = len(train_set.classes)
     most = max(8, cfg.steps * cfg.batch_size)       # images to test on: a short run has a short test
@@ -2224,7 +2268,7 @@ def train(cfg):
                            device, cfg.workers, rank=rank, world=world)
     share = cfg.batch_size // world
 
-    for step, batch in zip(range(start, cfg.steps), batches):
+    for step, batch in zip(range(start, cfg.steps), log.watch(batches)):
         lr = run.lr_at(step, cfg)
         for group in optimizer.param_groups:
             group['lr'] = lr * group['lr_scale']
@@ -2259,7 +2303,7 @@ def train(cfg):
         done = step + 1
         stopping = log.stopping()
         if done < cfg.steps and (stopping or done % cfg.save_every == 0):
-            run.save_checkpoint(cfg.out_dir, done, model, optimizer, cfg, constants)
+            run.save_checkpoint(cfg.out_dir, done, model, optimizer, cfg, constants, about=about)
             if stopping:
                 log.leave(done)
             draw_sheet(model, val_set, cfg, device)

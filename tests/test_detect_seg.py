@@ -13,7 +13,7 @@ import data
 import detect_seg as D
 import model as M
 import run
-from test_data_objects import row, write_json
+from test_data_objects import rename, row, write_json
 from test_distributed import finish, gradients, launch, small
 
 
@@ -203,14 +203,15 @@ def test_of_equal_objects_the_last_is_found():
 
 
 def test_categories_with_gaps_are_numbered_in_order(tmp_path):
-    """Ids 3 and 7 are labels 0 and 1, and come back as 3 and 7."""
+    """Ids 3 and 7 are labels 0 and 1, by which they are judged."""
     dataset = data.Instances(write_json(tmp_path, [row(), row(category=7)]), 'val')
     batch = dataset.batch(torch.arange(4), 32, train=False)
-    target = batch['targets'][batch['index'].index(0)]
-    assert dataset.classes == ['cat', 'dog'] and target['labels'].tolist() == [0, 1]
+    n = batch['index'].index(0)
+    assert dataset.classes == ['cat', 'dog'] and batch['targets'][n]['labels'].tolist() == [0, 1]
+    assert [part['category_id'] for part in dataset.truth(batch)[n][1]] == [0, 1]
     found = dict(boxes=torch.ones(1, 4), scores=torch.ones(1), classes=torch.tensor([1]), masks=torch.ones(1, 2, 2),
                  pasted=[torch.ones(2, 2, dtype=torch.bool)])
-    assert D.result_rows(found, 10, dataset.categories)[0]['category_id'] == 7
+    assert D.result_rows(found, 10)[0]['category_id'] == 1
 
 
 def test_the_worlds_masks_are_in_their_boxes():
@@ -309,12 +310,88 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_picture_that_cannot_be_drawn_costs_a_warning(tmp_path, monkeypatch, capsys):
+    """In the middle of a run and at its end, whose weights and numbers are there."""
+    def fail(*given):
+        raise OSError('no space left')
+    monkeypatch.setattr(run, 'draw_sheet', fail)
+    detect('--save_every', 1, '--out_dir', tmp_path)
+    assert {'model.pt', 'result.json'} <= set(os.listdir(tmp_path))
+    assert capsys.readouterr().out.count('objects.png was not written') == 2
+
+
+def test_what_is_left_out_is_said_before_training_and_by_eval(tmp_path, capsys):
+    """By reason and name; of a picture that cannot be read, when it is met."""
+    folder = write_json(tmp_path / 'data', [*(row(i) for i in range(4)), row(id=50) | dict(bbox=None)])
+    for split in ('train', 'val'):
+        (tmp_path / 'data' / split / '3.png').write_bytes(b'no image')
+    detect('--data', folder, '--out_dir', tmp_path / 'run')
+    before, after = capsys.readouterr().out.split('parameters, 2 classes')
+    left_out = '1 annotations have no box of four numbers and were left out: annotation 50'
+    assert '4 images to learn from, 4 for validation' in before and before.count(left_out) == 2
+    assert '1 of 4 images could not be read and were replaced: 3.png' in after
+    detect('--data', folder, '--init', tmp_path / 'run' / 'model.pt', '--eval')
+    said = capsys.readouterr().out
+    assert left_out in said and '1 of 4 images could not be read and were replaced: 3.png' in said
+
+
+def test_a_detector_is_judged_by_the_names_of_its_classes(tmp_path, capsys):
+    """Other names than its own are refused; of one without names it is said that order counts."""
+    folder = write_json(tmp_path / 'data', [row(), row(1, category=7)])
+    model = tiny_detector()
+    path = str(tmp_path / 'model.pt')
+    evaluate = ['--data', folder, '--init', path, '--eval']
+    M.save(model, path, classes=['eel', 'dog', 'cat'])
+    detect(*evaluate)
+    M.save(model, path, classes=['eel', 'dog', 'cow'])
+    with pytest.raises(run.Refused, match="val.json has the class 'cat', which is none of the 3 known"):
+        detect(*evaluate)
+    M.save(model, path)
+    with pytest.raises(run.Refused, match='knows 3 classes, --data .* has 2'):
+        detect(*evaluate)
+    rename(tmp_path / 'data', 'val', categories=[dict(id=k, name=name) for k, name in ((3, 'a'), (5, 'b'), (7, 'c'))])
+    capsys.readouterr()
+    detect(*evaluate)
+    assert "has no names for its 3 classes: they are taken in the order of the data's, 'a' to 'c'" in capsys.readouterr().out
+
+
+def find_all(model, batch, originals, choose, device):
+    """A detector that finds every object, as the data number its class."""
+    found = []
+    for target, (height, width) in zip(batch['targets'], originals):
+        masks = [data.decode_mask(data.fill_polygons(mask, (height, width)), (height, width)) for mask in target['masks']]
+        num = len(masks)
+        found.append(dict(boxes=target['boxes'], scores=torch.ones(num), classes=target['labels'],
+                          masks=torch.ones(num, 4, 4), pasted=[torch.from_numpy(mask.copy()) for mask in masks]))
+    return found
+
+
+@pytest.mark.parametrize('names', [('cat', 'dog'), ('dog', 'cat'), ('dog',)])
+@pytest.mark.parametrize('ids', [(10, 11, 12, 13), ('10', 11., '12', 13), ('a', 11, 'b', 13)])
+def test_a_perfect_detector_is_perfect_however_things_are_numbered(tmp_path, monkeypatch, names, ids):
+    """Ids in another order or type, or some of the classes: AP is of those that have objects."""
+    monkeypatch.setattr(D, 'find', find_all)
+    folder = write_json(tmp_path, [], size=(32, 32))
+    rows = [row(category=k) | dict(image_id=name) for name in ids for k in range(len(names))]
+    images = [dict(id=name, file_name=f'{i}.png', height=32, width=32) for i, name in enumerate(ids)]
+    images[0]['id'] = str(ids[0])
+    categories = [dict(id=k, name=name) for k, name in enumerate(names)]
+    rename(tmp_path, 'val', categories=categories, annotations=rows, images=images)
+    val = data.open_instances(folder, 'val', classes=['cat', 'dog'])
+    cfg = run.parse_config(D.Config, D.RECIPES, ['--size', 'pico', '--device', 'cpu', '--data', folder])
+    numbers = D.evaluate(torch.nn.Module(), val, cfg, torch.device('cpu'), 4)
+    assert numbers['box_ap'] == numbers['mask_ap'] == pytest.approx(100)
+
+
 @pytest.mark.parametrize('flags, message', [
     (['--patch_size', '6', '--image_size', '36'], 'patch_size 6 is not a multiple of 4'),
     (['--image_size', '36'], 'image_size 36'), (['--micro_batch', '1'], '--micro_batch is gone'),
-    (['--data', 'nowhere'], 'no boxes'), (['--init', 'nowhere.pt'], 'nowhere.pt cannot be read'),
+    (['--data', 'nowhere'], 'no boxes'), (['--init', 'nowhere.pt'], 'nowhere.pt does not exist'),
     (['--vocabulary', 'medium'], 'medium'), (['--scale_jitter', '2'], 'scale_jitter'),
-    (['--eval', '--init', 'nowhere.pt'], 'nowhere.pt cannot be read'), (['--stages', '0'], 'stages'),
+    (['--vocabulary', 'fine', '--data', 'nowhere'], '--vocabulary is not an option of --data nowhere'),
+    (['--images', 'nowhere'], '--images is not an option of --data shapes'),
+    (['--window', '5'], '--window 5 is wider than the 4 x 4 patches'),
+    (['--eval', '--init', 'nowhere.pt'], 'nowhere.pt does not exist'), (['--stages', '0'], 'stages'),
     (['--adapter'], '--adapter goes with --head mask2former'), (['--flip'], '--flip is not an option of'),
     (['--head', 'linear', '--soft'], '--soft is not an option of'), (['--channels', '8'], 'no flag')])
 def test_wrong_options_are_one_line(flags, message, tmp_path):

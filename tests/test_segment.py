@@ -290,6 +290,49 @@ def test_real_images_of_which_one_is_all_ignored(tmp_path, no_pictures):
     assert np.isfinite(log[-1]['loss']) and log[-1]['skipped'] == 0
 
 
+@pytest.mark.parametrize('head', ['linear', 'mask2former'])
+def test_a_segmentors_classes_are_taken_over_by_name(head, tmp_path, no_pictures, capsys):
+    """Whatever their places; new ones start afresh. Of one without names all, in their order, which is said."""
+    before = segmenter(head)
+    path = str(tmp_path / 'before.pt')
+    K = before.config.num_classes
+    names = [f'class {k}' for k in range(K)]
+    M.save(before, path, classes=names)
+    cfg = config('--head', head, '--init', path, '--image_size', before.vit.image_size)
+
+    def rows(model):
+        return model.head.bias if head == 'linear' else model.head.decoder.classes.bias
+    with torch.no_grad():
+        rows(before).copy_(torch.arange(1., len(rows(before)) + 1))
+    M.save(before, path, classes=names)
+    wanted = [names[1], 'new', names[0]]
+    last = [K + 1.] if head == 'mask2former' else []            # no object
+    assert rows(D.next_segmenter(cfg, wanted)).tolist() == [2., 0., 1., *last]
+    M.save(before, path)
+    assert rows(D.next_segmenter(cfg, [*wanted, 'more'])).tolist() == [0., 0., 0., 0., *last]
+    assert rows(D.next_segmenter(cfg, [f'other {k}' for k in range(K)])).tolist() == rows(before).tolist()
+    assert 'has no names for its' in capsys.readouterr().out
+
+
+def test_a_segmentor_is_judged_by_the_names_of_its_classes(tmp_path, no_pictures, capsys):
+    """Other values for the same names give the same numbers; other names are refused."""
+    folder = write_maps(tmp_path / 'data', num=2)
+    segment('--data', folder, '--steps', 1, '--out_dir', tmp_path / 'run')
+    evaluate = ['--data', folder, '--init', tmp_path / 'run' / 'model.pt', '--eval']
+    capsys.readouterr()
+    segment(*evaluate)
+    numbers = capsys.readouterr().out
+
+    for path in (tmp_path / 'data' / 'annotations' / 'val').iterdir():
+        Image.fromarray(2 - np.array(Image.open(path))).save(path)
+    (tmp_path / 'data' / 'classes.txt').write_text('class 2\nclass 1\nclass 0')
+    segment(*evaluate)
+    assert capsys.readouterr().out == numbers and 'miou' in numbers
+    (tmp_path / 'data' / 'classes.txt').write_text('class 0\nroad\nclass 2')
+    with pytest.raises(M.Refused, match="has the class 'road'"):
+        segment(*evaluate)
+
+
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path, no_pictures):
     """Two steps, or one, a checkpoint and another: the same weights and averages."""
     flags = '--head', 'mask2former', '--adapter'
@@ -356,8 +399,9 @@ def test_two_processes_judge_each_image_once(tmp_path, double):
     (['--head', 'mask2former', '--adapter', '--image_size=40'], '5 x 5 patches'),
     (['--scale_jitter', '2,1'], '--scale_jitter'), (['--scales', '0'], '--scales'),
     (['--image_size', '36'], 'image_size 36'), (['--classes', 'nowhere.txt', '--data', 'DATA'], 'nowhere.txt'),
-    (['--data', 'nowhere'], 'no label maps for train'), (['--init', 'nowhere.pt'], 'nowhere.pt cannot be read'),
-    (['--eval', '--init', 'nowhere.pt'], 'nowhere.pt cannot be read')])
+    (['--classes', 'nowhere.txt'], '--classes is not an option of --data shapes'),
+    (['--data', 'nowhere'], 'no label maps for train'), (['--init', 'nowhere.pt'], 'nowhere.pt does not exist'),
+    (['--eval', '--init', 'nowhere.pt'], 'nowhere.pt does not exist')])
 def test_wrong_options_are_one_line(flags, message, tmp_path):
     """Before any training."""
     flags = [str(write_maps(tmp_path)) if word == 'DATA' else word for word in flags]
