@@ -127,7 +127,7 @@ def finished_row(one, folder, more):
         row.update(more(one, result))
 
     # no numbers
-    for key in ('words', 'after', 'command'):
+    for key in ('words', 'after', 'command', 'stage', 'options'):
         row.pop(key, None)
     return row
 

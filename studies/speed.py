@@ -5,10 +5,10 @@ How fast it is, on random weights: where a step's time goes, and what is slow be
     python studies/speed.py --stage detect       # RoIAlign, NMS, average precision, training steps
     python studies/speed.py --stage segment      # matching, training steps
 
-On a CPU: one core, in that core's own seconds, because others use the machine too. On cuda stage 1 is timed in bf16
-with and without compiled blocks and checkpointed activations, at the largest batch that fits.
+On a CPU: one core, in that core's own seconds, because others use the machine too. A GPU has its own: gpu.py.
 """
 import dataclasses
+import gc
 import subprocess
 import sys
 import tempfile
@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'studies')]
 import data                         # noqa: E402
 import detect_seg                   # noqa: E402
-import grid                         # noqa: E402
 import mim_pretrain                 # noqa: E402
 import model as M                   # noqa: E402
 import plan                         # noqa: E402
@@ -77,14 +76,23 @@ class Step:
     """A training step in its five parts."""
     PARTS = 'data', 'masks', 'teacher', 'model', 'optimizer'
 
-    def __init__(self, cfg, config, teacher, num, device):
-        self.cfg, self.num, self.device = cfg, num, device
-        self.position = torch.arange(num)
-        self.vit = run.to_device(M.init_weights(M.ViT(config)), cfg, device)
-        frozen = M.init_weights(M.ViT(teacher)).requires_grad_(False)   # as fast as one that learnt
+    def __init__(self, cfg, config, teacher, num, device, Student=M.ViT):
+        self.cfg = cfg
+        self.device = device
+        with torch.device(device):              # a GPU makes a billion random weights at once
+            student = Student(config)
+            frozen = M.ViT(teacher).requires_grad_(False)       # as fast as one that learnt
+        self.vit = run.to_device(student, cfg, device)
         self.target = mim_pretrain.Features(run.to_device(frozen, cfg, device), self.vit.grid)
         self.adamw = run.make_optimizer(self.vit, cfg)
         self.autocast = run.autocast(device)
+        self.take(num)
+
+    def take(self, num):
+        """From now on steps are of so many images."""
+        self.num = num
+        self.position = torch.arange(num)
+        self.targets = None
         self.data()
         self.masks()
 
@@ -115,16 +123,30 @@ class Step:
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
 
+    def whole(self):
+        self.teacher()
+        self.model()
+        self.optimizer()
+
+    def forget(self):
+        """Gives back all memory but the model's. Compiled and checkpointed blocks are cycles: only gc frees them."""
+        self.images = self.mask = self.drop = self.targets = None
+        self.adamw.zero_grad(set_to_none=True)
+        torch.compiler.reset()
+        gc.collect()
+        if self.device.type == 'cuda':
+            torch.cuda.empty_cache()
+
 
 def time_pretraining(cfg):
     device = run.setup(cfg)[2]
+    if device.type == 'cuda':
+        raise run.Refused('a GPU is timed by python studies/gpu.py; here give --device cpu')
     config = run.vit_config(cfg)
     M.check_grid(config.image_size, config.image_size, config.patch_size)
     teacher = plan.default_teacher(cfg.size, config.image_size // config.patch_size)
     config.head = teacher.head
 
-    if device.type == 'cuda':
-        return time_gpu(cfg, config, teacher, device)
     torch.set_num_threads(1)        # others use the machine too
     beside_products(cfg, config, device)
     split(cfg, config, teacher, device)
@@ -201,45 +223,53 @@ def split(cfg, config, teacher, device, steps=20):
     print(f'{512 / taken:,.0f} masks/s on 16 x 16 patches, 512 at once')
 
 
-def time_gpu(cfg, config, teacher, device):
-    """A row for each way to train: the largest batch that fits, images/s, share of a matrix product's speed."""
-    flops, speed = run.training_flops(config, teacher), plan.matmul_speed(device)
-    print(f'{cfg.size} at {config.image_size} px, patch {config.patch_size}, bf16, with a teacher of '
-          f'{teacher.width} x {teacher.depth} on {torch.cuda.get_device_name(device)}; '
-          f'8192^3 product: {speed / 1e12:.0f} TFLOP/s')
+# ---- stage 1 on a GPU, for gpu.py -------------------------------------------------------------------------------
 
-    table = []
-    for compiled, checkpointed in ((False, False), (False, True), (True, False), (True, True)):
-        options = dataclasses.replace(cfg, compile=compiled, checkpoint_activations=checkpointed)
-        num, per_second, memory = fastest(options, config, teacher, device)
-        share = per_second * flops / speed
-        table.append([compiled, checkpointed, num, f'{per_second:.1f}', f'{share:.1%}', f'{memory / 1e9:.0f} GB'])
-    grid.print_table(['compile', 'checkpoint', 'images at once', 'images/s', 'MFU', 'memory'], table)
+def time_sizes(step, num, larger=True):
+    """Rows for at most three numbers of images at once: num, fewer where that does not fit, or as many as memory
+    turns out to have room for. The model is made once."""
+    fitted = True
+    for _ in range(3):
+        row = time_size(step, num)
+        yield row
+        if 'note' in row:
+            fitted = False
+            num = max(1, num * 3 // 4)
+            continue
+        if not (fitted and larger and step.device.type == 'cuda'):
+            return
+
+        # what is held now is the model's; another size has to be worth the time
+        held = torch.cuda.memory_allocated(step.device)
+        free = .97 * (plan.free_memory(step.device) + torch.cuda.memory_reserved(step.device))
+        an_image = (1e9 * row['memory, GB'] - held) / num
+        room = int((free - held) / an_image) // 8 * 8
+        if room < 1.15 * num:
+            return
+        num = room
 
 
-def fastest(cfg, config, teacher, device):
-    """(images at once, images/s, bytes) of the largest power of two that fits in memory."""
-    best = 0, 0., 0
-    for num in (8, 16, 32, 64, 128, 256, 512, 1024):
-        torch.compiler.reset()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+def time_size(step, num):
+    """Speed and memory of steps of num images; without their data, which a real run draws meanwhile."""
+    row = {'images at once': num}
+    try:
+        step.take(num)
+        if step.device.type == 'cuda':
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(step.device)
+        first = plan.seconds_of(step.whole, step.device)        # compiles
+        step.whole()
 
-        # until one does not fit
-        try:
-            step = Step(cfg, config, teacher, num, device)
-
-            def whole():
-                step.teacher()
-                step.model()
-                step.optimizer()
-            for _ in range(3):
-                whole()
-            taken = median([plan.seconds_of(whole, device) for _ in range(7)])
-            best = num, num / taken, run.peak_memory(device)
-        except torch.OutOfMemoryError:
-            break
-    return best
+        # seven steps, fewer where they are slow
+        seconds = []
+        while len(seconds) < 3 or (len(seconds) < 7 and sum(seconds) < 5):
+            seconds.append(plan.seconds_of(step.whole, step.device))
+        row |= {'images/s': num / median(seconds), 'memory, GB': run.peak_memory(step.device) / 1e9,
+                'first step, s': first}
+    except torch.OutOfMemoryError:
+        row['note'] = 'out of memory'
+    step.forget()
+    return row
 
 
 # ---- detection: inputs of the sizes that published comparisons use ----------------------------------------------

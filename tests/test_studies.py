@@ -1,4 +1,5 @@
 """The studies: branches, running and resuming, tables, fits and pictures, what tells a change from noise."""
+import contextlib
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,10 +27,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / 'studies'))
 import compare          # noqa: E402
 import exercises        # noqa: E402
+import gpu              # noqa: E402
 import grid             # noqa: E402
 import plan             # noqa: E402
 import plot             # noqa: E402
 import scaling          # noqa: E402
+import speed            # noqa: E402
 import study            # noqa: E402
 
 STAGES = {stage.__name__ + '.py': stage for stage in (mim_pretrain, clip_train, finetune, detect_seg)}
@@ -140,6 +144,49 @@ def test_the_plan_counts_the_papers_parameters(tmp_path, monkeypatch, capsys):
     flags = ['--size', 'g', '--devices', '128', '--micro_batch', '32']
     plan.plan(run.parse_config(plan.Config, mim_pretrain.RECIPES, flags))
     assert '1,012,229,632' in capsys.readouterr().out and not os.listdir(tmp_path)
+
+
+def test_a_plan_for_a_gpu_needs_none(capsys):
+    """bf16 sizes, and which cards have room, without a card; nothing is said of speed."""
+    flags = ['--size', 'g', '--device', 'cuda', '--micro_batch', '64', '--no-checkpoint_activations']
+    plan.plan(run.parse_config(plan.Config, mim_pretrain.RECIPES, flags))
+    said = capsys.readouterr().out
+    assert '542.1 MB an image' in said and 'no days' in said
+    assert '| 40 GB | no |' in said and '| 80 GB | yes |' in said
+
+
+def memory(num, **more):
+    """The plan's for g on a GPU: the sum and its parts."""
+    config = M.ViTConfig(**M.SIZES['g'], head=768)
+    parts = plan.memory_of(config, num, torch.device('cuda'), **more)
+    return sum(parts.values()), parts
+
+
+def test_a_frozen_teacher_has_weights_alone():
+    """4 bytes each of ViT-L's 304 million: neither gradients nor AdamW's state, nor activations beside g's."""
+    teacher = plan.default_teacher('g', 16)
+    assert memory(8, teacher=teacher)[0] - memory(8)[0] == pytest.approx(4 * 304e6, rel=.01)
+
+
+def test_autocast_copies_unsharded_weights():
+    """2 bytes a weight; sharded ones are gathered in bf16 already."""
+    assert memory(8)[1]['bf16 copies'] == pytest.approx(2 * 1.012e9, rel=.001)
+    assert memory(8, shards=8)[1]['bf16 copies'] == 0
+
+
+def test_what_fits_fits():
+    """The largest number of images stays below the memory, one more does not."""
+    config = M.ViTConfig(**M.SIZES['g'], head=768)
+    num = plan.images_that_fit(80e9, config, torch.device('cuda'))
+    assert memory(num)[0] <= 80e9 < memory(num + 1)[0]
+
+
+def test_a_measured_product_is_a_median(monkeypatch):
+    """One measurement on a fast clock does not count, nor one that something disturbed."""
+    seconds = [1., 1., 1e-3, 1e3, 1., 1., 1., 1., 1.]
+    monkeypatch.setattr(plan.time, 'perf_counter', iter([0., 2.]).__next__)     # warm-up is over at once
+    monkeypatch.setattr(plan, 'seconds_of', lambda function, device: seconds.pop())
+    assert plan.matmul_speed.__wrapped__(torch.device('cpu')) == 10 * 2 * 512 ** 3
 
 
 # ---- running
@@ -427,3 +474,126 @@ def test_every_exercise_changes_the_code_as_it_is(name):
     if '--size' not in flags:
         run.parse_config(mim_pretrain.Config, mim_pretrain.RECIPES, flags.split())
     assert flags or lines
+
+
+# ---- on a GPU
+
+class Step:
+    """Has room for so many images."""
+    device = torch.device('cpu')
+
+    def take(self, num):
+        if num > 50:
+            raise torch.OutOfMemoryError
+
+    def whole(self):
+        pass
+
+    forget = whole
+
+
+def test_fewer_images_are_tried_where_memory_ends():
+    rows = list(speed.time_sizes(Step(), 80))
+    assert [row['images at once'] for row in rows] == [80, 60, 45]
+    assert ['images/s' in row for row in rows] == [False, False, True]
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """gpu.py's items and the stages' commands in this process: everything is imported already."""
+    def run_within(words, seconds):
+        gpu.main(words[2:])
+
+    def start(one, folder, jobs):
+        script = next(n for n, word in enumerate(one['words']) if word.endswith('.py') and os.path.exists(word))
+        stage = STAGES[Path(one['words'][script]).name]
+        said = folder / f"{one['name']}.log"
+        with open(said, 'w') as file, contextlib.redirect_stdout(file):
+            stage.train(run.parse_config(stage.Config, stage.RECIPES, one['words'][script + 1:]))
+        return SimpleNamespace(wait=lambda: 0)
+
+    monkeypatch.setattr(gpu, 'run_within', run_within)
+    monkeypatch.setattr(grid, 'start', start)
+    monkeypatch.setattr(clip_train, 'NUM_EVAL', 16)
+
+
+def records(tmp_path, *flags):
+    """What gpu.py leaves."""
+    gpu.main(['--device', 'cpu', '--size', 'pico', '--out_dir', str(tmp_path), *flags])
+    return json.loads((tmp_path / 'gpu.json').read_text())
+
+
+def test_every_item_runs_on_a_cpu(at_once, tmp_path):
+    """None fails; each has rows, in the json and in the table."""
+    found = records(tmp_path)
+    assert found.keys() == gpu.ITEMS.keys()
+    assert all(record['rows'] and not record['error'] for record in found.values()), found
+    assert (tmp_path / 'gpu.md').read_text().count('| --- |') >= len(found)
+
+
+@pytest.mark.long
+def test_the_whole_command_runs_on_a_cpu(tmp_path):
+    """As it is typed, torchrun included."""
+    words = [sys.executable, str(ROOT / 'studies' / 'gpu.py'), '--device', 'cpu', '--out_dir', str(tmp_path)]
+    subprocess.run([*words, '--minutes', '30'], check=True)
+    found = json.loads((tmp_path / 'gpu.json').read_text())
+    assert [record['error'] for record in found.values()] == [''] * len(gpu.ITEMS)
+    assert found['torchrun']['rows'][0]['resumed at'] == 1
+
+
+def works(args):
+    yield dict(number=1)
+
+
+def breaks(args):
+    yield dict(number=1)
+    raise ValueError('no such thing')
+
+
+def is_killed(args):
+    yield dict(number=1)
+    raise KeyboardInterrupt
+
+
+def test_an_item_that_fails_is_recorded_and_the_rest_goes_on(at_once, tmp_path, monkeypatch):
+    """With its error and the rows that it had; the same command tries it again, and not what is done."""
+    monkeypatch.setattr(gpu, 'ITEMS', {'first': (.5, breaks), 'second': (.5, works)})
+    found = records(tmp_path)
+    assert found['first']['error'] == 'ValueError: no such thing' and found['first']['rows'] == [dict(number=1)]
+    assert found['second']['error'] == ''
+    monkeypatch.setattr(gpu, 'ITEMS', {'first': (.5, works), 'second': (.5, breaks)})
+    assert all(record['error'] == '' for record in records(tmp_path).values())
+
+
+def test_what_is_cut_off_keeps_its_rows(at_once, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, 'ITEMS', {'first': (1., is_killed)})
+    with pytest.raises(KeyboardInterrupt):
+        records(tmp_path)
+    found = json.loads((tmp_path / 'gpu.json').read_text())
+    assert found['first'] == dict(card='CPU', error='cut off', rows=[dict(number=1)])
+
+
+def test_what_no_longer_fits_is_named(at_once, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, 'ITEMS', {'first': (1., works)})
+    assert records(tmp_path, '--minutes', '-1')['first']['error'] == 'not run: out of time'
+
+
+def test_the_minutes_are_shared_out():
+    assert sum(share for share, *_ in gpu.ITEMS.values()) == pytest.approx(1)
+
+
+def test_an_item_that_takes_too_long_ends_with_what_it_started(tmp_path):
+    """A grandchild would go on writing."""
+    writes = f'import time\nwhile True: open("{tmp_path}/alive", "w").close(); time.sleep(.1)'
+    words = [sys.executable, '-c', f'import subprocess, sys; subprocess.run([sys.executable, "-c", {writes!r}])']
+    assert gpu.run_within(words, 1.5) == 'out of time'
+    (tmp_path / 'alive').unlink()
+    time.sleep(.5)
+    assert not (tmp_path / 'alive').exists()
+
+
+def test_the_first_error_of_a_command_is_told(tmp_path):
+    """torchrun prints its own after the one that matters."""
+    (tmp_path / 'a.log').write_text('step 1\n[rank0]: ValueError: too large\nChildFailedError: see above\n')
+    with pytest.raises(RuntimeError, match='ValueError: too large'):
+        gpu.wait(SimpleNamespace(wait=lambda: 1), tmp_path / 'a')
