@@ -30,7 +30,7 @@ class Config(run.Run):
     embed: int = option(64, 'width of the space that images and texts share', low=1, high=10 ** 5)
     drop_tokens: float = option(0., 'share of the patches that training hides (EVA-CLIP-g+: .5)', below=1)
     optimizer: str = option('adamw', 'lamb: for batches of 100,000 (EVA-CLIP-g+)', choices=('adamw', 'lamb'))
-    text_lr: float = option(0., "highest learning rate of the text tower; 0: the image tower's, --lr")
+    text_lr: float = option(0., "highest learning rate of the text tower; 0: the image tower's, --lr", high=1000)
     layer_decay: float = option(1., "of the image tower's learning rate, once a layer down", high=1)
     classes: str = option('', "file of class names, a line each in the order of the data's classes")
     templates: str = option('', 'file of sentences with {} for the class, a line each')
@@ -100,7 +100,8 @@ def kept_patches(seed, position, num_patches, drop_tokens):
 
 def encode_images(model, batches):
     """Unit features [n, D] of the batches' images [B, 3, H, W], and the batches without these."""
-    features, others = [], []
+    features = []
+    others = []
     for batch in batches:
         images = batch.pop('images')
         with run.autocast(images.device):
@@ -178,19 +179,39 @@ def world_pairs(model, tokenizer, device):
 
 def read_lines(path):
     """The lines of a text file that are not empty."""
-    try:
-        with open(path, encoding='utf-8') as file:
-            return [line.rstrip('\n') for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f'{path} cannot be read as text ({M.first_line(error)})') from None
+    lines = data.read_text(path).splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def read_classes(path, folders):
+    """A name for each class of the data: of its line 'folder<tab>name', or of the line at its place."""
+    lines = read_lines(path)
+    pairs = [line.partition('\t') for line in lines]
+    name_of = {folder.strip(): name.strip() for folder, tab, name in pairs if tab}
+    if name_of and folders:
+        lacking = [folder for folder in folders if not name_of.get(folder)]
+        if lacking:
+            raise Refused(f'{path} has no name for {", ".join(lacking[:3])}; give each class a line: '
+                          'folder, tab, name')
+        if len(name_of) < len(lines):
+            raise Refused(f'{path} has {len(lines)} lines for {len(name_of)} folders; give each one line: '
+                          'folder, tab, name')
+        return [name_of[folder] for folder in folders]
+
+    # the data's own names in another order
+    if {line.replace('_', ' ') for line in lines} == {folder.replace('_', ' ') for folder in folders}:
+        return folders
+    if len(lines) != len(folders):
+        raise Refused(f'{path} has {len(lines)} names for the {len(folders)} classes of the '
+                      f'data ({", ".join(folders[:3])}, ...); give one a line, or folder, tab, name')
+    print0(f'{path} has no folders: its lines are taken in the order of the classes, '
+           f'{folders[0]} as {lines[0]!r}, {folders[-1]} as {lines[-1]!r}')
+    return lines
 
 
 def read_words(cfg, folders):
     """-> (a name for each of the data's classes, the templates of sentences about one)."""
-    names = read_lines(cfg.classes) if cfg.classes else folders
-    if len(names) != len(folders):
-        raise Refused(f'{cfg.classes} has {len(names)} names for the {len(folders)} classes of the '
-                      f'data ({", ".join(folders[:3])}, ...); give one a line in this order')
+    names = read_classes(cfg.classes, folders) if cfg.classes else folders
     templates = read_lines(cfg.templates) if cfg.templates else TEMPLATES
     wrong = [line for line in templates if '{}' not in line]
     if wrong or not templates:
@@ -199,37 +220,48 @@ def read_words(cfg, folders):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, tokenizer, cfg, device):
-    """Zero-shot accuracy on the data's classes, retrieval with its picture, the world's pairs."""
+def evaluate(model, dataset, tokenizer, cfg, device, words):
+    """Zero-shot accuracy on the data's classes, retrieval with its picture, the world's pairs.
+    words: of read_words."""
     image_size = model.visual.image_size
     num = len(dataset) if cfg.eval and dataset.reads_files else NUM_EVAL
     at_once = min(cfg.batch_size, 256)
     batches = data.eval_batches(dataset, at_once, image_size, num, device, cfg.workers)
     features, batches = encode_images(model, batches)                       # [n, D]
 
+    # what stands for an unreadable image would count twice
+    position = torch.cat([batch['position'] for batch in batches])
+    kept = (position < num).nonzero()[:, 0]
+    features = features[kept]
+
     metrics = {}
     if cfg.classes or dataset.classes:
-        names, templates = read_words(cfg, dataset.label_names)
+        names, templates = words
         classes = class_embeddings(model, tokenizer, names, templates)
         labels = torch.cat([batch['labels'] for batch in batches])
-        metrics |= zero_shot(features, labels, classes)
+        metrics |= zero_shot(features, labels[kept], classes)
     if dataset.has_captions:
         texts = [text for batch in batches for text in batch['captions']]
+        texts = [texts[row] for row in kept.tolist()]
         texts = texts[:5000 if cfg.eval else NUM_RETRIEVAL]
         similarity = features[:len(texts)] @ encode_texts(model, tokenizer, texts).T
         metrics |= retrieval(similarity, texts)
+        path = f'{cfg.out_dir}/retrieval.png'
         if not cfg.eval:
-            first = next(data.eval_batches(dataset, len(texts), image_size, len(texts), device))
-            draw_retrieval(f'{cfg.out_dir}/retrieval.png', first['images'], similarity, texts)
+            with run.optional(path):
+                draw_retrieval(path, dataset, position[kept], image_size, similarity, texts)
     if isinstance(dataset, data.World):
         metrics |= world_pairs(model, tokenizer, device)
     return metrics
 
 
-def draw_retrieval(path, images, similarity, texts, columns=6, rows=4):
-    """For the first captions the images [n, 3, H, W] that fit best, the best first."""
-    best = similarity.T[:columns].topk(min(rows, len(images))).indices      # [columns, rows]
-    found = {text[:36]: images[row] for text, row in zip(texts, best)}      # as much as fits above
+def draw_retrieval(path, dataset, position, image_size, similarity, texts, columns=6, rows=4):
+    """For the first captions the images that fit best, the best first. position [n]: of the images."""
+    best = similarity.T[:columns].topk(min(rows, len(texts))).indices       # [columns, rows]
+    found = {}
+    for text, row in zip(texts, best):
+        batch = dataset.batch(position[row].cpu(), image_size, train=False)
+        found[text[:36]] = batch['images']                                  # as much as fits above
     run.draw_sheet(path, found, tile=256)
 
 
@@ -318,7 +350,9 @@ def build(cfg, train_set):
     pool = 'class' if cfg.size in TEXT_TOWERS else 'mean'
     vision = run.vit_config(cfg, pool=pool, mask_token=False, **asked)
     if cfg.vision:
-        pool = M.load(cfg.vision, M.ViT).pool or pool
+        eva = M.load(cfg.vision, M.ViT)
+        run.refuse_clips(eva, cfg.vision)
+        pool = eva.pool or pool
         image_tower = M.load(cfg.vision, M.ViT, head=0, pool=pool, mask_token=False, **asked)
         vision = image_tower.config
 
@@ -348,11 +382,10 @@ def apply_model(cfg, device):
     model, tokenizer = load_clip(cfg.init or f'{cfg.out_dir}/model.pt', cfg.bpe)
     model.to(device)
     if cfg.eval:
-        dataset = data.open_data(cfg.data, 'test', views=VIEWS)
-        metrics = evaluate(model, dataset, tokenizer, cfg, device)
-        if not metrics:
-            raise Refused(f'{cfg.data} has neither named classes nor captions; give --classes FILE')
-        print0(run.table(metrics))
+        # names of classes are asked for alone, or there have to be captions
+        dataset = data.open_data(cfg.data, 'test', views=VIEWS, captions=not cfg.classes)
+        words = read_words(cfg, dataset.label_names)
+        print0(run.table(evaluate(model, dataset, tokenizer, cfg, device, words)))
         return run.report_broken(dataset)
 
     if not cfg.words:
@@ -389,22 +422,26 @@ def train(cfg):
         return apply_model(cfg, device)
 
     # what it learns from; refused where it does not fit
-    train_set = data.open_data(cfg.data, 'train', views=VIEWS)
-    val_set = data.open_data(cfg.data, 'val', views=VIEWS)
-    if not (train_set.has_captions and val_set.has_captions):
-        raise Refused(f'{cfg.data} lacks captions, a .txt beside each image, or class folders')
+    if cfg.words:
+        raise Refused('--words are what --image FILE is compared with; without it they mean nothing')
+    train_set = data.open_data(cfg.data, 'train', views=VIEWS, captions=True)
+    val_set = data.open_data(cfg.data, 'val', views=VIEWS, captions=True)
     if cfg.batch_size < 2:
         raise Refused('--batch_size 1 leaves nothing to contrast')
-    read_words(cfg, val_set.label_names)
+    run.settle_steps(cfg, train_set)
     if run.finished(cfg):
         return
-    run.settle_steps(cfg, train_set)
+    run.introduce(train_set, val_set)
+    words = read_words(cfg, val_set.label_names)
 
     # what learns
     model, tokenizer = build(cfg, train_set)
+    about = run.describe(train_set, val_set, vocabulary=tokenizer.merges)
+    if not cfg.drop_tokens:         # which makes it less
+        run.check_memory(cfg, model.visual.config, device, world)
     model = run.to_device(model, cfg, device, mesh)
     optimizer = make_optimizer(model, cfg)
-    start, _ = run.resume(cfg.out_dir, model, optimizer, cfg)
+    start, _ = run.resume(cfg.out_dir, model, optimizer, cfg, about=about)
     blind = math.log(cfg.batch_size)
     print0(f'CLIP {cfg.size}: {run.count_parameters(model) / 1e6:.2f}M parameters, vocabulary of '
            f'{tokenizer.vocab_size:,}, {cfg.steps:,} steps of {cfg.batch_size} pairs on {device}; '
@@ -415,7 +452,7 @@ def train(cfg):
     batches = run.ahead(add_text(batches, tokenizer, cfg, model.visual, device), device)
     log = run.Log(cfg, start, device, run.training_flops(model.visual.config))
 
-    for step, batch in zip(range(start, cfg.steps), batches):
+    for step, batch in zip(range(start, cfg.steps), log.watch(batches)):
         # learning rate
         for group in optimizer.param_groups:
             group['lr'] = run.lr_at(step, cfg) * group['lr_scale']
@@ -445,13 +482,13 @@ def train(cfg):
         done = step + 1
         stopping = log.stopping()
         if done < cfg.steps and (stopping or done % cfg.save_every == 0):
-            run.save_checkpoint(cfg.out_dir, done, model, optimizer, cfg)
+            run.save_checkpoint(cfg.out_dir, done, model, optimizer, cfg, about=about)
             if stopping:
                 log.leave(done)
-            log.say(step, **evaluate(model, val_set, tokenizer, cfg, device))
+            log.say(step, **evaluate(model, val_set, tokenizer, cfg, device, words))
 
     run.save_model(model, f'{cfg.out_dir}/model.pt', merges=tokenizer.merges)
-    metrics = evaluate(model, val_set, tokenizer, cfg, device)
+    metrics = evaluate(model, val_set, tokenizer, cfg, device, words)
     log.finish(model, 'contrastive loss', {f'blind: ln {cfg.batch_size}': blind}, **metrics)
     run.report_broken(train_set, val_set)
 

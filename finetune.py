@@ -8,7 +8,6 @@ or the actions of videos. EVA, arXiv:2211.07636, section 3.
     torchrun --nproc_per_node=8 finetune.py --size g --data imagenet --init eva_21k.pt
 """
 import contextlib
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,15 +162,20 @@ class EMA:
 # ---- the head ---------------------------------------------------------------------------------------------------
 
 def find_init(cfg):
-    """--init, else what mim_pretrain.py's default command left for this size; on the world it is run first."""
+    """--init, else what mim_pretrain.py's default command leaves for this size."""
+    size = cfg.size.partition('-')[0]
+    return cfg.init or f'out/mim_pretrain-{size}/model.pt'
+
+
+def pretrain(cfg):
+    """Runs that command on the world, where --init is what it leaves and is missing."""
     size = cfg.size.partition('-')[0]
     folder = f'out/mim_pretrain-{size}'
-    path = cfg.init or f'{folder}/model.pt'
-    if not cfg.init and not Path(path).exists():
-        if not cfg.data.startswith('shapes') or size not in ('pico', 'nano', 'micro', 'mini'):
-            raise Refused(f'{path} is missing; run mim_pretrain.py --size {size}, or give --init FILE or scratch')
-        run.on_first(run.run_stage, 'mim_pretrain.py', folder, '--size', size, '--device', cfg.device)
-    return path
+    if cfg.init != f'{folder}/model.pt' or Path(cfg.init).exists():
+        return
+    if not cfg.data.startswith('shapes') or size not in ('pico', 'nano', 'micro', 'mini'):
+        raise Refused(f'{cfg.init} is missing; run mim_pretrain.py --size {size}, or give --init FILE or scratch')
+    run.on_first(run.run_stage, 'mim_pretrain.py', folder, '--size', size, '--device', cfg.device)
 
 
 def classifier(cfg, classes):
@@ -213,23 +217,30 @@ def tell_time(model):
 
 
 def match_classes(cfg, classes, model):
-    """For each class of the data the numbers of the model's classes that it means: those of its name, [] if none is.
-    --mapping FILE says others, a line for each class of the data: names or numbers, with commas, or - for none."""
-    number = {str(k): k for k in range(model.config.head if model.pool else 0)}
-    number |= {name: k for k, name in enumerate(model.extra.get('classes', []))}
+    """For each class of the data the numbers of the model's classes that it means: those of its name, or, of a model
+    without names, its number; [] if none is. --mapping FILE says others, a line for each class of the data: names or
+    numbers, with commas, or - for none."""
+    names = model.extra.get('classes')
+    numbers = {}
+    for k, name in enumerate(names or []):
+        numbers.setdefault(name, []).append(k)          # ImageNet has two cranes
+    if names and not cfg.mapping:
+        return [numbers.get(name, []) for name in classes]
+
+    for k in range(model.config.head if model.pool else 0):
+        numbers.setdefault(str(k), [k])
     if not cfg.mapping:
-        return [[number[name]] if name in number else [] for name in classes]
-    if not Path(cfg.mapping).is_file():
-        raise Refused(f'--mapping {cfg.mapping} is not a file')
-    lines = Path(cfg.mapping).read_text(errors='replace').splitlines()
+        return [numbers.get(name.lstrip('0') or '0', []) for name in classes]
+
+    lines = data.read_text(cfg.mapping).splitlines()
     if len(lines) != len(classes):
         raise Refused(f'--mapping {cfg.mapping} has {len(lines)} lines; expected {len(classes)}, one for each class')
     rows = []
     for line in lines:
         words = [word.strip() for word in line.split(',') if word.strip() not in ('', '-')]
-        if not number.keys() >= set(words):
+        if not numbers.keys() >= set(words):
             raise Refused(f"--mapping {cfg.mapping}: {line!r} is none of the model's classes")
-        rows.append([number[word] for word in words])
+        rows.append([k for word in words for k in numbers[word]])
     return rows
 
 
@@ -273,17 +284,28 @@ def scores(found, dataset, cfg):
 
 
 def real_labels(cfg, dataset):
-    """The right labels of each image, by its number; the file has them in the order of the images' names."""
+    """The right labels of each image, by its number; the file has them in the order of the images' names,
+    or, where these are equal, of their paths."""
     if not dataset.reads_files:
         raise Refused(f'--real is for images in files, not for {cfg.data}')
-    names = [Path(path).name for path in dataset.paths]
-    try:
-        of_name = dict(zip(sorted(names), json.loads(Path(cfg.real).read_text()), strict=True))
-    except (OSError, ValueError, TypeError) as error:
-        raise Refused(f'--real {cfg.real} is no JSON list for {len(names)} images ({M.first_line(error)})') from None
-    if not all(isinstance(labels, list) for labels in of_name.values()) or not any(of_name.values()):
-        raise Refused(f'--real {cfg.real}: expected a list of right labels for each image, some of them not empty')
-    return [of_name[name] for name in names]
+    rows = data.read_json(cfg.real)
+    num = len(dataset.paths)
+    if not isinstance(rows, list) or len(rows) != num:
+        raise Refused(f'--real {cfg.real} is no JSON list of {num:,} rows, one for each validation image')
+
+    # row by row
+    K = len(dataset.label_names)
+    for n, row in enumerate(rows):
+        if not isinstance(row, list) or not all(type(k) is int and 0 <= k < K for k in row):
+            raise Refused(f'--real {cfg.real}: row {n} is {str(row)[:60]}, expected a list of labels, 0 to {K - 1}')
+    if not any(rows):
+        raise Refused(f'--real {cfg.real} has no label at all')
+
+    def place(path):
+        return data.natural(Path(path).name), data.natural(path)
+
+    of_path = dict(zip(sorted(dataset.paths, key=place), rows))
+    return [of_path[path] for path in dataset.paths]
 
 
 def draw_confusions(path, found, dataset, image_size, rows=4, columns=8):
@@ -323,12 +345,14 @@ def apply_model(cfg, device, processes):
 
     # of the model's classes only the data's compete
     cfg.frames = model.config.frames if model.config.frames > 1 else cfg.frames
-    dataset = data.open_data(cfg.data, 'test', cfg.frames, data.Views(share=cfg.view))
+    dataset = data.open_data(cfg.data, 'test', cfg.frames, data.Views(share=cfg.view), labels=True)
+    if cfg.real:
+        real_labels(cfg, dataset)           # refuses a wrong file before anything is judged
     classes = dataset.label_names
-    if not classes:
-        raise Refused(f'{cfg.data} has no classes to judge by; expected a folder for each, or .cls files in shards')
     columns = match_classes(cfg, classes, model)
     if not names and not any(columns) and len(classes) == model.config.head:
+        print0(f'{path} has no names for its {len(classes)} classes: they are taken in the order of the '
+               f'data\'s, {classes[0]!r} to {classes[-1]!r}')
         columns = [[k] for k in range(len(classes))]
     if [] in columns:
         raise Refused(f"{cfg.data}: class {classes[columns.index([])]!r} is none of the model's; use --mapping FILE")
@@ -347,13 +371,11 @@ def open_sets(cfg, world):
     if (cfg.mixup or cfg.cutmix) and cfg.batch_size // world % 2:
         raise Refused(f'--mixup and --cutmix mix pairs; a --batch_size of {cfg.batch_size} leaves one alone')
     views = data.Views(crop=(cfg.crop, 1), augment=cfg.augment, share=cfg.view)
-    train_set = data.open_data(cfg.data, 'train', cfg.frames, views)
-    val_set = data.open_data(cfg.data, 'val', cfg.frames, views)
+    train_set = data.open_data(cfg.data, 'train', cfg.frames, views, labels=True)
+    val_set = data.open_data(cfg.data, 'val', cfg.frames, views, labels=True)
     if cfg.real:
         real_labels(cfg, val_set)           # refuses a wrong file now, not after the last step
     if train_set.reads_files:
-        if not train_set.labels:
-            raise Refused(f'{cfg.data} has no classes; expected a folder for each, or .cls files in shards')
         unseen = set(range(len(train_set.label_names))) - set(train_set.labels)
         if unseen:
             raise Refused(f'{train_set.root}: class {train_set.label_names[min(unseen)]!r} is in validation only')
@@ -366,13 +388,21 @@ def train(cfg):
     cfg.out_dir = cfg.out_dir or f'out/finetune-{cfg.size}'
     if cfg.eval or cfg.image:
         return apply_model(cfg, device, (rank, world))
+    if cfg.init == 'scratch' and cfg.mapping:
+        raise Refused('--mapping says what to take over of --init FILE, not of scratch')
+    for name in ('mixup', 'cutmix'):
+        if 0 < getattr(cfg, name) < .01:        # whose powers, in `beta`, are too small for a float
+            raise Refused(f'--{name} {getattr(cfg, name)} does not fit; use 0, or .01 to 1')
     train_set, val_set = open_sets(cfg, world)
+    run.settle_steps(cfg, train_set)
+    cfg.init = find_init(cfg)
     if run.finished(cfg):
         return
-    cfg.init = find_init(cfg)
-    run.settle_steps(cfg, train_set)
+    run.introduce(train_set, val_set)
+    pretrain(cfg)
 
     classes = train_set.label_names
+    about = run.describe(train_set, val_set, classes=classes)
     model = classifier(cfg, classes)
     run.check_memory(cfg, model.config, device, world)
     model = run.to_device(model, cfg, device, mesh)
@@ -382,17 +412,18 @@ def train(cfg):
         optimizer = run.make_optimizer(model, cfg, cfg.layer_decay)
     ema = EMA(model, cfg.ema) if cfg.ema else None
     averaged = ema.in_place_of if ema else contextlib.nullcontext
-    start, _ = run.resume(cfg.out_dir, model, optimizer, cfg, ema)
+    start, _ = run.resume(cfg.out_dir, model, optimizer, cfg, ema, about)
     print0(f'{cfg.size}: {run.count_parameters(model) / 1e6:.2f}M parameters from {cfg.init}, {model.image_size} px, '
            f'{len(classes)} classes; {cfg.steps:,} steps of {cfg.batch_size} on {device}')
     autocast = run.autocast(device)
     log = run.Log(cfg, start, device, run.training_flops(model.config))
     batches = data.batches(train_set, cfg.batch_size, model.image_size, start, cfg.steps, cfg.seed,
                            device, cfg.workers, rank, world)
+    batches = run.ahead(batches, device)
     num = cfg.batch_size // world               # samples of this process in a step
     micro = cfg.micro_batch or num              # at once
 
-    for step, batch in zip(range(start, cfg.steps), run.ahead(batches, device)):
+    for step, batch in zip(range(start, cfg.steps), log.watch(batches)):
         # learning rate
         for group in optimizer.param_groups:
             group['lr'] = run.lr_at(step, cfg) * group['lr_scale']
@@ -434,7 +465,7 @@ def train(cfg):
         done = step + 1
         stopping = log.stopping()
         if done < cfg.steps and (stopping or done % cfg.save_every == 0):
-            run.save_checkpoint(cfg.out_dir, done, model, optimizer, cfg, ema=ema)
+            run.save_checkpoint(cfg.out_dir, done, model, optimizer, cfg, ema=ema, about=about)
             if stopping:
                 log.leave(done)
             with averaged(model):
@@ -450,7 +481,9 @@ def train(cfg):
             order = data.permutation(torch.arange(cfg.frames), cfg.frames, seed=0, epoch=0)
             shuffled = predict(model, val_set, cfg, device, (rank, world), order=order)
             metrics['shuffled_top1'] = scores(shuffled, val_set, cfg)['top1']
-    draw_confusions(f'{cfg.out_dir}/confusions.png', found, val_set, model.image_size)
+    picture = f'{cfg.out_dir}/confusions.png'
+    with run.optional(picture):
+        draw_confusions(picture, found, val_set, model.image_size)
     log.finish(model, 'training loss', {f'blind: ln {len(classes)}': math.log(len(classes))}, **metrics)
     run.report_broken(train_set, val_set)
 

@@ -26,17 +26,19 @@ class Config(run.Run):
     target: str = option('clip', "what is reconstructed: clip (EVA), tokens (k-means codes of its features), distill "
                          '(no mask), pixels (normalised, as MAE), untrained (a random teacher)',
                          choices=('clip', 'tokens', 'distill', 'pixels', 'untrained'))
-    target_layer: int = option(0, "the teacher's layer to regress: 0 its projected output (EVA), n its n-th block's")
+    target_layer: int = option(0, "the teacher's layer to regress: 0 its projected output (EVA), n its n-th block's",
+                               high=256)
     mask: str = option('block', "what is hidden: block (EVA's), random, or columns (half of all: EVA's validation)",
                        choices=('block', 'random', 'columns'))
     mask_ratio: float = option(105 / 256, 'share of the patches hidden: 105 of 256', low=0., high=1.)
-    init_gain: float = option(0., "initial weights' standard deviation times sqrt(width), before the cut; 0: EVA's")
+    init_gain: float = option(0., "initial weights' standard deviation times sqrt(width), before the cut; 0: EVA's",
+                              high=100)
     micro_batch: int = option(0, 'images at once on a device; 0: as many as belong to it')
     warmup_steps: int = option(100, 'steps of linear warm-up')
     cooldown: int = option(0, 'steps at the end in which the rate falls linearly, constant before; 0: a cosine')
     branch: str = option('', 'folder of a like run of other length: start where its learning rate began to fall')
-    weight_decay: float = option(.05, 'of matrices; vectors and positions have none')
-    min_lr: float = option(1e-5, 'learning rate at the last step')
+    weight_decay: float = option(.05, 'of matrices; vectors and positions have none', high=1000)
+    min_lr: float = option(1e-5, 'learning rate at the last step', high=1000)
     # constants of the paper's AdamW
     betas: tuple = (.9, .98)
     eps: float = 1e-6
@@ -267,7 +269,7 @@ class Validation:
 def make_validation(cfg, dataset, target, image_size, num, device):
     """The first num validation images with their masks and targets, and the two baselines."""
     batches = data.eval_batches(dataset, 64, image_size, num, device, cfg.workers)
-    images = torch.cat([batch['images'] for batch in batches])
+    images = torch.cat([batch['images'][batch['position'] < num] for batch in batches])
     numbers = torch.arange(len(images))
     mask = make_mask(cfg.mask, numbers, target.grid, cfg.mask_ratio, seed=-1).to(device)
     targets = in_parts(target.of, images).float()
@@ -403,7 +405,9 @@ def find_target(cfg, kind, grid, device, teacher=None):
     if kind == 'pixels':
         return Pixels(grid)
     if teacher is None:
-        teacher = M.load(find_teacher(cfg))
+        path = find_teacher(cfg)
+        teacher = M.load(path)
+        run.refuse_clips(getattr(teacher, 'visual', teacher), path)
     if kind == 'untrained':
         teacher = M.init_weights(type(teacher)(teacher.config)).eval()
     depth = len(getattr(teacher, 'visual', teacher).blocks) if cfg.target_layer else 0
@@ -430,7 +434,9 @@ def teacher_config(target):
 
 
 def check(cfg, config):
-    """Refuses a mask ratio that a grid cannot have."""
+    """Refuses a mask ratio that a grid cannot have, and a layer of no teacher."""
+    if cfg.target == 'pixels' and cfg.target_layer:
+        raise M.Refused('--target_layer is a layer of the teacher, which --target pixels does not ask')
     grid = config.image_size // config.patch_size
     num_hidden = round(grid * grid * cfg.mask_ratio)
     least = smallest_block(grid) if cfg.mask == 'block' else 1
@@ -444,6 +450,7 @@ def apply_model(cfg, train_set, val_set, device):
     --image: its row of pictures for any photo."""
     path = cfg.init or f'{cfg.out_dir}/model.pt'
     model = M.load(path, M.ViT).to(device)
+    run.refuse_clips(model, path)
     ours = 'target' in model.extra      # of a released file --teacher has to say what it predicts
     predicts = model.config.head and not model.pool and (ours or cfg.teacher or cfg.image)
     if predicts:
@@ -462,7 +469,8 @@ def apply_model(cfg, train_set, val_set, device):
         mask = make_mask(cfg.mask, torch.tensor([cfg.seed]), model.grid, cfg.mask_ratio).to(device)
         picture = f'{cfg.out_dir}/{Path(cfg.image).stem}.features.png'
         draw_features(picture, model, target, images, mask, bank)
-        return print0(picture)
+        print0(picture)
+        return run.report_broken(train_set)
 
     encode = run.pooled_features(model)
     metrics = run.probe(encode, train_set, val_set, model.image_size, run.NUM_PROBE, cfg, device)
@@ -497,9 +505,10 @@ def train(cfg, teacher=None):
     val_set = data.open_data(cfg.data, 'val')
     if cfg.eval or cfg.image:
         return apply_model(cfg, train_set, val_set, device)
+    run.settle_steps(cfg, train_set)
     if run.finished(cfg):
         return
-    run.settle_steps(cfg, train_set)
+    run.introduce(train_set, val_set)
     run.check_memory(cfg, config, device, world)
 
     # the target, and a student whose predictions are as wide
@@ -511,11 +520,16 @@ def train(cfg, teacher=None):
     if cfg.init:
         model = M.load(cfg.init, M.ViT, **options, pool=None, image_size=config.image_size,
                        patch_size=config.patch_size, drop_path=cfg.drop_path)
+        run.refuse_clips(model, cfg.init)
     else:
         model = M.init_weights(M.ViT(config), cfg.seed, cfg.init_gain)
     model = run.to_device(model, cfg, device, mesh)
     optimizer = run.make_optimizer(model, cfg)
-    start, constants = run.resume(cfg.out_dir, model, optimizer, cfg)
+
+    # where an earlier run stopped, and whether it learnt from the same
+    state = target.teacher.state_dict() if target.teacher else {}
+    about = run.describe(train_set, val_set, teacher=run.hash_of(state))
+    start, constants = run.resume(cfg.out_dir, model, optimizer, cfg, about=about)
     constants = {'target': cfg.target, **constants}
     if cfg.target == 'tokens':
         if 'codebook' not in constants:
@@ -535,7 +549,9 @@ def train(cfg, teacher=None):
         return metrics | run.probe(encode, train_set, val_set, config.image_size, num, cfg, device)
 
     def draw():
-        draw_features(f'{cfg.out_dir}/features.png', model, target, val.images[:8], val.mask[:8], bank)
+        path = f'{cfg.out_dir}/features.png'
+        with run.optional(path):
+            draw_features(path, model, target, val.images[:8], val.mask[:8], bank)
 
     print0(f'EVA {cfg.size}: {run.count_parameters(model) / 1e6:.2f}M parameters, {config.image_size} px, '
            f'{val.mask.sum(1).float().mean():.1f} of {grid * grid} patches hidden on average; '
@@ -548,7 +564,7 @@ def train(cfg, teacher=None):
     batches = add_masks(batches, cfg, grid, config.depth, start, rank, world)
     batches = run.ahead(batches, device)
 
-    for step, batch in zip(range(start, cfg.steps), batches):
+    for step, batch in zip(range(start, cfg.steps), log.watch(batches)):
         lr = run.lr_at(step, cfg)
         for group in optimizer.param_groups:
             group['lr'] = lr * group['lr_scale']
@@ -579,17 +595,19 @@ def train(cfg, teacher=None):
         done = step + 1
         stopping = log.stopping()
         if done < cfg.steps and (stopping or done % cfg.save_every == 0):
-            run.save_checkpoint(cfg.out_dir, done, model, optimizer, cfg, constants)
+            run.save_checkpoint(cfg.out_dir, done, model, optimizer, cfg, constants, about=about)
             if stopping:
                 log.leave(done)
-            draw()
             log.say(step, **measure())
+            draw()
 
+    # what a run leaves, the weights first
     run.save_model(model, f'{cfg.out_dir}/model.pt', **constants)
+    metrics = measure()
     draw()
     cosine_loss = cfg.target in ('clip', 'distill', 'untrained')
     lines = {'position mean': -val.baseline, 'inpainting': -val.inpaint} if cosine_loss else {}
-    log.finish(model, 'training loss', lines, **measure())
+    log.finish(model, 'training loss', lines, **metrics)
     run.report_broken(train_set, val_set)
 
 

@@ -15,8 +15,9 @@ import os
 import pickle
 import re
 import sys
+import warnings
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -43,6 +44,54 @@ SIZES = {  # parameters without a head. The built-in teacher is a nano too; with
 }
 SMALL = SIZES['ti']['width']     # up to this width ViTs are our own sizes and start in our own way
 TOKENS = ('pos_embed', 'class_token', 'mask_token')     # learnt inputs: they do not decay, and are no layer's
+LIMITS = {  # of the numbers in configs, others' are 0 to 2^20: a file may say anything, and what it says is built
+    'width': (1, 2 ** 14), 'mlp_width': (1, 2 ** 17), 'embed': (1, 2 ** 17), 'vocab': (2, 2 ** 22), 'depth': (0, 256),
+    'heads': (1, 1024), 'patch_size': (1, 1024), 'image_size': (1, 8192), 'frames': (1, 1024), 'tokens': (1, 2 ** 18),
+    'context': (2, 2 ** 14), 'global_every': (1, 256), 'layer_scale': (-1e3, 1e3), 'drop_path': (0, .999),
+    'mean': (-1e3, 1e3), 'std': (1e-3, 1e3), 'num_classes': (1, 2 ** 20), 'channels': (1, 2 ** 14),
+    'stages': (1, 16), 'layers': (0, 64), 'groups': (1, 1024),
+}
+WORDS = {  # what strings may be there
+    'act': ('gelu', 'quick_gelu', 'swiglu'), 'pool': ('class', 'mean', 'map'), 'rope': ('index',),
+    'head': ('linear', 'mask2former'),
+}
+
+
+def check_config(config):
+    """Refuses a dataclass with a value of another type than its field's, or outside LIMITS and WORDS."""
+    for field in fields(config):
+        name = field.name
+        value = getattr(config, name)
+        if value is field.default:
+            continue
+        if isinstance(value, list):
+            value = tuple(value)        # which `constant` can remember
+            setattr(config, name, value)
+
+        # a whole number may stand for any
+        is_whole = type(value) is int and isinstance(0., field.type)
+        if not is_whole and not isinstance(value, field.type):
+            expected = getattr(field.type, '__name__', field.type)
+            raise Refused(f'{name} is a {type(value).__name__}, expected {expected}')
+        if isinstance(value, str) and value not in WORDS.get(name, [value]):
+            raise Refused(f'{name} is {value[:40]!r}, expected {" or ".join(WORDS[name])}')
+
+        # a tuple has as many numbers as its default
+        if isinstance(value, tuple) and field.default and len(value) != len(field.default):
+            raise Refused(f'{name} has {len(value)} numbers, expected {len(field.default)}')
+        for number in value if isinstance(value, tuple) else [value]:
+            if isinstance(value, (int, float, tuple)):
+                check_number(name, number)
+
+
+def check_number(name, number):
+    """Refuses what is no number within LIMITS."""
+    low, high = LIMITS.get(name, (0, 2 ** 20))
+    if not isinstance(number, (int, float)):
+        raise Refused(f'{name} holds a {type(number).__name__}, expected a number')
+    if not low <= number <= high:
+        number = max(min(number, 1e18), -1e18)      # one of 600 digits fills the line
+        raise Refused(f'{name} {number} does not fit; expected {low} to {high}')
 
 
 @dataclass
@@ -78,13 +127,17 @@ class ViTConfig:
     rel_pos: int = 0                  # patches along a side for which distances are learnt
 
     def __post_init__(self):
-        check_grid(self.image_size, self.image_size, self.patch_size)
+        check_config(self)
+        grid = check_grid(self.image_size, self.image_size, self.patch_size)
+        check_number('tokens', self.frames * math.prod(grid))
         if self.width % self.heads:
             raise Refused(f'width {self.width} is not a multiple of heads {self.heads}')
         if self.rope and self.width // self.heads % 4:
             raise Refused(f'width {self.width} / heads {self.heads} must divide by 4, for rotary positions')
         if self.rope and self.window:
             raise Refused('rotary positions count over the whole image; they do not go with --window')
+        if (self.window or self.rel_pos) and self.pool != 'map':
+            raise Refused("windows and learnt distances need pool='map', which has no class token")
 
 
 class Attention(nn.Module):
@@ -443,6 +496,9 @@ class TextConfig:
     context: int = 77       # tokens at most
     act: str = 'gelu'       # 'quick_gelu' is OpenAI's
 
+    def __post_init__(self):
+        check_config(self)
+
 
 class TextTower(nn.Module):
     """Token ids to one feature, taken at the end token, which has the largest id (arXiv:2103.00020)."""
@@ -708,6 +764,9 @@ def translate(state, rules):
                 pieces.append(torch.zeros_like(pieces[0]) if name == '-' else left.pop(name))
             if len({piece.shape for piece in pieces}) > 1:
                 raise Refused(f'weights do not fit the model: {", ".join(names)} differ in shape')
+            dimensions = dict(concat=(1, 2), split=(1, 2), transpose=(2,)).get(op)
+            if dimensions and pieces[0].ndim not in dimensions:
+                raise Refused(f'weights do not fit the model: {first} has {pieces[0].ndim} dimensions')
             tensor = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
             if op == 'transpose':
                 tensor = tensor.T
@@ -788,7 +847,7 @@ def read_family(state, changes):
     except KeyError as error:
         original = original_name(error.args[0], rules) or original_name('visual.' + error.args[0], rules)
         raise Refused(f'weights of {family} miss {original}') from None
-    except (IndexError, ValueError):
+    except (IndexError, TypeError, ValueError):
         raise Refused(f'weights of {family} lack a dimension') from None
     for name, bias in key_biases.items():
         if vision['rope'] and not name.startswith('text.') and bias.any():
@@ -813,23 +872,35 @@ def load(path, kind=None, **changes):
     changes to the config, a CLIP's by tower: vision=dict(...), text=dict(...). Positions and patches are
     resized; a head of another shape starts afresh, as does any where the pooling changes."""
     held = read(path)
+    size = os.path.getsize(path)
     is_ours = held.get('format') == 'nanoEVA'
     try:
-        if is_ours or kind in (None, ViT, CLIP):
-            model = build(held, kind, changes)
+        if is_ours:
+            check_parts(held)
+            state, extra = held['state_dict'], held['extra']
         else:
-            model = kind.from_released(unwrap(held))
+            state, extra = unwrap(held), {}
+        check_tensors(state, size)
+
+        # the model, and what was saved beside it
+        if is_ours or kind in (None, ViT, CLIP):
+            model = build(held, state, kind, changes)
+        else:
+            model = kind.from_released(state)
+        check_finite(model)
+        if extra:
+            check_extra(extra, held['config'], size)
     except Refused as error:
-        raise Refused(f'{path}: {error}') from None
-    model.extra = held.get('extra', {}) if is_ours else {}
+        raise Refused(f'{path}: {first_line(error)[:500]}') from None
+    model.extra = extra
     return model.eval()
 
 
-def build(held, kind, changes):
+def build(held, state, kind, changes):
     """The model of what a file holds: first as it is there, strictly, then as it is asked for."""
-    state, rules = unwrap(held), ()
+    rules = ()
     if held.get('format') == 'nanoEVA':
-        name, config = held.get('name'), held.get('config')
+        name, config = held['name'], held['config']
     else:
         config, state, rules = read_family(state, changes)
         name = 'CLIP' if 'vision' in config else 'ViT'
@@ -851,8 +922,10 @@ def build(held, kind, changes):
 def on_meta(Class, config):
     """A model without values: no time is spent on those that will be replaced."""
     try:
+        config = Class.Config(**config)
+        check_config(config)
         with torch.device('meta'):
-            return Class(Class.Config(**config))
+            return Class(config)
     except Exception as error:      # a file's config may hold anything
         raise Refused(f'this config makes no {Class.__name__}: {first_line(error)}') from None
 
@@ -898,6 +971,7 @@ def fitting(model, state, rules=()):
     A missing, extra or wrong-shape one is refused by its name in the file."""
     own = model.state_dict()
     fitted = {}
+    storages = set()
     wrong = [f'unexpected {name}' for name in state if name not in own]
     for name, tensor in own.items():
         given = state.get(name)
@@ -906,11 +980,73 @@ def fitting(model, state, rules=()):
             wrong.append(f'missing {original}')
         elif [n for n in given.shape if n != 1] != [n for n in tensor.shape if n != 1]:
             wrong.append(f'{original} of shape {list(given.shape)} instead of {list(tensor.shape)}')
+        elif not given.is_floating_point():
+            wrong.append(f'{original} of {given.dtype} instead of floats')
         else:
-            fitted[name] = given.detach().reshape(tensor.shape).float().contiguous()
+            given = given.detach().reshape(tensor.shape).float().contiguous()
+
+            # what two names share would be trained as one
+            storage = given.untyped_storage().data_ptr()
+            fitted[name] = given.clone() if storage in storages else given
+            storages.add(storage)
     if wrong:
         raise Refused('weights do not fit the model: ' + '; '.join(wrong[:5]))
     return fitted
+
+
+def check_parts(held):
+    """Refuses a file of ours that lacks a part, or has something else in its place."""
+    for part, kind in dict(name=str, config=dict, state_dict=dict, extra=dict).items():
+        if part not in held:
+            raise Refused(f'it has no {part}, as `save` writes it')
+        if not isinstance(held[part], kind):
+            raise Refused(f'its {part} is a {type(held[part]).__name__}, expected a {kind.__name__}')
+
+
+def check_tensors(state, size):
+    """Refuses what is no plain tensor, as sparse, quantised and meta ones, or larger than its file of size bytes."""
+    for name, x in state.items():
+        if not isinstance(name, str):
+            raise Refused(f'a name in it is a {type(name).__name__}, expected strings')
+        if type(x) not in (torch.Tensor, nn.Parameter):
+            raise Refused(f'{name} is a {type(x).__name__}, expected a tensor')
+        if x.layout != torch.strided or x.device.type != 'cpu' or x.dtype not in SAFETENSORS.values():
+            raise Refused(f'{name} is a {x.layout} tensor of {x.dtype} on {x.device}, expected plain numbers')
+        if x.nbytes > size:
+            raise Refused(f'{name} of shape {list(x.shape)} is larger than the file')
+
+
+def check_finite(model):
+    """Refuses weights that are NaN or infinite."""
+    for name, x in model.state_dict().items():
+        if x.sum().isfinite():          # one pass without a copy; then they are counted
+            continue
+        num = (~x.isfinite()).sum().item()
+        if num:
+            raise Refused(f'{num} of {x.numel()} values of {name} are NaN or infinite; use an earlier file')
+
+
+def check_extra(extra, config, size):
+    """Refuses what a stage cannot have given to `save`, in a file of size bytes, beside a model of this config."""
+    for name in ('merges', 'classes'):
+        texts = extra.get(name, [])
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+            raise Refused(f'its {name} are no list of strings')
+    outputs = config.get('num_classes', config.get('head', 0))
+    if 'classes' in extra and len(extra['classes']) != outputs:
+        raise Refused(f'it names {len(extra["classes"])} classes, its head has {outputs}')
+    if 'image_size' in extra:
+        check_number('image_size', extra['image_size'])
+
+    # what a MIM predicts; codes have their centres [K, C]
+    target = extra.get('target', '')
+    if not isinstance(target, str):
+        raise Refused(f'its target is a {type(target).__name__}, expected a str')
+    if target == 'tokens' or 'codebook' in extra:
+        codebook = extra.get('codebook')
+        check_tensors(dict(codebook=codebook), size)
+        if codebook.ndim != 2 or len(codebook) != outputs or not codebook.sum().isfinite():
+            raise Refused(f'its codebook is no finite table of {outputs} rows')
 
 
 def fill(model, state, rules=()):
@@ -964,7 +1100,9 @@ def export(model, names):
 
 
 SAFETENSORS = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
-               'I64': torch.int64, 'I32': torch.int32, 'U8': torch.uint8, 'BOOL': torch.bool}
+               'I64': torch.int64, 'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8, 'U8': torch.uint8,
+               'BOOL': torch.bool}
+LONGEST_INDEX = 2 ** 22     # bytes of the JSON or the pickle that says where a file's tensors lie
 
 
 def read_safetensors(path):
@@ -972,15 +1110,21 @@ def read_safetensors(path):
     with open(path, 'rb') as file:      # what is written to the copy stays in memory
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     start = 8 + int.from_bytes(mapped[:8], 'little')
+    if start > LONGEST_INDEX:
+        raise ValueError('the header is too long')
     header = json.loads(mapped[8:start])
     header.pop('__metadata__', None)
+
+    # each tensor begins where the one before ends
     state = {}
-    for name, about in header.items():
+    end = 0
+    for name, about in sorted(header.items(), key=lambda item: item[1]['data_offsets']):
         dtype, count = SAFETENSORS[about['dtype']], math.prod(about['shape'])
         first, last = about['data_offsets']
-        if last - first != count * dtype.itemsize or first < 0 or start + last > len(mapped):
-            raise ValueError(f'{name} does not lie in the file')
+        if first != end or last != end + count * dtype.itemsize:
+            raise ValueError(f'{name} does not lie where the one before ends')
         state[name] = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start + first).view(about['shape'])
+        end = last
     return state
 
 
@@ -993,6 +1137,8 @@ class Tensors(dict):
                 self[name] = value
             elif isinstance(value, Tensors):
                 self.update({f'{name}.{inner}': tensor for inner, tensor in value.items()})
+            if len(self) > 2 ** 16:     # modules that hold one twice, which holds one twice, and so on
+                raise pickle.UnpicklingError('too many tensors')
 
 
 class ArchiveUnpickler(pickle.Unpickler):
@@ -1025,21 +1171,37 @@ class ArchiveUnpickler(pickle.Unpickler):
         return torch.as_strided(storage, shape, stride, offset)      # raises where it would leave the storage
 
 
+def open_archive(path):
+    """The zip that a file is, or None. Nothing but code is compressed in those of torch, and it is short."""
+    if not zipfile.is_zipfile(path):
+        return None
+    archive = zipfile.ZipFile(path)
+    entries = archive.infolist()
+    total = sum(entry.file_size for entry in entries)
+    longest = max(entry.file_size for entry in entries if entry.filename.endswith('data.pkl'))
+    if total > 4 * os.path.getsize(path) or longest > LONGEST_INDEX:
+        raise zipfile.BadZipFile(f'{total} bytes in it')
+    return archive
+
+
 def read(path):
     """What a file holds, a dict mostly of tensors: torch.save's, which stay in the file until they are used,
     a .safetensors file's, or a TorchScript archive's, OpenAI's format."""
+    check_file(path)
     try:
         with open(path, 'rb') as file:
             is_safetensors = file.read(9)[8:] == b'{'
-        archive = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None
+        archive = None if is_safetensors else open_archive(path)
         scripted = [name for name in archive.namelist() if name.endswith('/constants.pkl')] if archive else []
-        if is_safetensors:
-            held = read_safetensors(path)
-        elif scripted:
-            held = ArchiveUnpickler(archive, scripted[0].rsplit('/', 1)[0]).load()
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):     # the options in EVA's files
-                held = torch.load(path, map_location='cpu', weights_only=True, mmap=archive is not None)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')     # torch's, of kinds of tensors that are refused anyway
+            if is_safetensors:
+                held = read_safetensors(path)
+            elif scripted:
+                held = ArchiveUnpickler(archive, scripted[0].rsplit('/', 1)[0]).load()
+            else:
+                with torch.serialization.safe_globals([argparse.Namespace]):     # the options in EVA's files
+                    held = torch.load(path, map_location='cpu', weights_only=True, mmap=archive is not None)
     except OSError as error:
         raise Refused(f'{path} cannot be read ({error.strerror or error}); give a checkpoint file') from None
     except Exception as error:      # a damaged file may raise anything
@@ -1054,7 +1216,7 @@ def read(path):
 
 def unwrap(held):
     """The tensors of a checkpoint: of the innermost of the usual dicts, without wrappers' prefixes."""
-    for wrapper in ('model', 'module', 'state_dict', 'model_ema'):
+    for wrapper in 8 * ('model', 'module', 'state_dict', 'model_ema'):      # in any order
         if isinstance(held.get(wrapper), dict):
             held = held[wrapper]
     state = {str(name).replace('_orig_mod.', ''): x for name, x in held.items() if torch.is_tensor(x)}
@@ -1064,11 +1226,23 @@ def unwrap(held):
     return {name.replace('visual.trunk.', 'visual.'): x for name, x in state.items()}     # timm in OpenCLIP
 
 
+def check_file(path, most=2 ** 50):
+    """Refuses what is no file of at most so many bytes: a pipe or a device might never end."""
+    if not os.path.exists(path):
+        raise Refused(f'{path} does not exist')
+    if not os.path.isfile(path):
+        raise Refused(f'{path} is not a file')
+    size = os.path.getsize(path)
+    if size > most:
+        raise Refused(f'{path} has {size:,} bytes, of which at most {most:,} are read')
+
+
 def first_line(error):
     """What went wrong; torch.distributed.checkpoint wraps it in an error that only names the process."""
     for error, _ in getattr(error, 'failures', {}).values():
         break
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = ''.join(filter(str.isprintable, text))       # a file's names may command a terminal
     return 'No space left on device' if 'unexpected pos' in text else text      # torch's words for a full disk
 
 

@@ -5,6 +5,7 @@ resume, the log. The loops are in the stage files; they call these functions by 
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -43,8 +45,9 @@ from model import Refused
 # ---- options ----------------------------------------------------------------------------------------
 
 def option(default, help, choices=None, low=0, high=1e12, below=None):
-    """A field of a Config that is a flag too: --help, the check and the refusal are made of this.
-    A string is one of choices; a number lies from low to high, or from low to just under `below`."""
+    """A field of a Config that is a flag too: --help, the check and the refusal are made of this. A string is one of
+    choices; a number lies from low to high, or from low to just under `below`; of a pair the first is the less."""
+    is_pair = type(default) is tuple and len(default) == 2
     takes = ''
     if choices:
         takes = 'one of ' + ', '.join(choice for choice in choices if choice)
@@ -53,11 +56,16 @@ def option(default, help, choices=None, low=0, high=1e12, below=None):
         high = math.nextafter(below, low)
     elif type(default) in (int, float, tuple) and default != ():
         takes = f'{low:g} to {high:g}' if high < 1e12 else f'{low:g} or more'
+        takes = f'two numbers, least and most, each {takes}' if is_pair else takes
 
     def fits(value):
+        if choices:
+            return value in choices
+        if is_pair and (len(value) != 2 or value[0] > value[1]):
+            return False
         parts = value if type(value) is tuple else (value,)
         within = all(low <= part <= high for part in parts if isinstance(part, (int, float)))
-        return value in choices if choices else within
+        return within and (value != '' or default == '')
 
     brackets = '; '.join(str(part) for part in (default, takes) if part not in ('', None, ()))
     help += f' ({brackets})' if brackets else ''
@@ -71,22 +79,22 @@ class Run:
     data: str = option('shapes', 'the built-in world (shapes:unique=N,fine=N,objects=N), a folder or .tar')
     init: str = option('', 'file to start from instead of random weights')
     out_dir: str = option('', 'where results go; out/<stage>-<size> if empty')
-    steps: int = option(1000, 'updates of the weights', low=1)
-    epochs: float = option(0., 'passes over finite data, instead of --steps')
-    batch_size: int = option(128, 'images in an update, over all processes', low=1)
-    lr: float = option(1e-3, 'highest learning rate')
-    image_size: int = option(0, "pixels along a side; 0: the size's own")
-    patch_size: int = option(0, "pixels along a patch; 0: the size's own")
+    steps: int = option(1000, 'updates of the weights', low=1, high=10 ** 9)
+    epochs: float = option(0., 'passes over finite data, instead of --steps', high=10 ** 6)
+    batch_size: int = option(128, 'images in an update, over all processes', low=1, high=10 ** 6)
+    lr: float = option(1e-3, 'highest learning rate', high=1000)
+    image_size: int = option(0, "pixels along a side; 0: the size's own", high=M.LIMITS['image_size'][1])
+    patch_size: int = option(0, "pixels along a patch; 0: the size's own", high=M.LIMITS['patch_size'][1])
     seed: int = option(0, 'of weights, order, crops and masks', high=127)   # each owns 2^33 of 2^40 scenes
     device: str = option('', 'cuda, mps or cpu; the best there is if empty')
     compile: bool = option(None, 'torch.compile the blocks; decided by the device if not given')
     checkpoint_activations: bool = option(False, 'compute activations again for the gradients: less memory')
     save_every: int = option(500, 'steps between checkpoints', low=1)
     log_every: int = option(10, 'steps between lines of log.jsonl', low=1)
-    workers: int = option(0, 'processes that read images; 0: read in this one')
+    workers: int = option(0, 'processes that read images; 0: read in this one', high=512)
     eval: bool = option(False, 'only evaluate --init')
     image: str = option('', 'only apply --init to this picture')
-    drop_path: float = option(0., 'chance that the last block skips a branch; grows with depth', below=1)
+    drop_path: float = option(0., 'chance that the last block skips a branch; grows with depth', high=.999)
 
     warmup_steps: int = 100             # of linear warm-up
     schedule: str = 'cosine'            # of the learning rate after it: cosine, linear or steps
@@ -101,12 +109,14 @@ class Run:
 
 
 cpu_group = None        # the processes' gloo group, for what may take long: a teacher, a checkpoint
+locked = None           # descriptor of the folder that this process alone may write to
 
 # options that change how a run is made, not what it computes
 NEVER_DIFFER = {'out_dir', 'micro_batch', 'device', 'compile', 'checkpoint_activations', 'save_every',
                 'log_every', 'workers', 'eval', 'image', 'words', 'templates', 'branch'}
 TORCHRUN = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'}
 STOPPING = signal.SIGTERM, signal.SIGINT        # of a cluster's scheduler, of Ctrl-C
+FAILED = 1000           # above every signal: what a process tells the others whose data cannot be read
 FORMAT = 2              # of checkpoints; the earliest have no number
 NUM_PROBE = 2048        # training images that fit the probes, and validation images that judge them
 GONE = {  # flags of earlier versions, and what to do now
@@ -128,6 +138,9 @@ def parse_config(Config, RECIPES, argv=None):
         raise Refused(f'--size {size} is unknown; use one of {", ".join(RECIPES)}')
     if 'epochs' in flags and 'steps' in flags:
         raise Refused('--epochs and --steps both say how long to train; give one of them')
+    for name in ('image_size', 'patch_size'):
+        if flags.get(name) == 0:        # the size's own, or its recipe's
+            del flags[name]
     return Config(**(RECIPES[size] | flags))
 
 
@@ -161,7 +174,8 @@ def read_flags(Config, argv):
         refuse(f'{word} is not an option')
     for name, value in vars(flags).items():
         if not options[name].metadata['fits'](value):
-            raise Refused(f'--{name} {value} does not fit; use {options[name].metadata["takes"]}')
+            takes = options[name].metadata['takes'] or 'a name'
+            raise Refused(f'--{name} {value} does not fit; use {takes}')
     return vars(flags)
 
 
@@ -170,7 +184,8 @@ def main(train, Config, RECIPES):
     try:
         train(parse_config(Config, RECIPES))
     except Refused as error:
-        print0(f'error: {error}', file=sys.stderr)
+        if get_rank() == 0:         # above the bar, in one line whatever is named in it
+            tqdm.write(' '.join(['error:', *str(error).splitlines()]), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:       # before or after the loop, which has a handler of its own
         print0('\nstopped; the same command goes on from the last checkpoint, if there is one')
@@ -186,6 +201,16 @@ def writing(path):
         yield
     except OSError as error:
         raise Refused(f'{path} cannot be written ({error.strerror or M.first_line(error)})') from None
+
+
+@contextlib.contextmanager
+def optional(path):
+    """A picture, or a line of a log, that cannot be made costs a warning and never the run."""
+    try:
+        yield
+    except Exception as error:
+        if get_rank() == 0:         # above the bar
+            tqdm.write(f'warning: {path} was not written ({type(error).__name__}: {M.first_line(error)})')
 
 
 # ---- processes and devices ---------------------------------------------------------------------------
@@ -360,7 +385,7 @@ def in_thread(items, stream=None, depth=2):
 
 def run_stage(script, out_dir, *flags):
     """Another stage's command, unless out_dir has its result. Signals to us end it; its failure ends us."""
-    if os.path.exists(f'{out_dir}/result.json'):
+    if read_result(out_dir):
         return
     print0(f'first {script}, once ({out_dir}):')
     environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
@@ -445,14 +470,73 @@ def settle_steps(cfg, dataset):
 # ---- save and resume ---------------------------------------------------------------------------------
 
 def finished(cfg):
-    """Whether the run is done, which it says in one line. Before any work its folder has to be writable."""
+    """Whether the run is done, which it says in one line. Before any work its folder has to be writable,
+    and no other run's while this process lives."""
     with writing(f'--out_dir {cfg.out_dir}'):
         os.makedirs(cfg.out_dir, exist_ok=True)
+        on_first(lock, cfg.out_dir)
         tempfile.TemporaryFile(dir=cfg.out_dir).close()
-    result = f'{cfg.out_dir}/result.json'
-    if os.path.exists(result):
-        print0(f'this run is finished: {result} holds its result; use --out_dir NAME for another')
-    return os.path.exists(result)
+
+    path = f'{cfg.out_dir}/result.json'
+    result = on_first(read_result, cfg.out_dir)
+    if not result:
+        if os.path.exists(path):
+            print0(f'{path} or its model.pt is not whole: the run goes on from its last checkpoint')
+        return False
+
+    stage = stage_of(type(cfg)).name
+    if result.get('stage', stage) != stage:
+        raise Refused(f'{path} is of {result["stage"]}, not of {stage}; use another --out_dir')
+    now = options_of(cfg)
+    changed = differences(now, now | result.get('options', {}))
+    changed = f' with other options: {changed}' if changed else ''
+    print0(f'this run is finished{changed}: {path} holds its result; use --out_dir NAME for another')
+    unlock()
+    return True
+
+
+def read_result(out_dir):
+    """What result.json says of a run, if it is whole and the model is there; else {}."""
+    with contextlib.suppress(Refused):
+        result = data.read_json(f'{out_dir}/result.json')
+        if isinstance(result, dict) and zipfile.is_zipfile(f'{out_dir}/model.pt'):
+            return result
+    return {}
+
+
+def options_of(cfg):
+    """The options that decide what is computed, as result.json has them: text, without our folders."""
+    asked = {name: value for name, value in vars(cfg).items() if name not in NEVER_DIFFER}
+    return {name: re.sub('^/.*/', '', str(value)) for name, value in asked.items()}
+
+
+def differences(now, then):
+    """Of two dicts of options in words: --lr 0.02 (was 0.01), --seed 1 (was 0)."""
+    names = [name for name in sorted(now.keys() | then.keys()) if now.get(name) != then.get(name)]
+    return ', '.join(f'--{name} {now.get(name)} (was {then.get(name)})' for name in names)
+
+
+def lock(folder):
+    """Refuses a folder that another process trains in. The system unlocks it when this one ends, however."""
+    global locked
+    unlock()
+    locked = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Refused(f'another run is writing to {folder}; wait for its end or use --out_dir NAME') from None
+    except OSError:
+        pass                # a file system that knows no locks
+
+
+def unlock():
+    global locked
+    if locked is not None:
+        os.close(locked)
+    locked = None
+
+
+os.register_at_fork(after_in_child=unlock)      # or readers would keep the folder when we are killed
 
 
 def save_model(model, path, **extra):
@@ -468,10 +552,15 @@ def save_model(model, path, **extra):
     on_first(M.save, copy, path, **extra)
 
 
+def stage_of(Config):
+    """The path of the stage's file."""
+    return Path(sys.modules[Config.__module__].__file__)
+
+
 @functools.cache
 def code_of(Config):
     """{file: hash} of the stage's and the model's source, as they were when the run began."""
-    paths = Path(sys.modules[Config.__module__].__file__), Path(M.__file__)
+    paths = stage_of(Config), Path(M.__file__)
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
@@ -482,12 +571,13 @@ def run_state(model, optimizer, ema=None):
     return state | dict(ema=ema.weights) if ema else state
 
 
-def save_checkpoint(out_dir, step, model, optimizer, cfg, constants={}, ema=None):
-    """What a run needs to go on after `step` updates; constants are what it measured once.
-    The last two checkpoints stay, and for branches the one where a cool-down begins."""
+def save_checkpoint(out_dir, step, model, optimizer, cfg, constants={}, ema=None, about={}):
+    """What a run needs to go on after `step` updates; constants are what it measured once, about what it
+    learns from. The last two checkpoints stay, and for branches the one where a cool-down begins."""
     final = f'{out_dir}/checkpoint/step_{step:07d}'
     beside = final + '.tmp'
-    facts = dict(format=FORMAT, code=code_of(type(cfg)), step=step, config=vars(cfg), constants=constants)
+    facts = dict(format=FORMAT, code=code_of(type(cfg)), step=step, config=vars(cfg),
+                 constants=constants, about=about)
 
     def publish():
         torch.save(facts, f'{beside}/run.pt')
@@ -511,9 +601,10 @@ def list_checkpoints(out_dir):
     return sorted(str(path) for path in Path(out_dir, 'checkpoint').glob('step_*[0-9]'))
 
 
-def resume(out_dir, model, optimizer, cfg, ema=None):
+def resume(out_dir, model, optimizer, cfg, ema=None, about={}):
     """Loads the latest checkpoint, whatever number of processes wrote it -> (updates made, constants).
-    Only from the run's own folder or --branch: its metadata is a pickle, which could do anything."""
+    Only from the run's own folder or --branch: its metadata is a pickle, which could do anything.
+    about: what the run learns from now, of which it says what changed since."""
     # one process does without torch.distributed; nothing changes an output of FSDP2 in place
     warnings.filterwarnings('ignore', message='torch.distributed is|FSDP2-wrapped module')
     found = on_first(list_checkpoints, out_dir)
@@ -527,9 +618,17 @@ def resume(out_dir, model, optimizer, cfg, ema=None):
     path = found[-1]
     with reading(path):
         facts = on_first(read_facts, path)
+    stage = stage_of(type(cfg)).name
+    if stage not in facts['code']:
+        raise Refused(f'{path} is not of {stage}; use another --out_dir')
+    if cfg.epochs:
+        may_differ = may_differ | {'steps', 'warmup_steps'}     # they follow the number of images
     refuse_other_options(facts, cfg, path, may_differ)
+    compare_data(about, facts['about'], path)
+
     state = run_state(model, optimizer, ema)
     with reading(path):
+        refuse_other_model(state['model'], path)
         dcp.load(state, checkpoint_id=path, process_group=cpu_group)
     dcp_state.set_state_dict(model, optimizer, model_state_dict=state['model'], optim_state_dict=state['optim'])
 
@@ -558,17 +657,63 @@ def read_facts(path):
     facts = torch.load(f'{path}/run.pt', map_location='cpu', weights_only=True)
     if facts.get('format') != FORMAT:
         raise Refused(f'{path} is of another version; go on with the code of then, or use --out_dir NAME')
-    return facts
+    facts = dict(about={}) | facts              # the first ones did not know their data
+    return {name: facts[name] for name in ('code', 'step', 'config', 'constants', 'about')}
 
 
 def refuse_other_options(facts, cfg, path, may_differ):
     """A run goes on with the options it began with; those that came later had their defaults."""
     then = {field.name: field.default for field in dataclasses.fields(cfg)} | facts['config']
-    now = vars(cfg)
-    differ = {name for name in now.keys() | then.keys() if now.get(name) != then.get(name)} - may_differ
-    if differ:
-        changed = ', '.join(f'--{name} {now.get(name)} (was {then.get(name)})' for name in sorted(differ))
+    then |= {name: value for name, value in vars(cfg).items() if name in may_differ}
+    changed = differences(vars(cfg), then)
+    if changed:
         raise Refused(f'{path} has other options: {changed}; repeat them or use another --out_dir')
+
+
+def describe(train_set, val_set, **more):
+    """What a run learns from, as its checkpoints remember it. more: classes, whose order its head has;
+    hashes of what else may change: vocabulary, teacher."""
+    return {**more, 'training data': train_set.identity(), 'validation data': val_set.identity()}
+
+
+def hash_of(tensors):
+    """Of a state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def compare_data(now, then, path):
+    """Refuses to go on where classes or vocabulary gave the weights another meaning; says what else
+    changed. now and then as `describe` made them; of an earlier version then is empty."""
+    changed = [what for what in now if what in then and now[what] != then[what]]
+    if 'classes' in changed:
+        added = [name for name in now['classes'] if name not in then['classes']]
+        gone = [name for name in then['classes'] if name not in now['classes']]
+        words = [f'added {name}' for name in added] + [f'removed {name}' for name in gone]
+        words = ', '.join(words[:6]) or 'they have another order'
+        raise Refused(f'{path} is of other classes, which changed since: {words}; use another --out_dir')
+    if 'vocabulary' in changed:
+        raise Refused(f'{path} is of another vocabulary, which changed since; use another --out_dir')
+
+    for what in changed:
+        count = ''
+        if what.endswith('data') and 'samples' in now[what]:        # the world has no end
+            count = f', of which there are {now[what]["samples"]:,} (were {then[what]["samples"]:,})'
+        print0(f'since {path} the {what} changed{count}')
+
+
+def refuse_other_model(weights, path):
+    """Refuses a checkpoint that is whole, but of weights of other names or shapes."""
+    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    then = {name: list(kept.size) for name, kept in saved.items() if name.startswith('model.')}
+    now = {f'model.{name}': list(weight.shape) for name, weight in weights.items()}
+    for name in sorted(now.keys() | then.keys()):
+        if now.get(name) != then.get(name):
+            raise Refused(f'{path} is of another model: its {name.removeprefix("model.")} is {then.get(name)}, '
+                          f'here {now.get(name)}; use another --out_dir')
 
 
 def branch_point(cfg):
@@ -586,17 +731,44 @@ def branch_point(cfg):
 # ---- log and pictures --------------------------------------------------------------------------------
 
 def read_log(out_dir, name='log.jsonl'):
-    """A file of JSON lines as a list of dicts, without a last line that a kill cut short."""
+    """A file of JSON lines as a list of dicts, without those that a kill cut short or that are no log's."""
     path = Path(out_dir, name)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith('}\n')]
+    text = path.read_text(errors='replace') if path.exists() else ''
+    rows = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get('step'), int)]
+
+
+def number_in(row, name):
+    """A number of a log's line; None where it is none."""
+    value = row.get(name)
+    return value if isinstance(value, (int, float)) else None
+
+
+def to_json(values, indent=None):
+    """As text. JSON has no NaN and no infinity: null stands for them."""
+    values = json.loads(json.dumps(values), parse_constant=lambda name: None)
+    return json.dumps(values, indent=indent, allow_nan=False)
 
 
 def replace(path, text):
     """Writes a file that is whole or as it was before, whenever we are killed."""
+    with beside(path) as new:
+        Path(new).write_text(text)
+
+
+@contextlib.contextmanager
+def beside(path):
+    """A name to write to, of what then becomes path; a disk that fills up meanwhile gets its room back."""
+    new = path + '.tmp'
     with writing(path):
-        Path(path + '.tmp').write_text(text)
-        os.replace(path + '.tmp', path)
+        try:
+            yield new
+            os.replace(new, path)
+        finally:
+            Path(new).unlink(missing_ok=True)
 
 
 class Log:
@@ -612,14 +784,16 @@ class Log:
 
         # what an interrupted run left
         for name in ('log.jsonl', 'evals.jsonl'):
-            lines = [json.dumps(line) + '\n' for line in read_log(cfg.out_dir, name) if line['step'] < start]
+            lines = [to_json(line) + '\n' for line in read_log(cfg.out_dir, name) if line['step'] < start]
             on_first(replace, f'{cfg.out_dir}/{name}', ''.join(lines))
-        last = (read_log(cfg.out_dir) or [dict(skipped=0, seconds=0)])[-1]
-        self.skipped = int(last['skipped'])
+        last = (read_log(cfg.out_dir) or [{}])[-1]
+        self.skipped = int(number_in(last, 'skipped') or 0)
         self.last_write = time.time()
-        self.began = self.last_write - last['seconds']
+        self.began = self.last_write - (number_in(last, 'seconds') or 0)
         self.bar = tqdm(total=cfg.steps, initial=start, desc=cfg.size, dynamic_ncols=True,
                         disable=get_rank() > 0, mininterval=0.5 if sys.stderr.isatty() else 15)
+        self.failure = None             # of reading the next batch
+        self.noted = math.inf           # when a signal came
         self.signal = 0                 # noted from now on
         self.handlers = {number: signal.signal(number, self.note) for number in STOPPING}
 
@@ -630,15 +804,44 @@ class Log:
         self.signal = number
         self.noted = time.time()
 
+    def watch(self, batches):
+        """The same batches. The next is read before one is trained on: where that fails, the step ends,
+        `stopping` says so to all, and what is trained is saved."""
+        batches = iter(batches)
+        batch = self.read(batches)
+        self.raise_failure()            # of the first: there is nothing to save
+        while batch is not None:
+            following = self.read(batches)
+            yield batch
+            batch = following
+
+    def read(self, batches):
+        """The next batch, or None at the end or where reading fails."""
+        try:
+            return next(batches, None)
+        except Exception as error:
+            self.failure = error
+
+    def raise_failure(self):
+        """On all processes what reading raised on any: what is refused, else an exit beside the traceback."""
+        own = [(str(self.failure), isinstance(self.failure, Refused))] if self.failure else []
+        for line, is_refused in gather_lists(own):
+            if is_refused:
+                raise Refused(line)
+            raise self.failure or SystemExit(1)
+
     def stopping(self):
-        """The signal that any process was sent, or 0. All ask after each step, and leave after the same."""
-        self.signal = int(max_over_processes(self.signal))
+        """The signal that any process was sent, FAILED where one cannot read on, or 0. All ask after each
+        step, and leave after the same."""
+        self.signal = int(max_over_processes(FAILED if self.failure else self.signal))
         return self.signal
 
     def leave(self, done):
-        """Ends the process as the signal asked, after `done` steps and a checkpoint."""
+        """Ends the process as the signal asked, or by what failed, after `done` steps and a checkpoint."""
         self.close()
+        unlock()
         print0(f'\nstopped after step {done}, which is saved; the same command goes on from there')
+        self.raise_failure()
         sys.exit(128 + self.signal)
 
     def close(self):
@@ -662,8 +865,8 @@ class Log:
     def append(self, name, **row):
         path = f'{self.cfg.out_dir}/{name}'
         if get_rank() == 0:
-            with writing(path), open(path, 'a') as file:
-                file.write(json.dumps(row) + '\n')
+            with optional(path), open(path, 'a') as file:
+                file.write(to_json(row) + '\n')
 
     def write(self, step, **values):
         """A line of log.jsonl; values are numbers. The bar shows them, and step + 1 of its steps done."""
@@ -695,19 +898,31 @@ class Log:
         if get_rank() > 0:
             return
         out_dir = self.cfg.out_dir
-        curve = [(line['step'], line['loss']) for line in read_log(out_dir)]
-        draw_loss(f'{out_dir}/loss.png', curve, lines, ylabel)
+        curve = [(line['step'], number_in(line, 'loss')) for line in read_log(out_dir)]
+        curve = [(step, loss) for step, loss in curve if loss is not None]
 
         words = [re.sub(r'^(--\w+=)?/.*/', r'\1', word) for word in sys.argv]     # without our folders
         result = dict(metrics, skipped=self.skipped, seconds=round(time.time() - self.began, 1),
                       parameters=count_parameters(model), command=shlex.join(['python'] + words))
-        replace(f'{out_dir}/result.json', json.dumps(result, indent=2))
+        asked = dict(stage=stage_of(type(self.cfg)).name, options=options_of(self.cfg))
+        with beside(f'{out_dir}/result.json') as new:
+            Path(new).write_text(to_json(result | asked, indent=2))     # it has its room before the picture
+            with optional(f'{out_dir}/loss.png'):
+                draw_loss(f'{out_dir}/loss.png', curve, lines, ylabel)
+        unlock()
         print0(table(result), f'\n{out_dir}/: {", ".join(sorted(os.listdir(out_dir)))}')
 
 
 def table(values):
     forms = {float: '.4g', int: ','}
     return '\n'.join(f'{name:<20} {value:{forms.get(type(value), "")}}' for name, value in values.items())
+
+
+def introduce(train_set, val_set):
+    """What a run learns from and is judged on: how much there is, and what was left out so far."""
+    if train_set.reads_files:
+        print0(f'{len(train_set):,} images to learn from, {len(val_set):,} for validation')
+    report_broken(train_set, val_set)
 
 
 def report_broken(*datasets):
@@ -735,8 +950,8 @@ def draw_loss(path, curve, lines, ylabel):
         draw.line((80, y, 880, y), '#D55E00', 2)
         draw.text((880, y - 4), f'{name} {loss:.3g}', '#D55E00', font, anchor='rs')
     draw.line([(80 + step * width, 520 - (loss - low) * height) for step, loss in curve], '#0072B2', 3)
-    with writing(path):
-        picture.save(path)
+    with beside(path) as new:
+        picture.save(new, 'png')
 
 
 def draw_sheet(path, columns, tile=128, names={}):
@@ -765,9 +980,13 @@ def draw_sheet(path, columns, tile=128, names={}):
         y = 28 + n * 18
         draw.rectangle((right, y, right + 12, y + 12), colour)
         draw.text((right + 17, y - 2), text[:16], 'black', font)
-    with writing(path):
-        on_first(os.makedirs, os.path.dirname(path) or '.', exist_ok=True)
-        on_first(sheet.save, path)
+
+    def save():
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        with beside(path) as new:
+            sheet.save(new, 'png')
+
+    on_first(save)
 
 
 # ---- costs of a model, worth of its frozen features --------------------------------------------------
@@ -776,6 +995,12 @@ def vit_config(cfg, **options):
     """The ViT of a run: its size's row with the image and patch size asked for."""
     asked = {name: getattr(cfg, name) for name in ('image_size', 'patch_size') if getattr(cfg, name)}
     return M.ViTConfig(**{**M.SIZES[cfg.size.partition('-')[0]], **asked, **options})
+
+
+def refuse_clips(vit, path):
+    """A ViT of clips, from file path, takes no single images."""
+    if vit.config.frames > 1:
+        raise Refused(f'{path} is a model of clips of {vit.config.frames} frames; use one of single images')
 
 
 def count_parameters(model):
@@ -869,7 +1094,8 @@ def probe(encode, train_set, val_set, image_size, num, cfg, device):
         rows = []
         for batch in data.eval_batches(dataset, 64, image_size, num, device, cfg.workers):
             batch['features'] = encode(batch['images']).float()
-            rows.append({name: batch[name].to(device) for name in wanted & batch.keys()})
+            counted = batch['position'] < num
+            rows.append({name: batch[name][counted] for name in wanted & batch.keys()})
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     train = collect(train_set)

@@ -1,6 +1,7 @@
 """The contrastive loss, zero-shot classification, and a real run of the teacher's stage."""
 import json
 import math
+import os
 import sys
 from types import SimpleNamespace
 
@@ -111,6 +112,35 @@ def test_class_names_are_folders_or_lines_of_a_file(tmp_path):
     assert clip_train.read_words(config('--classes', path), folders)[0] == ['tench', 'shark', 'owl']
 
 
+@pytest.mark.parametrize('text, names', [
+    ('n05\towl\nn01\ttench\nn09\tcat\nn02\twhite shark\n', ['tench', 'white shark', 'owl']),
+    ('\ufeffn01\ttench\r\n\r\nn02 \t shark\r\nn05\ta\tb\r\n', ['tench', 'shark', 'a\tb']),
+    ('n05\nn01\nn02\n', ['n01', 'n02', 'n05'])])
+def test_names_of_classes_are_matched_by_their_folders(tmp_path, capsys, text, names):
+    """Lines 'folder<tab>name' in any order, or the folders' own names: nothing is said, for nothing is by place."""
+    path = tmp_path / 'classes.txt'
+    path.write_text(text, 'utf-8', newline='')
+    assert clip_train.read_words(config('--classes', path), ['n01', 'n02', 'n05'])[0] == names
+    assert capsys.readouterr().out == ''
+
+
+def test_names_without_folders_are_said_to_be_by_place(tmp_path, capsys):
+    path = tmp_path / 'classes.txt'
+    path.write_text('tench\nshark\n')
+    clip_train.read_words(config('--classes', path), ['n01', 'n02'])
+    said = capsys.readouterr().out
+    assert "n01 as 'tench', n02 as 'shark'" in said and said.count('\n') == 1
+
+
+@pytest.mark.parametrize('text, words', [
+    ('n01\ttench\n', 'no name for n02'), ('n01\ttench\nn02\t\n', 'no name for n02'),
+    ('n01\ttench\nn02\tshark\nowl\n', '3 lines for 2 folders'), ('n01\ta\nn02\tb\nn02\tc\n', '3 lines for 2 folders')])
+def test_folders_without_one_name_are_refused(tmp_path, text, words):
+    (tmp_path / 'classes.txt').write_text(text)
+    with pytest.raises(run.Refused, match=f'classes.txt has {words}'):
+        clip_train.read_words(config('--classes', tmp_path / 'classes.txt'), ['n01', 'n02'])
+
+
 def test_wrong_class_and_template_files_are_one_line(tmp_path):
     path = tmp_path / 'lines.txt'
     path.write_text('tench\nshark\n')
@@ -121,10 +151,10 @@ def test_wrong_class_and_template_files_are_one_line(tmp_path):
     path.write_text('')
     with pytest.raises(run.Refused, match='expected sentences'):
         clip_train.read_words(config('--templates', path), ['n01'])
-    with pytest.raises(run.Refused, match='cannot be read'):
+    with pytest.raises(run.Refused, match='missing.txt does not exist'):
         clip_train.read_words(config('--templates', tmp_path / 'missing.txt'), ['n01'])
     path.write_bytes('chauss\u00e9e\n'.encode('latin-1'))
-    with pytest.raises(run.Refused, match='lines.txt cannot be read as text'):
+    with pytest.raises(run.Refused, match='lines.txt is not a text in UTF-8'):
         clip_train.read_words(config('--classes', path), ['n01'])
 
 
@@ -240,7 +270,8 @@ def test_dropping_tokens_leaves_evaluation_untouched(monkeypatch, tmp_path):
     for flags in ((), ('--drop_tokens', .5)):
         cfg = config('--batch_size', 8, '--out_dir', tmp_path, *flags)
         model, tokenizer = clip_train.build(cfg, WORDS)
-        metrics.append(clip_train.evaluate(model, world, tokenizer, cfg, cpu))
+        words = clip_train.read_words(cfg, world.label_names)
+        metrics.append(clip_train.evaluate(model, world, tokenizer, cfg, cpu, words))
         batches = data.batches(data.World(), 8, 32, 5, 6, cfg.seed, 'cpu')
         batch = next(clip_train.add_text(batches, tokenizer, cfg, model.visual, cpu))
         model.visual.blocks[0].register_forward_hook(lambda block, inputs, output: seen.append(output.shape[1]))
@@ -317,6 +348,69 @@ def test_a_real_run_learns_and_leaves_a_teacher(tmp_path, monkeypatch, source):
     assert data.Tokenizer(teacher.extra['merges']).vocab_size == teacher.config.text.vocab
     result = json.loads((tmp_path / 'out' / 'result.json').read_text())
     assert result['chance'] == (1 / 16 if source == 'shapes' else 1 / 2) and 'zero_shot_top1' in result
+
+
+@pytest.mark.parametrize('batch_size', [2, 8])
+def test_a_small_batch_trains_to_its_end(tmp_path, monkeypatch, batch_size):
+    monkeypatch.setattr(clip_train, 'NUM_EVAL', 20)
+    monkeypatch.setattr(clip_train, 'NUM_PAIRS', 8)
+    clip_train.train(config('--steps', 1, '--batch_size', batch_size, '--out_dir', tmp_path))
+    assert {'model.pt', 'retrieval.png', 'result.json'} <= set(os.listdir(tmp_path))
+
+
+def test_a_picture_that_fails_costs_no_training(tmp_path, monkeypatch, capsys):
+    """It is drawn after the metrics, and only a warning."""
+    def fails(*args, **options):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(clip_train, 'NUM_EVAL', 8)
+    monkeypatch.setattr(clip_train, 'NUM_PAIRS', 8)
+    monkeypatch.setattr(run, 'draw_sheet', fails)
+    clip_train.train(config('--steps', 1, '--batch_size', 2, '--out_dir', tmp_path))
+    assert 'retrieval.png was not written (OSError' in capsys.readouterr().out
+    assert (tmp_path / 'result.json').exists()
+
+
+def test_other_captions_give_another_vocabulary(tmp_path, monkeypatch):
+    """The words that a run learnt to read are its own: with others its checkpoint is refused, and not as damaged."""
+    photos = folder_of_classes(tmp_path / 'photos', num=8)
+    flags = ['--data', photos, '--steps', 2, '--save_every', 1, '--batch_size', 2, '--out_dir', tmp_path / 'run']
+
+    def stop(self, step, **metrics):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run.Log, 'say', stop)
+        clip_train.train(config(*flags))
+    for n in range(8):
+        (tmp_path / 'photos' / 'red' / f'{n}.txt').write_text('several unheard words')
+    with pytest.raises(run.Refused, match='is of another vocabulary'):
+        clip_train.train(config(*flags))
+
+
+def test_a_model_of_clips_is_no_image_tower(tmp_path):
+    vit = M.init_weights(M.ViT(M.ViTConfig(**M.SIZES['pico'], head=4, frames=2)))
+    M.save(vit, str(tmp_path / 'clips.pt'))
+    with pytest.raises(run.Refused, match='clips.pt is a model of clips of 2 frames'):
+        clip_train.build(config('--vision', tmp_path / 'clips.pt'), None)
+
+
+def test_what_stands_for_a_broken_image_is_not_judged(tmp_path):
+    """Its caption and label would count twice."""
+    photos = folder_of_classes(tmp_path / 'photos')
+    (tmp_path / 'photos' / 'red' / '1.png').write_bytes(b'no picture')
+    dataset = data.open_data(photos, 'test', captions=True)
+    tokenizer = data.Tokenizer.learn(['a photo of a red star', 'two blue rings'])
+    cfg = config('--eval', '--batch_size', 4)
+    seen = []
+
+    def similarity(similarity, texts):
+        seen.append((similarity.shape, len(texts)))
+        return {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clip_train, 'retrieval', similarity)
+        patch.setattr(clip_train, 'zero_shot', lambda features, labels, classes: seen.append((len(features), len(labels))) or {})
+        clip_train.evaluate(tiny_clip(tokenizer), dataset, tokenizer, cfg, torch.device('cpu'),
+                            clip_train.read_words(cfg, dataset.label_names))
+    assert seen == [(7, 7), ((7, 7), 7)]
 
 
 def test_weights_are_written_before_the_last_evaluation(tmp_path, monkeypatch):

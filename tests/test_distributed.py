@@ -1,6 +1,7 @@
 """Several processes do what one does: gradients, samples, losses, saved runs. Processes start slowly, so each number of
 them is started once and does everything; the tests compare what they left.
 All of it is in float64: sums taken in another order differ by 1e-15 of their size, on every processor."""
+import itertools
 import multiprocessing
 import os
 import random
@@ -111,6 +112,21 @@ def trained(folder, stop=None, **options):
             return left.code
 
 
+def one_cannot_read(folder, **options):
+    """A run whose second process finds no fourth batch."""
+    batches = data.batches
+
+    def three(*args, **named):
+        stream = batches(*args, **named)
+        yield from itertools.islice(stream, 3)
+        if run.get_rank() == 1:
+            raise run.Refused('the folder is gone')
+        yield from stream
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, 'batches', three)
+        trained(folder, **options)
+
+
 def refusal(function):
     try:
         function()
@@ -168,6 +184,8 @@ def work(folder, world):
         found['straight'] = trained(folder / 'straight', steps=6, save_every=2)
         trained(folder / 'killed', steps=6, save_every=2)
         found['codes'] = [trained(folder / 'cut', stop, steps=6) for stop in (3, None)]
+        found['gone'] = refusal(lambda: one_cannot_read(folder / 'gone', steps=6))
+        trained(folder / 'gone', steps=6)
     found['ema'] = ema_run(folder / 'ema', {1: 2, 2: 4, 4: 6}[world])
     found['chain'] = trained(folder / 'chain', STOPS.get(world), steps=STEPS)
     return found
@@ -302,6 +320,14 @@ def test_sigterm_to_one_process_saves_all_at_the_same_step(shown):
     """It leaves with 143 after a checkpoint; resumed, the weights are bit-equal to those of a run left alone."""
     found, folder = shown
     assert found[2]['codes'] == [143, None] and weights_equal(folder / 'cut', folder / 'straight')
+
+
+def test_where_one_process_cannot_read_all_save(shown):
+    """All say why and leave after the same step; resumed, the weights are bit-equal to those of a run left alone."""
+    for rank in range(2):
+        assert torch.load(shown[1] / f'found-2-{rank}.pt')['gone'] == 'the folder is gone'
+    assert sorted(os.listdir(shown[1] / 'gone' / 'checkpoint')) == ['step_0000003']
+    assert weights_equal(shown[1] / 'gone', shown[1] / 'straight')
 
 
 def test_killed_while_saving(shown):

@@ -1,7 +1,9 @@
 """Fine-tuning: its losses and mixing against plain references, clips, the head, evaluation, and real commands."""
 import json
 import math
+import os
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -318,7 +320,10 @@ def test_pretraining_that_is_missing_is_run_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ran = []
     monkeypatch.setattr(run, 'run_stage', lambda *words: ran.append(words))
-    assert finetune.find_init(config('--size', 'nano-video')) == 'out/mim_pretrain-nano/model.pt'
+    cfg = config('--size', 'nano-video')
+    cfg.init = finetune.find_init(cfg)
+    assert cfg.init == 'out/mim_pretrain-nano/model.pt'
+    finetune.pretrain(cfg)
     assert ran == [('mim_pretrain.py', 'out/mim_pretrain-nano', '--size', 'nano', '--device', 'cpu')]
 
 
@@ -432,6 +437,41 @@ def test_folders_with_numbers_mean_the_model_s_numbers(tmp_path, monkeypatch, ca
     assert judge(monkeypatch, capsys, oracle, '--data', tmp_path) == 1
 
 
+def unnamed(model, *classes):
+    """match_classes of a model without --mapping."""
+    return finetune.match_classes(config(), list(classes), model)
+
+
+def test_numbers_stand_for_classes_of_a_model_without_names_only():
+    """Padded or not. A model that has names knows nothing of their numbers; of equal names it means each."""
+    model = Oracle()
+    model.config = replace(PICO, head=12, pool='mean')
+    assert unnamed(model, '2', '007', '10', '0', '12', 'ant') == [[2], [7], [10], [0], [], []]
+    model.extra = dict(classes=['crane', 'bee', '7', 'crane'])
+    assert unnamed(model, '1', '7', '007', 'crane') == [[], [2], [], [0, 3]]
+
+
+def test_a_mapping_is_read_in_any_encoding(tmp_path):
+    """A byte order mark and Windows' line ends are no part of its names."""
+    model = saved(tmp_path / 'a.pt', ['ant', 'bee', 'chaussée'])
+    model.extra = dict(classes=['ant', 'bee', 'chaussée'])
+    for encoding in ('utf-8-sig', 'utf-16'):
+        (tmp_path / 'map.txt').write_text('ant\r\nchaussée, 1\r\n', encoding, newline='')
+        cfg = config('--mapping', tmp_path / 'map.txt')
+        assert finetune.match_classes(cfg, ['x', 'y'], model) == [[0], [2, 1]]
+
+
+def test_classes_that_are_matched_by_luck_are_said(tmp_path, monkeypatch, capsys):
+    """As many folders as an unnamed model has classes: in their order, in one line; of other numbers refused."""
+    monkeypatch.setattr(M, 'load', lambda path, kind: Oracle())
+    flags = '--eval', '--init', 'oracle.pt', '--data'
+    finetune.train(config(*flags, class_folders(tmp_path / 'a', ('ant', 'bee', 'cow', 'dog'))))
+    said = [line for line in capsys.readouterr().out.splitlines() if 'has no names' in line]
+    assert len(said) == 1 and "'ant' to 'dog'" in said[0]
+    with pytest.raises(run.Refused, match="class 'ant' is none of the model's"):
+        finetune.train(config(*flags, class_folders(tmp_path / 'b')))
+
+
 def test_several_right_labels_by_file_name(tmp_path):
     """ReaL's list is in the order of the file names, whatever the folders; an empty entry is not judged."""
     for name, file in (('bee', 'a'), ('ant', 'b'), ('bee', 'c'), ('ant', 'd')):
@@ -439,14 +479,105 @@ def test_several_right_labels_by_file_name(tmp_path):
         Image.new('RGB', (8, 8)).save(tmp_path / f'val/{name}/{file}.png')
     (tmp_path / 'train').mkdir()
     dataset = data.open_data(str(tmp_path), 'val')
-    (tmp_path / 'real.json').write_text('[[0, 3], [], [1], [2, 0]]')
+    (tmp_path / 'real.json').write_text('[[0, 1], [], [1], [0]]')
     index = torch.tensor([dataset.paths.index(path) for path in ('ant/d.png', 'bee/c.png', 'ant/b.png', 'bee/a.png')])
-    found = dict(top=torch.tensor([[2], [0], [5], [3]]), labels=torch.zeros(4).long(), index=index)
+    found = dict(top=torch.tensor([[0], [0], [1], [1]]), labels=torch.zeros(4).long(), index=index)
     scores = finetune.scores(found, dataset, config('--real', tmp_path / 'real.json'))
     assert scores['real_top1'] == pytest.approx(2 / 3)          # d and a are right, c wrong, b not judged
 
 
+@pytest.mark.parametrize('text, words', [
+    ('{"a": 1}', 'no JSON list of 12 rows'), ('[[0]]', 'no JSON list of 12 rows'), ('[[0], ', 'not JSON'),
+    ([0] * 12, 'row 0 is 0, expected a list of labels, 0 to 2'), ([[0]] * 11 + [[3]], r'row 11 is \[3\]'),
+    ([[1], [-1]] + [[0]] * 10, r'row 1 is \[-1\]'), ([['1']] * 12, 'row 0'), ([[True]] * 12, 'row 0'),
+    ([[1.5]] * 12, 'row 0'), ([[]] * 12, 'no label at all')])
+def test_right_labels_are_checked_before_training(tmp_path, text, words):
+    """Lists of the data's classes, one for each image; otherwise one line, and nothing is written."""
+    (tmp_path / 'real.json').write_text(text if isinstance(text, str) else json.dumps(text))
+    flags = ['--real', tmp_path / 'real.json', '--data', class_folders(tmp_path / 'data'), '--out_dir', tmp_path / 'x']
+    with pytest.raises(run.Refused, match=words) as error:
+        finetune.train(config(*flags, '--init', 'scratch'))
+    assert 'real.json' in str(error.value) and not (tmp_path / 'x').exists()
+
+
 # real runs
+
+def interrupted(tmp_path, classes=('ant', 'bee', 'cow')):
+    """Flags of a run on photos that stopped after its first step."""
+    flags = ['--data', class_folders(tmp_path / 'data', classes), '--init', 'scratch', '--steps', 3, '--save_every', 1]
+    flags += ['--batch_size', 4, '--out_dir', tmp_path / 'run']
+
+    def stop(self, step, **metrics):
+        raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run.Log, 'say', stop)
+        finetune.train(config(*flags))
+    return flags
+
+
+@pytest.mark.parametrize('before, after, words', [
+    (None, 'eel', 'added eel'), ('cow', None, 'removed cow'), ('ant', 'dog', 'added dog, removed ant')])
+def test_a_run_does_not_go_on_with_other_classes(tmp_path, before, after, words):
+    """A folder more, less, or renamed: the line says which, the checkpoint stays, and with the old classes it goes on."""
+    flags = interrupted(tmp_path)
+    shutil.move(tmp_path / 'data', tmp_path / 'kept')
+    shutil.copytree(tmp_path / 'kept', tmp_path / 'data')
+    for split in ('train', 'val'):
+        folder = tmp_path / 'data' / split
+        if after:
+            shutil.copytree(folder / (before or 'cow'), folder / after)
+        if before:
+            shutil.rmtree(folder / before)
+    with pytest.raises(run.Refused, match=f'changed since: {words}') as error:
+        finetune.train(config(*flags))
+    assert 'damaged' not in str(error.value) and (tmp_path / 'run/checkpoint/step_0000001').exists()
+    shutil.rmtree(tmp_path / 'data')
+    shutil.move(tmp_path / 'kept', tmp_path / 'data')
+    finetune.train(config(*flags))
+    assert (tmp_path / 'run/model.pt').exists()
+
+
+def test_a_run_goes_on_with_other_samples_and_says_so(tmp_path, capsys):
+    flags = interrupted(tmp_path)
+    (tmp_path / 'data/train/ant/train0.png').unlink()
+    capsys.readouterr()
+    finetune.train(config(*flags))
+    assert 'the training data changed, of which there are 11 (were 12)' in capsys.readouterr().out
+
+
+def test_data_that_vanish_end_a_run_that_is_saved(tmp_path, monkeypatch, double):
+    """Its folder goes after the second step: both are in a checkpoint, and with the folder back the losses are those
+    of a run left alone."""
+    flags = ['--data', class_folders(tmp_path / 'data'), '--init', 'scratch', '--steps', 5, '--batch_size', 4]
+    flags += ['--log_every', 1]
+    finetune.train(config(*flags, '--out_dir', tmp_path / 'whole'))
+    write = run.Log.write
+
+    def write_and_move(log, step, **values):
+        write(log, step, **values)
+        if step == 1:
+            shutil.move(tmp_path / 'data', tmp_path / 'away')
+    with monkeypatch.context() as patch, pytest.raises(run.Refused, match='could not be read|can be used'):
+        patch.setattr(run.Log, 'write', write_and_move)
+        finetune.train(config(*flags, '--out_dir', tmp_path / 'parts'))
+    assert len(losses(tmp_path / 'parts')) >= 2
+    assert os.listdir(tmp_path / 'parts/checkpoint') == [f'step_{len(losses(tmp_path / "parts")):07d}']
+    shutil.move(tmp_path / 'away', tmp_path / 'data')
+    finetune.train(config(*flags, '--out_dir', tmp_path / 'parts'))
+    assert losses(tmp_path / 'parts') == losses(tmp_path / 'whole')
+
+
+def test_eval_says_what_could_not_be_read(tmp_path, monkeypatch, capsys):
+    """Broken photos are named, and no other counts twice for them: without them the score is the same."""
+    root = class_folders(tmp_path / 'data', ('ant', 'bee', 'cow', 'dog'))
+    oracle = Oracle()
+    oracle.extra = dict(classes=['ant', 'bee', 'dog', 'cow'])           # right for half
+    (tmp_path / 'data/val/ant/val0.png').write_bytes(b'no picture')
+    monkeypatch.setattr(M, 'load', lambda path, kind: oracle)
+    finetune.train(config('--eval', '--init', 'oracle.pt', '--data', root))
+    said = capsys.readouterr().out
+    assert f'top1                 {7 / 15:.4g}' in said and '1 of 16 images could not be read' in said
+
 
 def test_a_stopped_run_goes_on_with_the_same_losses(tmp_path, monkeypatch, double):
     """With averaged weights, mixing and dropped paths; the patch embedding stays as it was."""
@@ -594,11 +725,11 @@ def test_data_that_cannot_be_learnt_from_is_refused(monkeypatch, capsys, tmp_pat
     root = class_folders(tmp_path / 'b', splits=['train'])
     class_folders(tmp_path / 'b', ('ant', 'bee', 'cow', 'dog'), splits=['val'])
     assert "'dog' is in validation only" in refuse('--data', root)
-    assert '5 frames' in refuse('--data', frame_folders(tmp_path / 'c', 5), '--frames', '8')
+    assert 'fewer than 8 frames' in refuse('--data', frame_folders(tmp_path / 'c', 5), '--frames', '8')
     saved(tmp_path / 'm.pt', ['x', 'y'])
     (tmp_path / 'map.txt').write_text('0\n1\n')
     root = class_folders(tmp_path / 'd')
     (tmp_path / 'real.json').write_text('[[0], [1]]')
-    assert 'for 12 images' in refuse('--data', root, '--real', str(tmp_path / 'real.json'))
+    assert 'list of 12 rows' in refuse('--data', root, '--real', str(tmp_path / 'real.json'))
     assert '2 lines' in refuse('--data', root, '--init', str(tmp_path / 'm.pt'), '--mapping', str(tmp_path / 'map.txt'))
     assert 'none of the model' in refuse('--data', root, '--init', str(tmp_path / 'm.pt'), '--eval')

@@ -183,6 +183,76 @@ def test_eval_and_image_only_look_at_a_trained_model(tmp_path, capsys):
     assert (tmp_path / 'run' / 'model.pt').read_bytes() == before
 
 
+def test_a_model_of_clips_is_neither_teacher_nor_student(tmp_path):
+    """It has positions for frames that an image has not: one line, before any work."""
+    vit = M.init_weights(M.ViT(M.ViTConfig(**M.SIZES['pico'], head=4, frames=2)))
+    path = str(tmp_path / 'clips.pt')
+    M.save(vit, path)
+    for flags in (['--teacher', path], ['--init', path], ['--eval', '--init', path]):
+        with pytest.raises(run.Refused, match='clips.pt is a model of clips of 2 frames'):
+            mim_pretrain.train(config(tmp_path, *flags))
+
+
+def test_another_teacher_is_said(tmp_path, monkeypatch, capsys):
+    """One of other weights in the same file: the run goes on, in one line."""
+    flags = ['--save_every', '3']
+
+    def stop(self, step, **metrics):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run.Log, 'say', stop)
+        mim_pretrain.train(config(tmp_path, *flags))
+    teacher = small_teacher()
+    torch.nn.init.normal_(teacher.visual.head.weight)
+    M.save(teacher, str(tmp_path / 'teacher.pt'))
+    mim_pretrain.train(config(tmp_path, *flags))
+    assert capsys.readouterr().out.count('the teacher changed') == 1
+
+
+def test_weights_then_evaluation_then_pictures_then_result(tmp_path, monkeypatch):
+    """What a run leaves comes in the order of its worth."""
+    order = []
+
+    def note(module, name):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **options: (order.append(name), function(*args, **options))[1])
+    note(run, 'save_model')
+    note(mim_pretrain, 'evaluate')
+    note(mim_pretrain, 'draw_features')
+    note(run, 'draw_loss')
+    rename = os.replace
+    monkeypatch.setattr(os, 'replace', lambda new, path: (order.append(path.rpartition('/')[2]), rename(new, path)))
+    mim_pretrain.train(config(tmp_path))
+    assert order[-8:] == ['save_model', 'model.pt', 'evaluate', 'draw_features', 'features.png', 'draw_loss', 'loss.png',
+                          'result.json']
+
+
+def test_a_skill_that_is_undefined_is_null(tmp_path, monkeypatch):
+    """Of a single validation image its own mean is the baseline, and cannot be beaten: no number, and no crash."""
+    monkeypatch.setattr(mim_pretrain, 'NUM_EVAL', 1)
+    mim_pretrain.train(config(tmp_path, '--mask', 'columns'))
+    result = json.loads((tmp_path / 'run' / 'result.json').read_text(), parse_constant=lambda name: 1 / 0)
+    assert result['baseline'] == pytest.approx(1, abs=1e-6) and isinstance(result['cosine'], float)
+
+
+def test_what_stands_for_a_broken_image_is_not_judged(tmp_path):
+    """Each validation image counts once, also in the probes."""
+    for name in ('blue', 'red'):
+        (tmp_path / 'photos' / name).mkdir(parents=True)
+        for n in range(5):
+            Image.new('RGB', (40, 40), name).save(tmp_path / 'photos' / name / f'{n}.png')
+    (tmp_path / 'photos' / 'red' / '2.png').write_bytes(b'no picture')
+    dataset = data.open_data(str(tmp_path / 'photos'), 'test')
+    cfg = config(tmp_path)
+    assert len(mim_pretrain.make_validation(cfg, dataset, mim_pretrain.Pixels(8), 32, 10, 'cpu').images) == 9
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, 'knn_accuracy', lambda *examples: seen.append([len(x) for x in examples]))
+        patch.setattr(run, 'linear_probe', lambda *examples: None)
+        run.probe(lambda images: images.float().flatten(1), dataset, dataset, 8, 10, cfg, 'cpu')
+    assert seen == [[9, 9, 9, 9]]
+
+
 def test_init_continues_from_given_weights(tmp_path):
     """A run that starts from another's model.pt, with a learning rate of nearly nothing, has its last loss."""
     mim_pretrain.train(config(tmp_path))
@@ -266,8 +336,8 @@ def test_every_target_trains_and_resumes(tmp_path, target, monkeypatch):
     flags = ['--target', target, '--mask', 'columns', '--save_every', '3', '--out_dir', str(tmp_path / 'cut')]
     save_checkpoint = run.save_checkpoint
 
-    def save_and_stop(*args):
-        save_checkpoint(*args)
+    def save_and_stop(*args, **options):
+        save_checkpoint(*args, **options)
         raise KeyboardInterrupt
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(run, 'save_checkpoint', save_and_stop)

@@ -257,11 +257,11 @@ def test_round_trip_is_exact(tmp_path):
     path = str(tmp_path / 'x.pt')
     clip = init_weights(CLIP(CLIPConfig(dict(**TINY, head=8, pool='class'), TEXT)))
     for model in (tiny(head=3, layer_scale=0.1), clip):
-        save(model, path, classes=['a', 'b'])
+        save(model, path, merges=['a b'])
         loaded = load(path)
         same(plain(model), plain(loaded))
         assert type(loaded) is type(model) and loaded.config == model.config and not loaded.training
-        assert loaded.extra == dict(classes=['a', 'b'])
+        assert loaded.extra == dict(merges=['a b'])
 
 
 def test_other_image_size_resizes_positions(tmp_path):
@@ -338,10 +338,10 @@ class Stage(torch.nn.Module):
 def test_a_stages_model_loads_by_its_class(tmp_path):
     """Files of ours by the name of the class; others by from_released, whose refusal names the file."""
     path, model = str(tmp_path / 'x.pt'), Stage(Stage.Config(TINY, 3))
-    save(model, path, classes=['a'])
+    save(model, path, classes=['a', 'b', 'c'])
     loaded = load(path, Stage)
     same(plain(loaded), plain(model))
-    assert loaded.extra == dict(classes=['a']) and loaded.config == model.config and not loaded.training
+    assert loaded.extra == dict(classes=['a', 'b', 'c']) and loaded.config == model.config and not loaded.training
     torch.save({'theirs': torch.zeros(7)}, path)
     assert load(path, Stage).config.num_classes == 7 and load(path, Stage).extra == {}
     torch.save({'other': torch.zeros(7)}, path)

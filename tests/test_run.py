@@ -1,11 +1,14 @@
 """One claim a test: the machinery of a run, from options to save and resume."""
 import dataclasses
+import fcntl
 import functools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,11 +229,11 @@ def test_another_stage_ends_us_as_it_ended(tmp_path, script, code):
 
 # ---- save and resume
 
-def train(out_dir, cfg, steps, stop=None):
+def train(out_dir, cfg, steps, stop=None, about={}):
     """A few steps as a stage makes them; returns the weights. With stop, ends there with a checkpoint."""
     model = init_weights(ViT(ViTConfig(**TINY, head=4)), cfg.seed)
     optimizer = run.make_optimizer(model, cfg)
-    start, constants = run.resume(out_dir, model, optimizer, cfg)
+    start, constants = run.resume(out_dir, model, optimizer, cfg, about=about)
     for step in range(start, steps):
         for group in optimizer.param_groups:
             group['lr'] = run.lr_at(step, cfg) * group['lr_scale']
@@ -239,7 +242,8 @@ def train(out_dir, cfg, steps, stop=None):
         optimizer.step()
         optimizer.zero_grad()
         if step + 1 == stop:
-            run.save_checkpoint(out_dir, stop, model, optimizer, cfg, constants=dict(mean=torch.tensor([1., 2.]), n=3))
+            measured = dict(mean=torch.tensor([1., 2.]), n=3)
+            run.save_checkpoint(out_dir, stop, model, optimizer, cfg, measured, about=about)
             break
     return plain(model), start, constants
 
@@ -272,6 +276,83 @@ def test_runs_from_before_an_option_was_added_go_on(tmp_path):
     assert train(str(tmp_path), Later(steps=6), 2)[1] == 1
     with pytest.raises(ValueError, match='--flavour sweet'):
         train(str(tmp_path), Later(steps=6, flavour='sweet'), 2)
+
+
+def described(**changed):
+    """What `run.describe` makes of two small sets, with changes."""
+    about = dict(classes=['ant', 'bee'], vocabulary=[('a', 'b')], teacher='1f',
+                 **{'training data': dict(samples=9, names='0a', classes=['ant', 'bee'])})
+    return about | changed
+
+
+@pytest.mark.parametrize('now, words', [
+    (dict(classes=['ant', 'bee', 'eel']), 'other classes, which changed since: added eel;'),
+    (dict(classes=['bee']), 'removed ant;'), (dict(classes=['bee', 'cow']), 'added cow, removed ant;'),
+    (dict(classes=['bee', 'ant']), 'they have another order;'),
+    (dict(vocabulary=[('b', 'a')]), 'another vocabulary')])
+def test_resume_refuses_other_classes_and_words(tmp_path, now, words):
+    """What would give the weights another meaning is one line that tells nobody to delete a whole checkpoint."""
+    train(str(tmp_path), Config(steps=6), 6, stop=1, about=described())
+    with pytest.raises(run.Refused, match=words) as error:
+        train(str(tmp_path), Config(steps=6), 2, about=described(**now))
+    assert 'step_0000001' in str(error.value) and '\n' not in str(error.value)
+    assert 'damaged' not in str(error.value) and 'delete' not in str(error.value)
+
+
+@pytest.mark.parametrize('then, now, words', [
+    (described(), described(), []),
+    (described(), described(teacher='2f'), ['the teacher changed']),
+    (described(), described(**{'training data': dict(samples=7, names='0b', classes=[])}),
+     ['the training data changed, of which there are 7 (were 9)']),
+    ({}, described(teacher='2f'), [])])
+def test_resume_says_what_else_changed(tmp_path, capsys, then, now, words):
+    """A line each, and the run goes on; a checkpoint from before it knew its data goes on without."""
+    train(str(tmp_path), Config(steps=6), 6, stop=1, about=then)
+    capsys.readouterr()
+    assert train(str(tmp_path), Config(steps=6), 2, about=now)[1] == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('since')]
+    assert len(lines) == len(words) and all(line.endswith(word) for line, word in zip(lines, words))
+
+
+def test_steps_follow_the_number_of_images(tmp_path):
+    """A run of --epochs goes on where there are fewer images now, and so fewer steps; one of --steps has its own."""
+    train(str(tmp_path), Config(steps=6, epochs=2.), 6, stop=1)
+    assert train(str(tmp_path), Config(steps=5, epochs=2.), 2)[1] == 1
+    with pytest.raises(run.Refused, match=r'--epochs 0.0 \(was 2.0\), --steps 5 \(was 6\)'):
+        train(str(tmp_path), Config(steps=5), 2)
+
+
+def test_teachers_are_told_apart_by_their_weights():
+    one, other = init_weights(tiny(), 0), init_weights(tiny(), 0)
+    assert run.hash_of(one.state_dict()) == run.hash_of(other.state_dict())
+    with torch.no_grad():
+        other.pos_embed[0, 3, 2] += 1e-3
+    assert run.hash_of(one.state_dict()) != run.hash_of(other.state_dict())
+
+
+def test_a_checkpoint_of_other_shapes_is_not_called_damaged(tmp_path):
+    """It is whole, but of another model; the line says which weights."""
+    train(str(tmp_path), Config(steps=6), 6, stop=1)
+    model = ViT(ViTConfig(**TINY, head=5))
+    cfg = Config(steps=6)
+    with pytest.raises(run.Refused, match=r'step_0000001 is of another model: its head.bias is \[4\], here \[5\]'):
+        run.resume(str(tmp_path), model, run.make_optimizer(model, cfg), cfg)
+
+
+def test_a_checkpoint_of_another_stage_is_refused(tmp_path, monkeypatch):
+    train(str(tmp_path), Config(steps=6), 6, stop=1)
+    monkeypatch.setattr(run, 'stage_of', lambda Config: Path('finetune.py'))
+    with pytest.raises(run.Refused, match='step_0000001 is not of finetune.py; use another --out_dir'):
+        train(str(tmp_path), Config(steps=6), 2)
+
+
+@pytest.mark.parametrize('facts', [[], dict(format=run.FORMAT), dict(format=run.FORMAT, step=1, config={})])
+def test_a_checkpoint_without_its_facts_is_damaged(tmp_path, facts):
+    train(str(tmp_path), Config(steps=6), 6, stop=1)
+    torch.save(facts, tmp_path / 'checkpoint' / 'step_0000001' / 'run.pt')
+    with pytest.raises(run.Refused, match='step_0000001 is damaged') as error:
+        train(str(tmp_path), Config(steps=6), 2)
+    assert '\n' not in str(error.value)
 
 
 def test_a_run_continued_by_other_code_says_so(tmp_path, capsys, monkeypatch):
@@ -349,6 +430,7 @@ def test_finished_run_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['/somewhere/stage.py', '--data=/home/me/x', '--out_dir', str(tmp_path / 'a')])
     log = run.Log(cfg, 0)
     log.write(0, loss=1.)
+    run.save_model(tiny(), cfg.out_dir + '/model.pt')
     log.finish(tiny(), 'loss', {}, skill=0.5)
     result = json.loads((tmp_path / 'a' / 'result.json').read_text())
     assert result['skill'] == 0.5 and result['parameters'] == run.count_parameters(tiny()) and result['seconds'] >= 0
@@ -357,6 +439,87 @@ def test_finished_run_says_so(tmp_path, capsys, monkeypatch):
     assert run.finished(cfg)
     shown = capsys.readouterr().out
     assert 'result.json' in shown and '--out_dir NAME' in shown and shown.count('\n') == 1
+
+
+def finish(folder, **options):
+    """A run of Config that ended in a folder; its Config."""
+    cfg = Config(out_dir=str(folder), **options)
+    assert not run.finished(cfg)
+    run.save_model(tiny(), f'{folder}/model.pt')
+    run.Log(cfg, 0).finish(tiny(), 'loss', {})
+    return cfg
+
+
+@pytest.mark.parametrize('name, left', [
+    ('result.json', None), ('model.pt', None), ('result.json', 0), ('result.json', 40), ('model.pt', 1000)])
+def test_a_run_whose_result_or_model_is_not_whole_is_not_finished(tmp_path, name, left):
+    """Missing, empty or cut short; until both are there again."""
+    cfg = finish(tmp_path)
+    assert run.finished(cfg)
+    path = tmp_path / name
+    whole = path.read_bytes()
+    path.unlink()
+    if left is not None:
+        path.write_bytes(whole[:left])
+    assert not run.finished(cfg)
+    path.write_bytes(whole)
+    assert run.finished(cfg)
+
+
+@pytest.mark.parametrize('text', ['[]', 'null', '"done"', '{"skill": ', '\ufeff{'])
+def test_a_result_that_is_no_object_is_none(tmp_path, text):
+    cfg = finish(tmp_path)
+    (tmp_path / 'result.json').write_text(text)
+    assert not run.finished(cfg)
+
+
+def test_a_finished_run_says_what_differs_now(tmp_path, capsys):
+    """Options that decide what is computed, in the same line; a folder may have another place."""
+    finish(tmp_path, lr=.5, data='/a/photos')
+    capsys.readouterr()
+    assert run.finished(Config(out_dir=str(tmp_path), lr=.5, data='/b/photos', workers=2, scales=(.5, 2.)))
+    assert 'other options' not in capsys.readouterr().out
+    assert run.finished(Config(out_dir=str(tmp_path), lr=.25, data='/a/photos', scales=(.5, 1.)))
+    said = capsys.readouterr().out
+    assert '--lr 0.25 (was 0.5), --scales (0.5, 1.0) (was (0.5, 2.0)): ' in said and said.count('\n') == 1
+
+
+def test_another_stages_result_is_refused(tmp_path, monkeypatch):
+    cfg = finish(tmp_path)
+    monkeypatch.setattr(run, 'stage_of', lambda Config: Path('finetune.py'))
+    with pytest.raises(run.Refused, match='result.json is of test_run.py, not of finetune.py'):
+        run.finished(cfg)
+
+
+def test_a_folder_belongs_to_one_run(tmp_path):
+    """The second is refused while the first lives, and leaves nothing; the first may ask again."""
+    cfg = Config(out_dir=str(tmp_path))
+    other = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(run.Refused, match=f'another run is writing to {tmp_path}'):
+        run.finished(cfg)
+    assert os.listdir(tmp_path) == []
+    os.close(other)
+    assert not run.finished(cfg) and not run.finished(cfg)
+
+
+def test_a_readers_process_does_not_hold_the_folder(tmp_path):
+    """It may live a little longer than the run that started it: what it inherited is closed."""
+    run.finished(Config(out_dir=str(tmp_path)))
+    with multiprocessing.get_context('fork').Pool(1) as pool:
+        assert pool.apply(held) is None and held() is not None
+    run.unlock()
+
+
+def held():
+    return run.locked
+
+
+def test_a_file_system_without_locks_does_without(tmp_path, monkeypatch):
+    def unknown(descriptor, how):
+        raise OSError(38, 'Function not implemented')
+    monkeypatch.setattr(fcntl, 'flock', unknown)
+    assert not run.finished(Config(out_dir=str(tmp_path)))
 
 
 def test_out_dir_that_cannot_be_made_is_refused(tmp_path):
@@ -377,6 +540,79 @@ def test_log_drops_what_will_be_done_again(tmp_path):
     log.write(2, loss=0.25)
     lines = run.read_log(str(tmp_path))
     assert [line['step'] for line in lines] == [0, 1, 2] and [line['loss'] for line in lines] == [0.5, 0.5, 0.25]
+
+
+def test_log_survives_lines_that_are_none(tmp_path):
+    """Whatever stands in log.jsonl: what is no line of a log is left out, and the run goes on."""
+    rows = ['{"step": 0, "loss": 1}', 'nonsense', '[1]', '{}', '{"step": "1"}', '[' * 10 ** 5, '', '\udcff',
+            '{"step": 1, "loss": null, "seconds": "1", "skipped": []}']
+    (tmp_path / 'log.jsonl').write_bytes('\n'.join(rows).encode('utf-8', 'surrogateescape'))
+    log = run.Log(Config(out_dir=str(tmp_path), steps=9), 2)
+    assert [line['step'] for line in run.read_log(str(tmp_path))] == [0, 1] and log.skipped == 0
+    run.save_model(tiny(), f'{tmp_path}/model.pt')
+    log.finish(tiny(), 'loss', {})
+
+
+def test_what_is_written_is_json(tmp_path):
+    """It has no NaN and no infinity: null stands for them, also inside of lists."""
+    assert json.loads(run.to_json(dict(a=math.nan, b=[1., -math.inf], c='NaN'))) == dict(a=None, b=[1., None], c='NaN')
+    log = run.Log(Config(out_dir=str(tmp_path), steps=9), 0)
+    log.write(0, loss=math.nan)
+    log.finish(tiny(), 'loss', {}, skill=math.inf)
+    texts = [(tmp_path / name).read_text() for name in ('log.jsonl', 'evals.jsonl', 'result.json')]
+    assert all('null' in text and 'NaN' not in text and 'Infinity' not in text for text in texts)
+
+
+@pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), MemoryError(), run.Refused('no'), KeyError()])
+def test_a_picture_that_fails_is_a_warning(tmp_path, monkeypatch, capsys, error):
+    """Whatever it is: the result is written, and one line names the picture."""
+    def fail(*args):
+        raise error
+    monkeypatch.setattr(run, 'draw_loss', fail)
+    finish(tmp_path)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if 'warning' in line]
+    assert len(warnings) == 1 and 'loss.png was not written' in warnings[0] and (tmp_path / 'result.json').exists()
+
+
+def test_a_log_that_cannot_be_written_does_not_end_a_run(tmp_path, capsys):
+    """Its line is missing, and said: a full disk may be empty again when weights are written."""
+    log = run.Log(Config(out_dir=str(tmp_path), steps=9), 0)
+    (tmp_path / 'log.jsonl').unlink()
+    (tmp_path / 'log.jsonl').mkdir()
+    log.write(0, loss=1.)
+    log.close()
+    assert 'log.jsonl was not written' in capsys.readouterr().out
+
+
+def failing(num, error):
+    for n in range(num):
+        yield dict(n=n)
+    raise error
+
+
+@pytest.mark.parametrize('error', [run.Refused('the folder is gone'), OSError('of the system')])
+def test_what_is_trained_is_saved_where_reading_fails(tmp_path, capsys, error):
+    """The step before has its batch, and then asks to stop; with a checkpoint made, the error ends the run."""
+    log = run.Log(Config(out_dir=str(tmp_path), steps=9), 0)
+    steps = [(batch['n'], log.stopping()) for _, batch in zip(range(9), log.watch(failing(3, error)))]
+    assert steps == [(0, 0), (1, 0), (2, run.FAILED)]
+    with pytest.raises(type(error), match=str(error)):
+        log.leave(3)
+    assert 'stopped after step 3, which is saved' in capsys.readouterr().out
+
+
+def test_nothing_is_read_beyond_the_last_step(tmp_path):
+    log = run.Log(Config(out_dir=str(tmp_path), steps=3), 0)
+    steps = [(step, log.stopping()) for step, _ in zip(range(3), log.watch(iter([dict(n=0)] * 3)))]
+    log.close()
+    assert steps == [(0, 0), (1, 0), (2, 0)]
+
+
+def test_where_the_first_batch_fails_there_is_nothing_to_save(tmp_path):
+    log = run.Log(Config(out_dir=str(tmp_path), steps=9), 0)
+    with pytest.raises(run.Refused, match='the folder is gone'):
+        next(log.watch(failing(0, run.Refused('the folder is gone'))))
+    log.close()
 
 
 def test_log_counts_over_interruptions(tmp_path):

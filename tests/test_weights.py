@@ -1,10 +1,12 @@
 """One claim a test: released names both ways, file formats, hostile files, memory."""
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import types
+import zipfile
 from dataclasses import replace
 
 import pytest
@@ -421,6 +423,194 @@ def test_options_of_nobody_are_refused(tmp_path):
     save(random_clip(), path)
     with pytest.raises(Refused, match="CLIPConfig.* 'heads'"):
         load(path, heads=3)
+
+
+# ---- files of ours whose values cannot be
+
+def change_tensor(change):
+    """Puts another tensor in the place of a weight, or what is none."""
+    def apply(held):
+        held['state_dict']['norm.weight'] = change(held['state_dict']['norm.weight'])
+    return apply
+
+
+def options(**changes):
+    return lambda held: held['config'].update(changes)
+
+
+def extras(**changes):
+    return lambda held: held['extra'].update(changes)
+
+
+def without(part):
+    return lambda held: held.pop(part)
+
+
+def two_names(held):
+    held['state_dict'][5] = held['state_dict'].pop('norm.weight')
+
+
+WRONG = [
+    (without('name'), 'has no name'), (without('config'), 'has no config'), (without('extra'), 'has no extra'),
+    (without('state_dict'), 'has no state_dict'), (lambda held: held.update(extra=[1]), 'extra is a list'),
+    (lambda held: held.update(name='\x1b[31m\n'), r'this is a \[31m'), (two_names, 'name in it is a int'),
+
+    (change_tensor(lambda x: None), 'norm.weight is a NoneType'),
+    (change_tensor(lambda x: 'ones'), 'norm.weight is a str'),
+    (change_tensor(lambda x: x.to_sparse()), 'norm.weight is a torch.sparse_coo'),
+    (change_tensor(lambda x: x.to('meta')), 'norm.weight .* on meta'),
+    (change_tensor(lambda x: x.to(torch.complex64)), 'norm.weight .* of torch.complex64'),
+    (change_tensor(lambda x: torch.quantize_per_tensor(x, .1, 0, torch.qint8)), 'norm.weight .* of torch.qint8'),
+    (change_tensor(lambda x: x.to(torch.float8_e4m3fn)), 'norm.weight .* of torch.float8'),
+    (change_tensor(lambda x: x.long()), 'norm.weight of torch.int64 instead of floats'),
+    (change_tensor(lambda x: x[:0]), r'norm.weight of shape \[0\]'),
+    (change_tensor(lambda x: torch.ones(1).expand(10 ** 6, 10 ** 6)), 'norm.weight .* is larger than the file'),
+    (change_tensor(lambda x: x * math.nan), '16 of 16 values of norm.weight are NaN'),
+    (change_tensor(lambda x: F.pad(x[1:], (1, 0), value=-math.inf)), '1 of 16 values of norm.weight'),
+    (change_tensor(lambda x: x.double().abs() * 1e300), '16 of 16 values of norm.weight'),
+
+    (options(depth='3'), 'depth is a str, expected int'), (options(depth=10 ** 6), 'depth 1000000 does not fit'),
+    (options(depth=10 ** 600), 'depth 1e.18 does not fit'), (options(heads=0), 'heads 0 does not fit'),
+    (options(width=10 ** 9), 'width 1000000000'), (options(width=-16), 'width -16'), (options(width=None), 'NoneType'),
+    (options(patch_size=0), 'patch_size 0'), (options(image_size=math.nan), 'image_size is a float'),
+    (options(image_size=8192, patch_size=1), 'tokens 67108864 does not fit'), (options(frames=0), 'frames 0'),
+    (options(mean=(0, 0)), 'mean has 2 numbers'), (options(std=[1, 1, 0]), 'std 0 does not fit'),
+    (options(mean=('a', 0, 0)), 'mean holds a str'), (options(drop_path=math.nan), 'drop_path nan'),
+    (options(pool='max'), "pool is 'max'"), (options(act=[[]]), 'act is a tuple'), (options(window=2), "pool='map'"),
+
+    (extras(merges=5), 'merges are no list'), (extras(merges=['a b', None]), 'merges are no list'),
+    (extras(classes='abcde'), 'classes are no list'), (extras(classes=['a']), 'names 1 classes, its head has 5'),
+    (extras(target=7), 'target is a int'), (extras(target='tokens'), 'codebook is a NoneType'),
+    (extras(codebook=torch.ones(4, 3)), 'no finite table of 5 rows'), (extras(image_size=0), 'image_size 0'),
+    (extras(codebook=torch.full((5, 3), math.nan)), 'no finite table'), (extras(image_size='64'), 'holds a str'),
+]
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('change, words', WRONG, ids=[words for _, words in WRONG])
+def test_what_no_file_of_ours_holds_is_refused(tmp_path, change, words):
+    """A part, a tensor, an option or an extra that cannot be: a line that names the file and the thing."""
+    path = str(tmp_path / 'x.pt')
+    save(tiny(head=5), path)
+    held = torch.load(path)
+    change(held)
+    torch.save(held, path)
+    refused(path, f'^{path}: .*{words}')
+
+
+def test_large_finite_weights_load(tmp_path):
+    """Their sum is infinite, they are not."""
+    path, model = str(tmp_path / 'x.pt'), tiny()
+    with torch.no_grad():
+        model.norm.weight.fill_(3e38)
+    save(model, path)
+    same(plain(load(path)), plain(model))
+
+
+def test_what_two_names_share_becomes_two_weights(tmp_path):
+    """One memory under two names would be trained as one."""
+    path = str(tmp_path / 'x.pt')
+    save(tiny(), path)
+    held = torch.load(path)
+    held['state_dict']['blocks.1.norm1.weight'] = held['state_dict']['blocks.0.norm1.weight']
+    torch.save(held, path)
+    blocks = load(path).blocks
+    with torch.no_grad():
+        blocks[0].norm1.weight.add_(1)
+    assert torch.equal(blocks[0].norm1.weight, blocks[1].norm1.weight + 1)
+
+
+def test_lists_in_a_config_are_tuples(tmp_path):
+    """As JSON has them; a whole number is a float too."""
+    path = str(tmp_path / 'x.pt')
+    save(tiny(), path)
+    held = torch.load(path)
+    held['config'].update(mean=[0, .5, .5], std=[1, 1, 1], drop_path=0)
+    torch.save(held, path)
+    assert load(path).normalize(torch.full((1, 3, 2, 2), 255))[0, :, 0, 0].tolist() == [1, .5, .5]
+
+
+def test_wrappers_of_any_depth_are_peeled(tmp_path):
+    """In any order; one that holds itself holds no model."""
+    model, path = tiny(head=5), str(tmp_path / 'x.pt')
+    held = export(model, 'eva')
+    for wrapper in ('state_dict', 'model', 'module', 'model', 'model_ema', 'state_dict'):
+        held = {wrapper: held, 'epoch': 3}
+    torch.save(held, path)
+    same(plain(load(path, heads=2)), plain(model))
+    held = {'epoch': 3}
+    held['model'] = held
+    torch.save(held, path)
+    refused(path, 'no known model')
+
+
+@pytest.mark.parametrize('family, name, tensor, words', [
+    ('EVA-01 MIM', 'blocks.1.attn.proj.bias', torch.full((16,), math.nan), '16 of 16 values of blocks.1.attn.proj.bias'),
+    ('EVA-01 MIM', 'blocks.99999999.norm1.bias', torch.ones(16), 'depth 100000000 does not fit'),
+    ('EVA-01 MIM', 'patch_embed.proj.weight', torch.ones(16, 3, 0, 0), 'patch_size 0 does not fit'),
+    ('EVA-01 MIM', 'cls_token', torch.ones(1, 1, 1).expand(1, 1, 10 ** 9), 'larger than the file'),
+    ('EVA-02 MIM', 'blocks.0.attn.q_proj.weight', torch.ones(16, 16).to_sparse(), 'sparse_coo'),
+    ('EVA-L classifier, class token', 'blocks.0.attn.qkv.bias', torch.tensor(1.), 'qkv.bias has 0 dimensions'),
+    ('OpenAI CLIP', 'visual.proj', torch.ones(16), 'visual.proj has 1 dimensions'),
+    ('OpenAI CLIP', 'text_projection', torch.ones(2, 3, 4), 'text_projection has 3 dimensions'),
+    ('Hugging Face CLIP', 'text_projection.weight', torch.tensor(1.), 'lack a dimension'),
+])
+def test_what_no_released_file_holds_is_refused(tmp_path, family, name, tensor, words):
+    """Values, shapes and counts that no model has, before one is built."""
+    if 'CLIP' in family:
+        state = export(random_clip(**OPENAI['vision'], text=OPENAI['text']), family)
+    else:
+        vits = {'EVA-02 MIM': dict(EVA02, head=5), 'EVA-01 MIM': dict(head=5)}
+        state = export(tiny(**vits.get(family, dict(pool='class', head=5))), family)
+    path = str(tmp_path / 'x.pt')
+    torch.save({**state, name: tensor}, path)
+    refused(path, words)
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    """A folder, a pipe that nobody writes to, a device without an end, nothing."""
+    os.mkfifo(tmp_path / 'pipe')
+    for path in (str(tmp_path), str(tmp_path / 'pipe'), '/dev/zero'):
+        refused(path, 'is not a file')
+    refused(str(tmp_path / 'nothing.pt'), 'does not exist')
+
+
+@pytest.mark.parametrize('compression', [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_archives_hold_no_more_than_they_weigh(tmp_path, compression):
+    """Neither what unpacks to a hundred times the file, nor a pickle too long for a list of tensors."""
+    path = str(tmp_path / 'x.pt')
+    for pickled in (b'\x80\x02' + b']' * 5_000_000 + b'.', b'\x80\x02}.' + b' ' * 400_000):
+        with zipfile.ZipFile(path, 'w', compression) as archive:
+            archive.writestr('x/data.pkl', pickled)
+        refused(path, 'not a checkpoint of tensors')
+
+
+def test_modules_that_double_are_refused(tmp_path):
+    """In 1,400 bytes a module that holds one twice, which holds one twice: 2^40 tensors."""
+    tensor = b'ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\0000'
+    tensor += b'X\x03\0\0\0cpuK\x01tQK\0K\x01\x85K\x01\x85\x89NtR'
+    module = b'c__torch__\nModule\n)\x81}'
+    pickled = b'\x80\x02' + module + b'X\x01\0\0\0t' + tensor + b'sb'
+    for i in range(40):
+        held = b'h' + bytes([i]) + b's'
+        pickled += b'q' + bytes([i]) + module + b'X\x01\0\0\0a' + held + b'X\x01\0\0\0b' + held + b'b'
+    with zipfile.ZipFile(tmp_path / 'x.pt', 'w') as archive:
+        for name, record in dict(constants=b'', data=pickled + b'.').items():
+            archive.writestr(f'x/{name}.pkl', record)
+        archive.writestr('x/data/0', b'\0\0\0\0')
+    refused(str(tmp_path / 'x.pt'), 'not a checkpoint of tensors')
+
+
+def test_overlaps_and_gaps_are_refused(tmp_path):
+    """In a .safetensors file each tensor begins where the one before ends; a header of 2^60 bytes is none."""
+    path, state = str(tmp_path / 'x.safetensors'), {'a': torch.ones(4), 'b': torch.ones(4)}
+    for offsets in ([0, 16], [12, 28], [20, 36], [32, 16]):
+        write_safetensors(state, path, b=dict(dtype='F32', shape=[4], data_offsets=offsets))
+        refused(path, 'not a checkpoint of tensors')
+    whole = open(path, 'rb').read()
+    for length in (2 ** 60, 2 ** 25, 1):
+        open(path, 'wb').write(length.to_bytes(8, 'little') + whole[8:])
+        refused(path, 'not a checkpoint of tensors')
 
 
 # ---- memory, and the command
