@@ -884,7 +884,7 @@ def load(path, kind=None, **changes):
 
         # the model, and what was saved beside it
         if is_ours or kind in (None, ViT, CLIP):
-            model = build(held, state, kind, changes)
+            model = build(held, kind, changes)
         else:
             model = kind.from_released(state)
         check_finite(model)
@@ -896,13 +896,12 @@ def load(path, kind=None, **changes):
     return model.eval()
 
 
-def build(held, state, kind, changes):
+def build(held, kind, changes):
     """The model of what a file holds: first as it is there, strictly, then as it is asked for."""
-    rules = ()
     if held.get('format') == 'nanoEVA':
-        name, config = held['name'], held['config']
+        name, config, state, rules = held['name'], held['config'], held['state_dict'], ()
     else:
-        config, state, rules = read_family(state, changes)
+        config, state, rules = read_family(unwrap(held), changes)
         name = 'CLIP' if 'vision' in config else 'ViT'
     expected = ['ViT', 'CLIP'] if kind in (None, ViT) else [kind.__name__]
     if name not in expected:

@@ -755,12 +755,12 @@ def to_json(values, indent=None):
 
 def replace(path, text):
     """Writes a file that is whole or as it was before, whenever we are killed."""
-    with beside(path) as new:
+    with whole_file(path) as new:
         Path(new).write_text(text)
 
 
 @contextlib.contextmanager
-def beside(path):
+def whole_file(path):
     """A name to write to, of what then becomes path; a disk that fills up meanwhile gets its room back."""
     new = path + '.tmp'
     with writing(path):
@@ -905,7 +905,7 @@ class Log:
         result = dict(metrics, skipped=self.skipped, seconds=round(time.time() - self.began, 1),
                       parameters=count_parameters(model), command=shlex.join(['python'] + words))
         asked = dict(stage=stage_of(type(self.cfg)).name, options=options_of(self.cfg))
-        with beside(f'{out_dir}/result.json') as new:
+        with whole_file(f'{out_dir}/result.json') as new:
             Path(new).write_text(to_json(result | asked, indent=2))     # it has its room before the picture
             with optional(f'{out_dir}/loss.png'):
                 draw_loss(f'{out_dir}/loss.png', curve, lines, ylabel)
@@ -950,7 +950,7 @@ def draw_loss(path, curve, lines, ylabel):
         draw.line((80, y, 880, y), '#D55E00', 2)
         draw.text((880, y - 4), f'{name} {loss:.3g}', '#D55E00', font, anchor='rs')
     draw.line([(80 + step * width, 520 - (loss - low) * height) for step, loss in curve], '#0072B2', 3)
-    with beside(path) as new:
+    with whole_file(path) as new:
         picture.save(new, 'png')
 
 
@@ -983,7 +983,7 @@ def draw_sheet(path, columns, tile=128, names={}):
 
     def save():
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        with beside(path) as new:
+        with whole_file(path) as new:
             sheet.save(new, 'png')
 
     on_first(save)

@@ -65,7 +65,7 @@ def test_help_says_what_flags_take(capsys):
     shown = ' '.join(capsys.readouterr().out.split())
     for field in dataclasses.fields(Config):
         assert (f'--{field.name}' in shown) == bool(field.metadata)
-    for words in ('(block; one of block, random)', '(0.5; 0 to below 1)', '(0; 0 to 127)', '(128; 1 or more)'):
+    for words in ('(block; one of block, random)', '(0.5; 0 to below 1)', '(0; 0 to 127)', '(500; 1 or more)'):
         assert words in shown
 
 
@@ -73,12 +73,12 @@ def test_help_says_what_flags_take(capsys):
     (['--size', 'huge'], '--size huge is unknown; use one of pico, nano'),
     (['--batch', '8'], '--batch is not an option'),
     (['--lr', 'x'], "--lr: invalid float value: 'x'"),
-    (['--lr', 'nan'], '--lr nan does not fit; use 0 or more'),
-    (['--steps', '0'], '--steps 0 does not fit; use 1 or more'),
+    (['--lr', 'nan'], '--lr nan does not fit; use 0 to 1000'),
+    (['--steps', '0'], '--steps 0 does not fit; use 1 to 1e.09'),
     (['--seed', '128'], '--seed 128 does not fit; use 0 to 127'),
     (['--share', '1'], '--share 1.0 does not fit; use 0 to below 1'),
     (['--mask', 'round'], '--mask round does not fit; use one of block, random'),
-    (['--scales', '1,5'], r'--scales .1.0, 5.0. does not fit; use 0 to 4'),
+    (['--scales', '1,5'], r'--scales .1.0, 5.0. does not fit; use two numbers, least and most, each 0 to 4'),
     (['--scales', '1;2'], '--scales'),
     (['--epochs', '1', '--steps', '2'], '--epochs and --steps')])
 def test_wrong_options_are_one_line(argv, words):
