@@ -104,8 +104,7 @@ def encode_images(model, batches):
     others = []
     for batch in batches:
         images = batch.pop('images')
-        with run.autocast(images.device):
-            features.append(model.encode_image(model.normalize(images)).float())
+        features.append(model.encode_image(model.normalize(images)).float())
         others.append(batch)
     return F.normalize(torch.cat(features), dim=-1), others
 
@@ -113,8 +112,7 @@ def encode_images(model, batches):
 def encode_texts(model, tokenizer, texts):
     """Unit features [n, D] of n sentences."""
     ids = tokenizer(texts).to(model.logit_scale.device)                     # [n, 77]
-    with run.autocast(ids.device):
-        features = torch.cat([model.encode_text(part) for part in ids.split(256)])
+    features = torch.cat([model.encode_text(part) for part in ids.split(256)])
     return F.normalize(features.float(), dim=-1)
 
 
@@ -380,7 +378,7 @@ def build(cfg, train_set):
 def apply_model(cfg, device):
     """--eval: zero-shot accuracy and retrieval of a trained model. --image: which --words fit."""
     model, tokenizer = load_clip(cfg.init or f'{cfg.out_dir}/model.pt', cfg.bpe)
-    model.to(device)
+    model = run.to_device(model, cfg, device)
     if cfg.eval:
         # names of classes are asked for alone, or there have to be captions
         dataset = data.open_data(cfg.data, 'test', views=VIEWS, captions=not cfg.classes)
@@ -460,8 +458,7 @@ def train(cfg):
         # forward and loss
         images = model.normalize(batch['images'])
         keep, drop = batch.get('keep'), batch.get('drop')
-        with run.autocast(device):
-            image_features, text_features, scale = model(images, batch['text'], keep, drop)
+        image_features, text_features, scale = model(images, batch['text'], keep, drop)
         loss = contrastive_loss(image_features, text_features, scale)
 
         # backward, clip, step

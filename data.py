@@ -53,8 +53,7 @@ def read_text(path, most=LONGEST_TEXT):
     check_file(path, most)
     try:
         with open(path, 'rb') as file:
-            held = file.read()
-        return decode(held)
+            return decode(file.read())
     except OSError as error:
         raise Refused(f'{path} cannot be read ({error.strerror})') from None
     except UnicodeDecodeError as error:
@@ -529,9 +528,9 @@ def world_tables(device):
     noise = np.clip((noise - noise.mean()) / noise.std() / 4 + .5, 0, 1)
     x, y = np.meshgrid(np.arange(TILE), np.arange(TILE))
     grounds = [ground(x, y, noise) for ground in GROUNDS.values()]
-    tables = [torch.tensor(np.stack(table)).flatten() for table in (shapes, surfaces, grounds)]
-    dtypes = torch.float32, torch.long, torch.float32
-    return [table.to(device, dtype) for table, dtype in zip(tables, dtypes)]
+    def flat(tables, dtype):
+        return torch.tensor(np.stack(tables)).flatten().to(device, dtype)
+    return flat(shapes, torch.float32), flat(surfaces, torch.long), flat(grounds, torch.float32)
 
 
 def draw_scenes(scenes, image_size):
@@ -716,6 +715,7 @@ def describe(scene, i, draw, count=1):
 CLIP_MERGES = 'https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz'
 CLIP_MERGES_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
 NUM_CLIP_MERGES = 48894         # 49,408 ids = 256 bytes + 256 that end a word + 48,894 merges + 2 specials
+CONTEXT = 77                    # ids of a caption
 LONGEST_CAPTION = 10_000        # characters; of more the rest is cut
 LONGEST_WORD = 1000             # of them without a space: more than 77 pieces hold
 START = '<|startoftext|>'
@@ -748,9 +748,8 @@ class Tokenizer:
     """CLIP's byte-level BPE. merges: list of 'a b' by falling priority; all that a checkpoint must store.
     Ids: 256 bytes, the same 256 ending a word ('</w>'), one per merge, start, end (highest)."""
 
-    def __init__(self, merges, context=77):
+    def __init__(self, merges):
         self.merges = list(merges)
-        self.context = context
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [byte for byte in range(256) if byte not in printable]
         self.letters = {byte: chr(byte) for byte in printable}          # what stands for each, by id
@@ -776,15 +775,15 @@ class Tokenizer:
         self.encode = functools.lru_cache(1 << 17)(self.encode)             # some 30 MB
 
     def __call__(self, texts):
-        """Captions (or one) -> ids [B, context] int64: start, words, end, zeros. Where too long, end is last."""
+        """Captions (or one) -> ids [B, 77] int64: start, words, end, zeros. Where too long, end is last."""
         texts = [texts] if isinstance(texts, str) else texts
-        result = np.zeros((len(texts), self.context), dtype=np.int64)
+        result = np.zeros((len(texts), CONTEXT), dtype=np.int64)
         for row, text in zip(result, texts):
             ids = [self.start]
             text = clean(text[:LONGEST_CAPTION])
             for chunk in text.split(' '):                   # no match of WORD crosses a space
                 ids += self.encode(chunk[:LONGEST_WORD])
-            ids = ids[:self.context - 1] + [self.end]
+            ids = ids[:CONTEXT - 1] + [self.end]
             row[:len(ids)] = ids
         return torch.from_numpy(result)
 
@@ -829,8 +828,8 @@ class Tokenizer:
                 raise ValueError("the first line lacks '#version'")
             return cls([line for line in lines[1:NUM_CLIP_MERGES + 1] if line.strip()])
         except (OSError, EOFError, zlib.error, ValueError) as error:
-            table = 'bpe_simple_vocab_16e6.txt.gz'
-            raise Refused(f'{path}: no BPE merge table ({error}); expected {table}') from None
+            expected = os.path.basename(CLIP_MERGES)
+            raise Refused(f'{path}: no BPE merge table ({error}); expected {expected}') from None
 
     @classmethod
     def openai(cls, path='', folder='out'):  # from this file, or downloaded once into folder
@@ -839,7 +838,7 @@ class Tokenizer:
         return cls.from_file(path or fetch(CLIP_MERGES, CLIP_MERGES_SHA256, table, advice))
 
     @classmethod
-    def learn(cls, captions, num_merges=1000, context=77):
+    def learn(cls, captions, num_merges=1000):
         """A small vocabulary of the same form from the 5,000 most frequent words: each merge is the most
         frequent pair (ties: the last in the alphabet), until every word has become one piece."""
         bare = cls([])
@@ -864,7 +863,7 @@ class Tokenizer:
                     count_pairs(pieces, count)
                     words[i] = pieces, count
             pairs = +pairs                                  # drops those that are no more
-        return cls(merges, context)
+        return cls(merges)
 
 
 def fetch(url, sha256, path, advice):
@@ -911,17 +910,12 @@ def to_rgb(image):
 
 
 class Unreadable(Refused, OSError):
-    """A damaged file among many is replaced, as any that gives an OSError; alone it is refused."""
-    reason = 'could not be read'
-    detail = ''                 # what else reports say behind the image's name
-
-
-def unusable(message, reason, detail=''):
-    """The error of a sample that was read and cannot be used: reports say 'images REASON: NAME DETAIL'."""
-    error = Unreadable(message)
-    error.reason = reason
-    error.detail = detail
-    return error
+    """A damaged file among many is replaced, as any that gives an OSError; alone it is refused.
+    Reports say 'images REASON: NAME DETAIL'."""
+    def __init__(self, message, reason='could not be read', detail=''):
+        super().__init__(message)
+        self.reason = reason
+        self.detail = detail
 
 
 @contextlib.contextmanager
@@ -982,9 +976,13 @@ def read_image(path):           # whole and upright, PIL
     return read_part(path, lambda width, height: (0, 0, width, height))[0]
 
 
-def read_stored(path):          # whole, however the camera was held
-    with open_picture(path) as image:
-        return to_rgb(image)
+def read_sized(path, size):
+    """The whole image, PIL: upright or, if only that may be of this (width, height), as it is stored."""
+    image = read_image(path)
+    if image.size != size:
+        with open_picture(path) as stored:
+            image = to_rgb(stored)
+    return image
 
 
 def to_tensor(image):       # PIL 'RGB' -> uint8 [3, H, W]
@@ -1128,8 +1126,7 @@ def list_files(root, skip=()):
         walked.add(os.path.realpath(folder))
         inner[:] = [name for name in inner if name[0] != '.']
         inner[:] = [name for name in inner if os.path.join(folder, name) not in skip]
-        place = os.path.relpath(folder, root).replace(os.sep, '/') + '/'
-        place = '' if place == './' else place
+        place = f'{os.path.relpath(folder, root)}/'.removeprefix('./')
         for name in names:
             if name.lower().endswith(SUFFIXES) and name[0] != '.':
                 images.append(place + name)
@@ -1169,7 +1166,6 @@ class Files:
     uniform numbers u, or, where u is None, as judged; OSError if it cannot be read."""
     reads_files = True          # worker processes help
     has_captions = False
-    says_why = False            # reports name broken samples, or say what is wrong with them
     frames = 0
     what = 'images'             # its samples, in reports
 
@@ -1186,9 +1182,13 @@ class Files:
     def index(self, position, seed):  # which samples stand at these positions [B] of a run
         return sample_index(position, len(self), seed).tolist()
 
+    def image(self, i):
+        """What PIL can open of image i: a path, or its bytes as a file."""
+        return os.path.join(self.root, self.paths[i])
+
     def trouble(self, i, error, fate):
         """What reports say of sample i: a pair for broken."""
-        reason = getattr(error, 'reason', Unreadable.reason)
+        reason = getattr(error, 'reason', 'could not be read')
         name = self.paths[i] + getattr(error, 'detail', '')
         return f'of {len(self.paths):,} {self.what} {reason} and were {fate}', name
 
@@ -1204,10 +1204,9 @@ class Files:
                 broken.append(self.trouble(i, error, 'replaced'))
         raise Refused(f'{self.root}: none of {num:,} {self.what} can be used; the last: {last}')
 
-    def batch(self, position, image_size, seed=0, device='cpu', train=True):
-        """The samples at these positions [B], as seen in training (train) or as judged: one dict, tensors
-        stacked, other things in lists; and broken and position: as judged REPLACED where a sample
-        stands for another."""
+    def batch(self, position, image_size, seed=0, train=True):
+        """The samples at these positions [B], as seen in training (train) or as judged: one dict, tensors stacked,
+        other things in lists; and broken, position: as judged REPLACED where a sample stands for another."""
         broken = []
         samples = []
         position = position.clone()
@@ -1224,7 +1223,7 @@ class Files:
         for name, values in batch.items():
             if torch.is_tensor(values[0]):
                 batch[name] = torch.stack(values).contiguous()
-        return to_device(dict(batch, position=position, broken=broken), device)
+        return dict(batch, position=position, broken=broken)
 
 
 class Folder(Files):
@@ -1278,8 +1277,7 @@ class Folder(Files):
         self.classes = self.label_names
         self.first_readable(0, 8, None, [])                 # refused unless some image can be read
 
-    def find(self, root, skip):
-        return list_files(root, skip)
+    find = staticmethod(list_files)     # samples, and which of them may have texts
 
     def only(self, names, kept, lacking):
         """Those of names that are kept; others, lacking a 'class' or a 'caption', go to broken."""
@@ -1335,13 +1333,8 @@ class Folder(Files):
         if self.paths[i] not in self.texts:
             return []
         path = os.path.join(self.root, os.path.splitext(self.paths[i])[0] + '.txt')
-        check_file(path)
         with open(path, 'rb') as file:
             return read_captions(file.read(SAMPLE_TEXT), 'txt')
-
-    def image(self, i):
-        """What PIL can open of image i: a path, or its bytes as a file."""
-        return os.path.join(self.root, self.paths[i])
 
     def view(self, i, image_size, u):
         """Image i as seen in training, or, without u, as judged."""
@@ -1642,7 +1635,6 @@ REPEAT = .001           # LVIS: images of classes in fewer of them than this sha
 SMALLEST = 8            # visible pixels of an object of the world that counts
 PLACES = ('{}', '../{}2017', '../images/{}', 'images/{}', '..', '.')        # of images, beside the json
 LONGEST_OUTLINE = 200   # times its image's longer side: more is no object's, and takes gigabytes
-NUMBER_TYPES = {int, float}     # of a json
 
 
 def is_lvis(truth):         # a json's categories have LVIS's frequencies
@@ -1651,13 +1643,11 @@ def is_lvis(truth):         # a json's categories have LVIS's frequencies
 
 def whole(value):
     """The whole number that a json holds, also as '64' or 64.0; None: it holds none."""
-    if type(value) is int:                  # True is none
-        return value
     if isinstance(value, str) and value.isdecimal() and len(value) < 20:
         return int(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    return None
+    return value if type(value) is int else None            # True is none
 
 
 def read_id(value):
@@ -1672,7 +1662,7 @@ def id_order(name):         # the key that sorts ids: numbers before texts
 
 def are_numbers(values, low=-2 ** 31, high=2 ** 31):
     """Whether all are finite numbers from low to high; True is none."""
-    if not NUMBER_TYPES.issuperset(map(type, values)):
+    if not {int, float}.issuperset(map(type, values)):
         return False
     return low <= min(values) and max(values) <= high and all(map(math.isfinite, values))
 
@@ -1692,8 +1682,7 @@ def read_coco(spec, split):
 
 
 def read_categories(path, rows):
-    """A json's categories in the order of their ids, each with id, name and, of LVIS's, frequency. Refused if
-    one of them means nothing."""
+    """A json's categories in the order of their ids, each with id, name and, of LVIS's, frequency."""
     if not rows:
         raise Refused(f'{path} has no categories')
     categories = []
@@ -1713,7 +1702,7 @@ def read_categories(path, rows):
             raise Refused(f'{path}: {num} categories have the {key} {value!r:.40}')
 
     # frequencies of all or of none
-    if is_lvis(dict(categories=categories)):
+    if any('frequency' in row for row in categories):
         for row in categories:
             if row.get('frequency') not in ('r', 'c', 'f'):
                 expected = "r, c or f, as LVIS's all have and COCO's none"
@@ -1746,33 +1735,35 @@ def image_trouble(row):
 
 
 def object_trouble(row, size, label_of):
-    """Settles an annotation of a json: label, box [x1, y1, x2, y2] within its image of (height, width),
-    area, iscrowd, segmentation. -> what is wrong with it, or ''. label_of: {category id: label}."""
+    """Settles an annotation of a json: category_id, now a label; box [x1, y1, x2, y2] within its image of (height,
+    width); area, iscrowd, segmentation. -> what is wrong with it, or ''. label_of: {category id: label}."""
     if not isinstance(row, dict):
         return 'annotations are no objects of the json'
-    row['label'] = label_of.get(read_id(row.get('category_id')))
-    if size is None or row['label'] is None:
+    row['category_id'] = label_of.get(read_id(row.get('category_id')))
+    if size is None or row['category_id'] is None:
         return 'annotations name an unknown image or category'
-    row['category_id'] = row['label']
 
     # its box
     box = row.get('bbox')
     if not isinstance(box, list) or len(box) != 4 or not are_numbers(box):
         return 'annotations have no box of four numbers'
     x, y, w, h = box
-    row['box'] = [max(0, x), max(0, y), min(size[1], x + w), min(size[0], y + h)]
-    if row['box'][0] >= row['box'][2] or row['box'][1] >= row['box'][3]:
+    left = max(0, x)
+    top = max(0, y)
+    right = min(size[1], x + w)
+    bottom = min(size[0], y + h)
+    if left >= right or top >= bottom:
         return 'boxes have no area within their image'
+    row['box'] = [left, top, right, bottom]
 
     # what is judged
-    if type(row.get('area')) not in NUMBER_TYPES or not 0 <= row['area'] < 1e10:
+    if not are_numbers([row.get('area')], 0, 1e10):
         row['area'] = w * h
     row['iscrowd'] = whole(row.get('iscrowd') or 0)
     if row['iscrowd'] not in (0, 1):
         return 'annotations have an iscrowd that is neither 0 nor 1'
 
     # its mask: if there is none, the box
-    left, top, right, bottom = row['box']
     mask = row.get('segmentation') or [[left, top, right, top, right, bottom, left, bottom]]
     if isinstance(mask, list) and not isinstance(mask[0], list):
         mask = [mask]                       # a single polygon's numbers
@@ -1822,8 +1813,7 @@ def run_trouble(mask, size):
 
 class Instances(Files):
     """Images with boxes and masks from a COCO or LVIS json. What cannot be used is left out and counted in
-    broken. Crowds are not learnt from, and judged as COCO does. classes: whose numbers labels are; if None
-    the json's."""
+    broken. Crowds are not learnt from, and judged as COCO does."""
     coarse = None
 
     def __init__(self, spec, split='train', images='', scale_jitter=(1., 1.), classes=None):
@@ -1874,7 +1864,7 @@ class Instances(Files):
             share = self.frequencies().numpy() / len(self.images)
             factor = np.sqrt(REPEAT / share.clip(1e-9))
             for i, image in enumerate(self.images):
-                labels = [row['label'] for row in self.rows[image['id']]]
+                labels = [row['category_id'] for row in self.rows[image['id']]]
                 repeats[i] = factor[labels].max(initial=1.)
         self.shares = np.cumsum(repeats)
         self.first_readable(0, 8, None, [])                 # refused unless some image can be used
@@ -1921,13 +1911,12 @@ class Instances(Files):
         self.broken |= {(reason, name) for name in silent}
 
     def usable_rows(self, held, label_of):
-        """{image id: its annotations that can be used}, as object_trouble settles them; box a tensor [4]."""
+        """{image id: its annotations that can be used}, as object_trouble settles them."""
         sizes = {row['id']: (row['height'], row['width']) for row in self.images}
         listed = {row['id'] for row in held['images'] if isinstance(row, dict)}
         gone = listed - sizes.keys() - {None}
         rows = {name: [] for name in sizes}
         ids = set()
-        kept = []
         for n, row in enumerate(held['annotations']):
             number = image = None
             if isinstance(row, dict):
@@ -1945,18 +1934,14 @@ class Instances(Files):
             ids.add(number)
             row['image_id'] = image
             rows[image].append(row)
-            kept.append(row)
-
-        boxes = torch.tensor([row['box'] for row in kept], dtype=torch.float32)
-        for row, box in zip(kept, boxes):
-            row['box'] = box
         return rows
 
     def frequencies(self):      # in how many images each class is [K]
-        counts = Counter()
+        counts = torch.zeros(len(self.classes))
         for rows in self.rows.values():
-            counts.update({row['label'] for row in rows})
-        return torch.tensor([float(counts[k]) for k in range(len(self.classes))])
+            labels = {row['category_id'] for row in rows}
+            counts[list(labels)] += 1
+        return counts
 
     def __len__(self):
         return round(self.shares[-1])
@@ -1971,7 +1956,7 @@ class Instances(Files):
         """dict of images uint8 [3, S, S] (padded with zeros), sizes (height, width without), targets (boxes, labels,
         masks), index: in training with large-scale jitter (arXiv:2012.07177), else as large as fits."""
         original = np.array([self.images[i]['width'], self.images[i]['height']])
-        image = self.picture(i, original.tolist())
+        image = self.picture(i, tuple(original))
         low, high = self.scale_jitter
         scale = 1. if u is None else low + (high - low) * u[0]
         whole = (original * scale * image_size / original.max()).round().clip(1)        # (width, height)
@@ -1982,7 +1967,7 @@ class Instances(Files):
 
         # boxes move with it, and objects of which nothing is left go
         rows = [row for row in self.rows[self.images[i]['id']] if not row['iscrowd']]
-        boxes = torch.stack([row['box'] for row in rows]) if rows else torch.zeros(0, 4)
+        boxes = torch.tensor([row['box'] for row in rows], dtype=torch.float32).view(-1, 4)
         boxes = boxes * boxes.new_tensor(whole / original).repeat(2) - boxes.new_tensor(corner).repeat(2)
         inside = clip_boxes(boxes, (height, width))
         is_cut = (boxes - inside).abs().amax(1) > .01           # pixels: more than rounding
@@ -2005,22 +1990,18 @@ class Instances(Files):
                 boxes[n] = bounds(mask, (height, width))
         kept = has_area(boxes)
         masks = [mask for mask, keep in zip(masks, kept.tolist()) if keep]
-        labels = torch.tensor([row['label'] for row in rows], dtype=torch.long)
+        labels = torch.tensor([row['category_id'] for row in rows], dtype=torch.long)
         target = dict(boxes=boxes[kept], labels=labels[kept], masks=masks)
         return dict(images=pad_to(pixels, image_size), sizes=(height, width), targets=target, index=i)
 
     def picture(self, i, size):
-        """Image i, PIL, as its json describes it, of (width, height): upright or, if only that fits, as it
-        is stored."""
-        path = os.path.join(self.root, self.paths[i])
-        image = read_image(path)
-        if [*image.size] == size:
-            return image
-        stored = read_stored(path)
-        if [*stored.size] == size:
-            return stored
-        message = f'{path} has {image.width} x {image.height} pixels, not the {size[0]} x {size[1]} of its json'
-        raise unusable(message, 'are of another size than their json says')
+        """Image i, PIL, of (width, height), as its json describes it."""
+        path = self.image(i)
+        image = read_sized(path, size)
+        if image.size != size:
+            message = f'{path} has {image.width} x {image.height} pixels, not the {size[0]} x {size[1]} of its json'
+            raise Unreadable(message, 'are of another size than their json says')
+        return image
 
     def truth(self, batch):
         """A COCO json's images of a batch, each with the list of its annotations, crowds too."""
@@ -2029,8 +2010,7 @@ class Instances(Files):
 
 
 def bounds(mask, size):
-    """The box [4] around the pixels of an object, polygons or bool [h, w], in an image of (height, width).
-    Zeros if there are none."""
+    """The box [4] around an object, polygons or bool [h, w], in an image of (height, width); else zeros."""
     corner = np.zeros(2)
     if isinstance(mask, list):              # only as much is filled as they may cover
         parts = [np.reshape(part, (-1, 2)) for part in mask]
@@ -2173,8 +2153,7 @@ def label_table(names):
 
 class LabelMaps(Files):
     """Images with label maps: PNGs of the same name with 8 or 16 bits a pixel, grey or with a palette. What
-    cannot be used is left out and counted in broken. names: of the classes whose numbers labels are; if None
-    the data's own."""
+    cannot be used is left out and counted in broken."""
 
     def __init__(self, spec, split='train', classes='', scale_jitter=(.5, 2.), names=None):
         looked = [(os.path.join(spec, images.format(name)), os.path.join(spec, labels.format(name)))
@@ -2225,16 +2204,13 @@ class LabelMaps(Files):
 
     def read(self, i):
         """Image i, PIL, and its classes, int16 [H, W]. Unreadable if they cannot be used."""
-        path = os.path.join(self.root, self.paths[i])
-        image = read_image(path)
         values = self.read_values(self.labels[i])
         height, width = values.shape
-        if image.size != (width, height):       # the map may be of the picture as it is stored
-            image = read_stored(path)
+        image = read_sized(self.image(i), (width, height))
         if image.size != (width, height):
             sizes = f'{width} x {height} pixels, its image {image.width} x {image.height}'
             message = f'{self.labels[i]} has {sizes}'
-            raise unusable(message, 'are of another size than their label map')
+            raise Unreadable(message, 'are of another size than their label map')
 
         # whole numbers that have a name, or 255
         numbers = np.nan_to_num(values.astype(np.float64), nan=-1).clip(-1, 65536).astype(np.int64)
@@ -2244,7 +2220,7 @@ class LabelMaps(Files):
             value = unknown[0]
             expected = f'none of the {len(self.classes)} classes; see --classes'
             message = f'{self.labels[i]} holds the value {value}, {expected}'
-            raise unusable(message, 'have a label map with a value that is no class', f' ({value})')
+            raise Unreadable(message, 'have a label map with a value that is no class', f' ({value})')
         return image, classes
 
     def read_values(self, path):
@@ -2254,13 +2230,13 @@ class LabelMaps(Files):
                 values = np.array(picture)
                 is_jpeg = picture.format == 'JPEG'
         except Unreadable as error:
-            raise unusable(str(error), 'have a label map that cannot be read') from None
+            raise Unreadable(str(error), 'have a label map that cannot be read') from None
         if is_jpeg:
             message = f'{path} is a JPEG, which blurs classes'
-            raise unusable(message, 'have a label map that is a JPEG')
+            raise Unreadable(message, 'have a label map that is a JPEG')
         if values.ndim != 2:
             message = f'{path} has {values.shape[2]} numbers a pixel; expected one, its class'
-            raise unusable(message, 'have a label map in colours')
+            raise Unreadable(message, 'have a label map in colours')
         return values
 
     def sample(self, i, image_size, u):
@@ -2350,8 +2326,9 @@ class WorldMaps(World):
 
 MOST_SHARDS = 100_000
 
-def open_world(kind, spec, split, **options):
-    """'shapes' or 'shapes:unique=2000,objects=1' -> a World of this kind; None if spec is something else."""
+def open_world(kind, spec, split, names=None, **options):
+    """'shapes' or 'shapes:unique=2000,objects=1' -> a World of this kind; None if spec is something else.
+    names: those that its classes must have, in their order."""
     name, _, knobs = spec.partition(':')
     if name != 'shapes':
         return None
@@ -2360,7 +2337,14 @@ def open_world(kind, spec, split, **options):
         if key not in World.BOUNDS or not value.isdecimal():
             raise Refused(f"--data {spec}: no knob '{knob}'; expected shapes:unique=N,fine=N,objects=N")
         options[key] = int(value)
-    return kind('val' if split == 'test' else split, **options)
+    world = kind('val' if split == 'test' else split, **options)
+    if names is None:
+        return world
+
+    numbers = find_classes(world.classes, names, f'--data {spec}')
+    if numbers != list(range(len(names))):
+        raise Refused(f'--data {spec} has {len(world.classes)} classes, expected {len(names)} in another order')
+    return world
 
 
 def open_data(spec, split='train', frames=0, views=Views(), captions=False, labels=False):
@@ -2395,39 +2379,23 @@ def expand(spec):               # 'x/{00..11}.tar' -> the twelve paths
 
 
 def open_instances(spec, split, images='', scale_jitter=(1., 1.), vocabulary='coarse', classes=None):
-    """--data of images with objects -> WorldInstances or Instances. classes: whose numbers labels are; if None
-    the data's own."""
+    """--data -> WorldInstances or Instances. classes: whose numbers labels are; if None the data's own."""
     check_scale_jitter(scale_jitter)
-    world = open_world(WorldInstances, spec, split, vocabulary=vocabulary)
-    if world:
-        return with_classes(world, spec, classes)
-    return Instances(spec, split, images, scale_jitter, classes)
+    world = open_world(WorldInstances, spec, split, classes, vocabulary=vocabulary)
+    return world or Instances(spec, split, images, scale_jitter, classes)
 
 
 def open_maps(spec, split, classes='', scale_jitter=(.5, 2.), image_size=0, names=None):
     """--data of label maps -> WorldMaps, of image_size, or LabelMaps. classes: a file that names the values.
     names: of the classes whose numbers labels are; if None the data's own."""
     check_scale_jitter(scale_jitter)
-    world = open_world(WorldMaps, spec, split, image_size=image_size)
-    if world:
-        return with_classes(world, spec, names)
-    return LabelMaps(spec, split, classes, scale_jitter, names)
-
-
-def with_classes(world, spec, names):
-    """The world, whose classes are as they are: refused if names are given and others."""
-    if names is not None and find_classes(world.classes, names, f'--data {spec}') != [*range(len(names))]:
-        raise Refused(f'--data {spec} has {len(world.classes)} classes, expected {len(names)} in another order')
-    return world
+    world = open_world(WorldMaps, spec, split, names, image_size=image_size)
+    return world or LabelMaps(spec, split, classes, scale_jitter, names)
 
 
 def check_scale_jitter(scale_jitter):
     if len(scale_jitter) != 2 or not 0 < scale_jitter[0] <= scale_jitter[1]:
         raise Refused(f'--scale_jitter {scale_jitter} are not two shares of the size, the smaller first')
-
-
-def to_device(batch, device):   # asynchronously from pinned memory
-    return {name: x.to(device, non_blocking=True) if torch.is_tensor(x) else x for name, x in batch.items()}
 
 
 def read_batch(dataset, num, end, options, begin):  # num positions from begin on
@@ -2451,7 +2419,10 @@ def stream(dataset, begins, num, end, device, workers, **options):
     try:
         for batch in loader:    # one pass; the workers end with it, or when the caller drops it
             dataset.broken.update(map(tuple, batch.pop('broken', ())))
-            yield to_device(batch, device)
+            for name, x in batch.items():
+                if torch.is_tensor(x):
+                    batch[name] = x.to(device, non_blocking=True)       # asynchronously from pinned memory
+            yield batch
     except Refused as error:    # torch's copy of a worker's: its traceback, then the line
         line = str(error).strip().splitlines()[-1]
         raise Refused(line.partition('Refused: ')[2] or line) from None

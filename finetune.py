@@ -256,8 +256,7 @@ def predict(model, dataset, cfg, device, processes=(0, 1), columns=None, order=N
         images = batch['images'].flatten(0, 1) if views > 1 else batch['images']
         if order is not None:
             images = images[:, order]
-        with run.autocast(device):
-            logits = model(model.normalize(images)).float()             # [B * views, K]
+        logits = model(model.normalize(images)).float()                 # [B * views, K]
         if columns is not None:
             logits = logits[:, columns].amax(-1)                        # [B * views, K, m] to [B * views, K]
         chances = logits.softmax(-1).unflatten(0, (-1, views)).mean(1)  # [B, K]
@@ -329,15 +328,14 @@ def draw_confusions(path, found, dataset, image_size, rows=4, columns=8):
 def apply_model(cfg, device, processes):
     """--image: the five likeliest classes of a picture. --eval: the scores on val/, or on all of data without it."""
     path = cfg.init or f'{cfg.out_dir}/model.pt'
-    model = M.load(path, M.ViT).to(device)
+    model = run.to_device(M.load(path, M.ViT), cfg, device)
     names = model.extra.get('classes', [])      # a released model has none, but its classes in their order
     if not model.pool or not model.config.head:
         raise Refused(f'{path} is no classifier; fine-tune it first')
     if cfg.image:
         image = data.load_view(cfg.image, model.image_size, cfg.view).to(device)        # [3, S, S]
         clip = image.expand(1, model.config.frames, -1, -1, -1)         # to a model of clips, one of equal frames
-        with run.autocast(device):
-            logits = model(model.normalize(clip))[0]    # [K]
+        logits = model(model.normalize(clip))[0]    # [K]
         chances, top = logits.float().softmax(-1).topk(min(5, len(logits)))
         for chance, k in zip(chances.tolist(), top.tolist()):
             print0(f'{chance:6.1%}  {names[k] if names else k}')
@@ -415,7 +413,6 @@ def train(cfg):
     start, _ = run.resume(cfg.out_dir, model, optimizer, cfg, ema, about)
     print0(f'{cfg.size}: {run.count_parameters(model) / 1e6:.2f}M parameters from {cfg.init}, {model.image_size} px, '
            f'{len(classes)} classes; {cfg.steps:,} steps of {cfg.batch_size} on {device}')
-    autocast = run.autocast(device)
     log = run.Log(cfg, start, device, run.training_flops(model.config))
     batches = data.batches(train_set, cfg.batch_size, model.image_size, start, cfg.steps, cfg.seed,
                            device, cfg.workers, rank, world)
@@ -444,8 +441,7 @@ def train(cfg):
         total = 0.
         for begin in range(0, num, micro):
             part = slice(begin, begin + micro)
-            with autocast:
-                logits = model(images[part], drop=drop[part])                   # [b, K]
+            logits = model(images[part], drop=drop[part])                       # [b, K]
             loss = F.cross_entropy(logits.float(), targets[part]) * micro / num
             loss.backward()
             total += loss.detach()

@@ -312,13 +312,12 @@ def interpolate_hidden(features, mask, grid, sharpness):
 
 
 @torch.no_grad()
-def evaluate(model, target, val, autocast):
+def evaluate(model, target, val):
     """Cosine on the hidden validation patches beside the baselines', and
     skill = (cosine - baseline) / (1 - baseline)."""
     parts = []
     for images, mask in zip(val.images.split(64), val.mask.split(64)):
-        with autocast:
-            predictions = model(model.normalize(images), mask if target.hides else None)
+        predictions = model(model.normalize(images), mask if target.hides else None)
         parts.append(target.read(predictions))
     cosine = hidden_cosine(torch.cat(parts), val.targets, val.mask)
 
@@ -449,7 +448,7 @@ def apply_model(cfg, train_set, val_set, device):
     """--eval: what any model's frozen features and, if it predicts what the target is, its predictions are worth;
     --image: its row of pictures for any photo."""
     path = cfg.init or f'{cfg.out_dir}/model.pt'
-    model = M.load(path, M.ViT).to(device)
+    model = run.to_device(M.load(path, M.ViT), cfg, device)
     run.refuse_clips(model, path)
     ours = 'target' in model.extra      # of a released file --teacher has to say what it predicts
     predicts = model.config.head and not model.pool and (ours or cfg.teacher or cfg.image)
@@ -476,7 +475,7 @@ def apply_model(cfg, train_set, val_set, device):
     metrics = run.probe(encode, train_set, val_set, model.image_size, run.NUM_PROBE, cfg, device)
     if predicts:
         val = make_validation(cfg, val_set, target, model.image_size, NUM_EVAL, device)
-        metrics |= evaluate(model, target, val, run.autocast(device))
+        metrics |= evaluate(model, target, val)
     print0(run.table(metrics))
     run.report_broken(train_set, val_set)
 
@@ -540,10 +539,9 @@ def train(cfg, teacher=None):
     # what it is judged on; a rehearsal of one step is not judged on 1,024 images
     most = max(8, cfg.steps * cfg.batch_size)
     val = make_validation(cfg, val_set, target, config.image_size, min(NUM_EVAL, most), device)
-    autocast = run.autocast(device)
 
     def measure():
-        metrics = evaluate(model, target, val, autocast)
+        metrics = evaluate(model, target, val)
         encode = run.pooled_features(model)
         num = min(run.NUM_PROBE, most)
         return metrics | run.probe(encode, train_set, val_set, config.image_size, num, cfg, device)
@@ -576,11 +574,10 @@ def train(cfg, teacher=None):
         size = cfg.micro_batch or len(images)
         loss = 0.
         for images, mask, drop in zip(images.split(size), mask.split(size), drop.split(size)):
-            with torch.no_grad(), autocast:
+            with torch.no_grad():
                 targets = target.of(images)                     # [B, N, C]
-            with autocast:
-                seen = mask if target.hides else None
-                predictions = model(model.normalize(images), seen, drop=drop)
+            seen = mask if target.hides else None
+            predictions = model(model.normalize(images), seen, drop=drop)       # [B, N, C]
             part = target.loss(predictions, targets, mask, num_hidden)
             (part * world).backward()                           # FSDP divides by the processes
             loss += part.detach()

@@ -34,6 +34,7 @@ import torch.distributed.checkpoint.state_dict as dcp_state
 import torch.distributed.fsdp as fsdp
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.nn.functional import all_gather
 from tqdm import tqdm
 
@@ -225,21 +226,20 @@ def print0(*values, file=None):
 
 
 def setup(cfg):
-    """(rank, number of processes, device, mesh) by torchrun's variables; no mesh with one process."""
+    """(rank, number of processes, device, mesh) by torchrun's variables; no mesh without them."""
     global cpu_group
     world = int(os.environ.get('WORLD_SIZE', 1))
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
     device = find_device(cfg.device, local_rank, int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
     if device.type == 'cuda':
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision('high')      # TF32 where autocast keeps float32
 
     # each process has an equal part of every batch, in equal parts again
     multiple = world * (getattr(cfg, 'micro_batch', 0) or 1)
     if cfg.batch_size % multiple:
         raise Refused(f'--batch_size {cfg.batch_size} is no multiple of {multiple}: processes x --micro_batch')
-    if world == 1:
-        return get_rank(), world, device, None
+    if 'RANK' not in os.environ:
+        return 0, 1, device, None
     if not dist.is_initialized():
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
         cpu_group = dist.new_group(backend='gloo', timeout=timedelta(days=30))
@@ -261,7 +261,7 @@ def find_device(name, local_rank, local_world):
 
 
 def autocast(device):
-    """bf16 matrix products on cuda, float32 elsewhere; enter it as often as needed."""
+    """bf16 matrix products on cuda, float32 elsewhere."""
     return torch.autocast('cuda', torch.bfloat16) if device.type == 'cuda' else contextlib.nullcontext()
 
 
@@ -311,13 +311,14 @@ def gather_lists(rows):
 
 
 def to_device(model, cfg, device, mesh=None):
-    """Moves a model; in place, its blocks are compiled, made to compute activations again, and sharded."""
+    """Moves a model; in place, its blocks are compiled, made to compute activations again, and sharded. From
+    then on it computes in bf16 on cuda, wherever it is called: in training, evaluation, pictures and probes."""
     model.to(device)
-    compiled = device.type == 'cuda' if cfg.compile is None else cfg.compile
+    compiled = device.type == 'cuda' and not (cfg.eval or cfg.image) if cfg.compile is None else cfg.compile
 
     # bf16 halves what is gathered; gradients are summed, and the residual stream stays, in float32
     half = torch.bfloat16 if device.type == 'cuda' else None
-    policy = fsdp.MixedPrecisionPolicy(half, torch.get_default_dtype(), cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.get_default_dtype(), cast_forward_inputs=False)
     again = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
     for block in [module for module in model.modules() if isinstance(module, M.Block)]:
         if compiled:
@@ -329,10 +330,20 @@ def to_device(model, cfg, device, mesh=None):
 
     if mesh:
         fsdp.fully_shard(model, mesh=mesh, reshard_after_forward=True)
-        for name in ('features', 'patch_features', 'encode_image', 'encode_text'):
-            if hasattr(model, name):        # they gather weights as forward does
+    for name in ('forward', 'features', 'patch_features', 'encode_image', 'encode_text'):
+        if hasattr(model, name):
+            if mesh and name != 'forward':          # they gather weights as forward does
                 fsdp.register_fsdp_forward_method(model, name)
+            setattr(model, name, with_autocast(getattr(model, name), device))
     return model
+
+
+def with_autocast(function, device):
+    """The same function, under autocast."""
+    def called(*args, **options):
+        with autocast(device):
+            return function(*args, **options)
+    return called
 
 
 @contextlib.contextmanager
@@ -364,6 +375,8 @@ def in_thread(items, stream=None, depth=2):
     items = iter(items)
 
     def make():
+        if stream:
+            torch.cuda.set_device(stream.device)        # a thread begins on the first GPU
         with torch.cuda.stream(stream):
             return next(items, None), stream and stream.record_event()
 

@@ -85,7 +85,6 @@ class Step:
         self.vit = run.to_device(student, cfg, device)
         self.target = mim_pretrain.Features(run.to_device(frozen, cfg, device), self.vit.grid)
         self.adamw = run.make_optimizer(self.vit, cfg)
-        self.autocast = run.autocast(device)
         self.take(num)
 
     def take(self, num):
@@ -109,12 +108,11 @@ class Step:
         self.drop = drop.unflatten(1, (-1, 2)).to(self.device)
 
     def teacher(self):
-        with torch.no_grad(), self.autocast:
+        with torch.no_grad():
             self.targets = self.target.of(self.images)
 
     def model(self):
-        with self.autocast:
-            predictions = self.vit(self.vit.normalize(self.images), self.mask, drop=self.drop)
+        predictions = self.vit(self.vit.normalize(self.images), self.mask, drop=self.drop)
         loss = mim_pretrain.mim_loss(predictions, self.targets, self.mask, self.mask.sum())
         loss.backward()
 

@@ -120,7 +120,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path):
     dataset = data.open_instances(folder, 'train')
     assert Counter(what.split(' ')[0] for what, _ in dataset.broken) == dict(boxes=2, masks=1, annotations=2, images=1)
     assert len(dataset) == 3 and [len(dataset.rows[10 + i]) for i in range(3)] == [2, 1, 0]
-    assert dataset.rows[10][1]['box'].tolist() == [30, 20, 32, 24]                          # cut at the border
+    assert dataset.rows[10][1]['box'] == [30, 20, 32, 24]                          # cut at the border
 
 
 def test_crowds_are_judged_and_not_learnt(tmp_path):
@@ -242,7 +242,7 @@ def test_whole_numbers_are_accepted_in_any_type(tmp_path):
     rows += [row(2) | dict(iscrowd=None, area=math.nan), row(3, area='80')]
     dataset = data.open_instances(write_json(tmp_path, rows, images=images), 'train')
     found = [part for parts in dataset.rows.values() for part in parts]
-    assert not dataset.broken and [part['label'] for part in found] == [0, 1, 0, 0]
+    assert not dataset.broken and [part['category_id'] for part in found] == [0, 1, 0, 0]
     assert [part['area'] for part in found] == [80] * 4
 
 
@@ -265,7 +265,7 @@ def test_labels_are_numbers_of_the_training_sets_classes(tmp_path):
         rename(tmp_path, 'val', categories=categories, annotations=rows)
         val = data.open_instances(folder, 'val', classes=train.classes)
         assert val.classes == ['cat', 'dog'] and [row['name'] for row in val.categories] == ['cat', 'dog']
-        assert [val.rows[10 + n][0]['label'] for n in range(len(labels))] == labels
+        assert [val.rows[10 + n][0]['category_id'] for n in range(len(labels))] == labels
 
 
 def test_a_class_that_only_validation_has_is_refused(tmp_path):

@@ -355,7 +355,7 @@ def test_a_detector_is_judged_by_the_names_of_its_classes(tmp_path, capsys):
     assert "has no names for its 3 classes: they are taken in the order of the data's, 'a' to 'c'" in capsys.readouterr().out
 
 
-def find_all(model, batch, originals, choose, device):
+def find_all(model, batch, originals, choose):
     """A detector that finds every object, as the data number its class."""
     found = []
     for target, (height, width) in zip(batch['targets'], originals):
@@ -447,7 +447,7 @@ def test_two_processes_of_which_one_sees_no_boxes(tmp_path, double):
             torch.testing.assert_close(two[name], gradient, atol=1e-9, rtol=1e-9, msg=name)
 
 
-def find_the_first(model, batch, originals, choose, device):
+def find_the_first(model, batch, originals, choose):
     """A detector that finds the first box of each image, and takes every second image's for another class."""
     found = []
     for i, target, (height, width) in zip(batch['index'], batch['targets'], originals):

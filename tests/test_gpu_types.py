@@ -1,0 +1,29 @@
+"""What a GPU would refuse, seen on a CPU: tensors of two types, where weights are bf16 or a model runs outside of autocast."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+TESTS = os.path.dirname(os.path.abspath(__file__))
+
+
+@pytest.mark.parametrize('processes, command', [
+    (2, 'mim_pretrain.py --teacher assets/nano-teacher.pt --checkpoint_activations --micro_batch 4'),
+    (1, 'clip_train.py'),
+    (1, 'finetune.py --init assets/nano-eva.pt --ema .9'),
+    (1, 'detect_seg.py --image_size 64'),
+    (1, 'detect_seg.py --head mask2former --image_size 64')])
+def test_a_run_in_bf16_saves_evaluates_and_goes_on(tmp_path, processes, command):
+    """Under torchrun, from its checkpoint after step 1: nothing calls a model outside of autocast."""
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]
+    flags = f'--size pico --device cpu --batch_size 8 --steps 2 --save_every 1 --log_every 1 --out_dir {tmp_path}'
+    words = [*torchrun, os.path.join(TESTS, 'as_on_gpus.py'), *command.split(), *flags.split()]
+    for _ in range(2):
+        done = subprocess.run(words, cwd=os.path.dirname(TESTS), text=True, capture_output=True, check=False,
+                              env=dict(os.environ, OMP_NUM_THREADS='1'))
+        assert done.returncode == 0, done.stderr[-2000:]
+        result = json.loads((tmp_path / 'result.json').read_text())
+        (tmp_path / 'result.json').unlink()
+    assert 'at step 1' in done.stdout and result['skipped'] == 0
