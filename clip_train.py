@@ -9,6 +9,7 @@ CLIP, arXiv:2103.00020; EVA-CLIP, arXiv:2211.07636, section 2.3.
     python clip_train.py --eval --init clip.pt --data val  # zero-shot classification and retrieval
 """
 import math
+import re
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -181,6 +182,11 @@ def read_lines(path):
     return [line.strip() for line in lines if line.strip()]
 
 
+def plain(name):
+    """A name without what spellings differ in."""
+    return name.strip().casefold().replace('_', ' ')
+
+
 def read_classes(path, folders):
     """A name for each class of the data: of its line 'folder<tab>name', or of the line at its place."""
     lines = read_lines(path)
@@ -196,9 +202,14 @@ def read_classes(path, folders):
                           'folder, tab, name')
         return [name_of[folder] for folder in folders]
 
-    # the data's own names in another order
-    if {line.replace('_', ' ') for line in lines} == {folder.replace('_', ' ') for folder in folders}:
+    # the data's own names in another order, or some of them: then the place means nothing
+    plain_folders = {plain(folder) for folder in folders}
+    if {plain(line) for line in lines} == plain_folders:
         return folders
+    for line in lines:
+        if plain(line) in plain_folders or plain(re.split('[,; ]', line)[0]) in plain_folders:
+            raise Refused(f'{path}: {line!r} names a class of the data, other lines do not; give each class a line: '
+                          'folder, tab, name')
     if len(lines) != len(folders):
         raise Refused(f'{path} has {len(lines)} names for the {len(folders)} classes of the '
                       f'data ({", ".join(folders[:3])}, ...); give one a line, or folder, tab, name')

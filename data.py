@@ -1089,10 +1089,11 @@ AUGMENTS = {'rand': rand_augment, 'colour': change_colours}
 
 # ---- folders, clips and shards ------------------------------------------------------------------
 
-SPLIT_FOLDERS = {  # names of the folders that hold a split
-    'train': ('train', 'Train', 'training', 'Training'),
-    'val': ('val', 'Val', 'valid', 'Valid', 'validation', 'Validation'),
-    'test': ('test', 'Test', 'testing', 'Testing')}
+SPLIT_FOLDERS = {  # names of the folders that hold a split, in small letters
+    'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'dev': 'val',
+    'test': 'test', 'testing': 'test'}
+LIKE_A_SPLIT = re.compile('train|val|test|dev|pred', re.IGNORECASE)     # seg_train, seg_test
+UNREAD = '.heic', '.heif', '.avif', '.jxl', '.svg', '.psd', '.raw', '.dng'       # pictures, but none of SUFFIXES
 SAMPLE_TEXT = 2 ** 20           # bytes of a caption's file, or of the json that holds it
 SAMPLE_CLASS = 1000             # and of a class's
 
@@ -1101,38 +1102,44 @@ def find_splits(path):
     """-> (path or, where the splits are there, path/images; {'train', 'val' or 'test': its folder})."""
     for base in (os.path.join(path, 'images'), path):
         found = {}
-        for split, names in SPLIT_FOLDERS.items():
-            for place in (os.path.join(base, name) for name in names):
-                if os.path.isdir(place):
-                    found[split] = place
+        for name in sorted(os.listdir(base)) if os.path.isdir(base) else []:
+            place = os.path.join(base, name)
+            split = SPLIT_FOLDERS.get(name.casefold())
+            if split in found:
+                raise Refused(f'{place} and {found[split]} are both of the split {split}; keep one of them')
+            if split and os.path.isdir(place):
+                found[split] = place
         if found:
             break
     return base, found
 
 
 def list_files(root, skip=()):
-    """-> (paths of images below root, with '/', in natural order; those of .txt files, without suffix).
-    Hidden ones do not count, nor folders in skip. Refused where a folder cannot be read."""
+    """-> (paths of images below root, with '/', in natural order; those of .txt files, without suffix; those
+    of pictures that are not read). Hidden ones do not count, nor folders in skip. Refused where a folder
+    cannot be read."""
     def refuse(error):
         raise Refused(f'{error.filename} cannot be read ({error.strerror})')
 
     images = []
     texts = set()
-    walked = set()              # a link may lead to a folder above it
+    unread = []
     for folder, inner, names in os.walk(root, onerror=refuse, followlinks=True):
-        if os.path.realpath(folder) in walked:
-            inner.clear()
-            continue
-        walked.add(os.path.realpath(folder))
+        here = os.path.realpath(folder) + os.sep
         inner[:] = [name for name in inner if name[0] != '.']
         inner[:] = [name for name in inner if os.path.join(folder, name) not in skip]
+        # a link may lead to a folder above it
+        inner[:] = [name for name in inner
+                    if not here.startswith(os.path.realpath(os.path.join(folder, name)) + os.sep)]
         place = f'{os.path.relpath(folder, root)}/'.removeprefix('./')
         for name in names:
             if name.lower().endswith(SUFFIXES) and name[0] != '.':
                 images.append(place + name)
             elif name.endswith('.txt'):
                 texts.add(place + name[:-4])
-    return sorted(images, key=natural), texts
+            elif name.lower().endswith(UNREAD):
+                unread.append(place + name)
+    return sorted(images, key=natural), texts, unread
 
 
 def split_by_hash(paths):
@@ -1174,10 +1181,17 @@ class Files:
 
     def identity(self):
         """What a checkpoint remembers of its data."""
-        names = '\n'.join(self.paths).encode('utf-8', 'surrogateescape')
         classes = getattr(self, 'label_names', self.classes)
-        names = hashlib.blake2b(names, digest_size=8).hexdigest()
-        return dict(samples=len(self.paths), names=names, classes=classes)
+        names = '\n'.join(self.paths).encode('utf-8', 'surrogateescape')
+        digest = hashlib.blake2b(names, digest_size=8)
+        digest.update(self.contents())
+        return dict(samples=len(self.paths), names=digest.hexdigest(), classes=classes)
+
+    def contents(self):
+        """What tells data from others with files of the same names: here the sizes of these."""
+        paths = map(self.image, range(len(self.paths)))
+        sizes = [os.path.getsize(path) for path in paths if os.path.isfile(path)]
+        return repr(sizes).encode()
 
     def index(self, position, seed):  # which samples stand at these positions [B] of a run
         return sample_index(position, len(self), seed).tolist()
@@ -1245,9 +1259,13 @@ class Folder(Files):
             raise Refused(f'{path} has only a folder of tests; to use it give {only} as --data')
         train = folders.get('train', base)
         val = folders.get('val', train)
+        if list(folders) == ['train'] and list_files(base, [train])[0]:
+            raise Refused(f'{base} has images beside {train}; give {train} as --data, or call it something '
+                          'else if it is a class')
         self.root = train if split == 'train' else val
         other = val if split == 'train' else train
-        files, texts = self.find(self.root, folders.values())
+        files, texts, unread = self.find(self.root, folders.values())
+        self.broken |= {('pictures have an ending that is not read', name) for name in unread}
         others = self.find(other, folders.values())[0] if val != train else []
         if not files:
             looked = ' '.join(SUFFIXES) + ' and .tar shards'
@@ -1261,6 +1279,10 @@ class Folder(Files):
         depth = len(shared)
         class_of = {name: part[depth] for name, part in zip(names, parts) if len(part) > depth}
         files, class_of = self.with_class(files, others, class_of, labels)
+        class_of = self.common_classes(class_of, files, others, split, labels)
+        classes = {*class_of.values()}
+        if len(classes) > 1 and all(map(LIKE_A_SPLIT.search, classes)):
+            raise Refused(f'{path}: are {", ".join(sorted(classes))} classes? Splits are called train/, val/ and test/')
 
         # of a caption's file more than its size is seen when it is read
         self.texts = set()      # images with one
@@ -1298,6 +1320,18 @@ class Folder(Files):
             return self.only(names, class_of, 'class'), class_of
         return names, {}
 
+    def common_classes(self, class_of, names, others, split, labels):
+        """class_of, or nothing where a class is in validation only: then the splits' folders are not of one
+        kind. Where labels are asked for it stays, for who learns them to refuse."""
+        here = {class_of.get(name) for name in names}
+        there = {class_of.get(name) for name in others}
+        only = (there - here if split == 'train' else here - there) - {None}
+        if labels or not others or not only:
+            return class_of
+        reason = 'classes are in validation only, so that no image has a class'
+        self.broken |= {(reason, name) for name in only}
+        return {}
+
     def part(self, names, split):
         """The names of a split by hash. What was left out of both is training's to report."""
         if len(names) < 4:
@@ -1326,7 +1360,7 @@ class Folder(Files):
         if found:
             return found[int(u * len(found))]
         if not self.classes:
-            raise Unreadable(f'{self.paths[i]} has no caption')
+            raise Unreadable(f'{self.paths[i]} has no caption', 'have no caption')
         return 'a photo of a ' + self.classes[self.labels[i]].replace('_', ' ')
 
     def captions(self, i):
@@ -1370,7 +1404,7 @@ class Clips(Folder):
         if root == self.root:
             reason = f'clips have fewer than {self.frames} frames and were left out'
             self.broken |= {(reason, name or '.') for name in short}
-        return sorted(num_frames.keys() - short, key=natural), set()
+        return sorted(num_frames.keys() - short, key=natural), set(), []
 
     def frame_paths(self, i, times):
         """A frame from every T-th of clip i. times: T numbers from 0 to 1, where in its part each lies."""
@@ -1452,10 +1486,13 @@ class Shards(Folder):
                     base, _, suffix = os.path.basename(name).partition('.')
                     what = 'image' if base and f'.{suffix.lower()}' in SUFFIXES else suffix
                     key = os.path.join(place, os.path.dirname(name).lstrip('/'), base)
+                    if base and what == suffix and suffix.lower().endswith(SUFFIXES + UNREAD):
+                        reason = 'members have two endings, of which the first counts: no pictures'
+                        self.broken.add((reason, f'{key}.{suffix}'))
                     row = rows.setdefault(key, {})
                     if what in row:
                         reason = 'members are there again, of which the last counts'
-                        self.broken.add((reason, f'{key}.{suffix}'))
+                        self.broken.add((reason, f'{key}.{suffix} at byte {row[what][1]:,}'))
                     row[what] = shard, offset, size
             except Exception:           # what comes before the damage counts
                 self.broken.add(('shards are cut short or damaged', path))
@@ -1486,6 +1523,9 @@ class Shards(Folder):
         with open(self.shards[shard], 'rb') as file:
             file.seek(offset)
             return file.read(min(size, most))
+
+    def contents(self):
+        return self.rows.tobytes() + repr(self.labels).encode()
 
     def captions(self, i):
         _, text, held = self.rows[i]
@@ -1634,6 +1674,7 @@ def bilinear_part(image, whole, corner, size):
 REPEAT = .001           # LVIS: images of classes in fewer of them than this share are shown more often
 SMALLEST = 8            # visible pixels of an object of the world that counts
 PLACES = ('{}', '../{}2017', '../images/{}', 'images/{}', '..', '.')        # of images, beside the json
+LISTED_AGAIN = 'images are listed twice', 'annotations have the id of another'
 LONGEST_OUTLINE = 200   # times its image's longer side: more is no object's, and takes gigabytes
 
 
@@ -1759,7 +1800,8 @@ def object_trouble(row, size, label_of):
     # what is judged
     if not are_numbers([row.get('area')], 0, 1e10):
         row['area'] = w * h
-    row['iscrowd'] = whole(row.get('iscrowd') or 0)
+    is_crowd = row.get('iscrowd') or 0
+    row['iscrowd'] = int(is_crowd) if is_crowd is True else whole(is_crowd)
     if row['iscrowd'] not in (0, 1):
         return 'annotations have an iscrowd that is neither 0 nor 1'
 
@@ -1872,7 +1914,8 @@ class Instances(Files):
     def leave_out(self, what, n, row, trouble):
         """Counts a json's row, named by its id or, without one, by its place."""
         number = read_id(row.get('id')) if isinstance(row, dict) else None
-        name = f'{what}s[{n}]' if number is None else f'{what} {number!s:.40}'
+        is_one = number is not None and trouble not in LISTED_AGAIN
+        name = f'{what} {number!s:.40}' if is_one else f'{what}s[{n}]'
         self.broken.add((trouble + ' and were left out', name))
 
     def usable_images(self, path, rows):
@@ -1935,6 +1978,10 @@ class Instances(Files):
             row['image_id'] = image
             rows[image].append(row)
         return rows
+
+    def contents(self):
+        objects = [(row['category_id'], row['box']) for rows in self.rows.values() for row in rows]
+        return super().contents() + repr(objects).encode()
 
     def frequencies(self):      # in how many images each class is [K]
         counts = torch.zeros(len(self.classes))
@@ -2147,7 +2194,8 @@ def label_table(names):
     there = np.array([name != '-' for name in names])
     table = np.full(65536, UNKNOWN, dtype=np.int16)
     table[:len(names)] = np.where(there, there.cumsum() - 1, IGNORED)
-    table[255] = IGNORED
+    if len(names) <= 255:
+        table[255] = IGNORED
     return table
 
 
@@ -2213,7 +2261,9 @@ class LabelMaps(Files):
             raise Unreadable(message, 'are of another size than their label map')
 
         # whole numbers that have a name, or 255
-        numbers = np.nan_to_num(values.astype(np.float64), nan=-1).clip(-1, 65536).astype(np.int64)
+        numbers = values
+        if values.dtype not in (np.uint8, np.uint16):
+            numbers = np.nan_to_num(values.astype(np.float64), nan=-1).clip(-1, 65536).astype(np.int64)
         classes = np.append(self.table, (UNKNOWN, UNKNOWN))[numbers]        # of 65536 and of -1
         unknown = values[(classes == UNKNOWN) | (numbers != values)]
         if unknown.size:
@@ -2243,6 +2293,9 @@ class LabelMaps(Files):
         """dict of images uint8 [3, S, S] and labels int64 [S, S], to learn from; truth is for judging."""
         image, labels = crop_maps(*self.read(i), image_size, self.scale_jitter, u)
         return dict(images=image, labels=labels)
+
+    def contents(self):
+        return super().contents() + repr([os.path.getsize(path) for path in self.labels]).encode()
 
     def truth(self, positions, device):
         """Yields each image that can be used, uint8 [1, 3, H, W], with its classes [1, H, W]."""
@@ -2353,8 +2406,12 @@ def open_data(spec, split='train', frames=0, views=Views(), captions=False, labe
     world = open_world(World, spec, split, frames=frames)
     if world:
         return world
-    is_folder = os.path.isdir(spec)
-    shards = sorted(glob.glob(os.path.join(glob.escape(spec), '*.tar'))) if is_folder else expand(spec)
+    shards = expand(spec)
+    if os.path.isdir(spec):
+        shards = sorted(glob.glob(os.path.join(glob.escape(spec), '*.tar')))
+        splits = ', '.join(find_splits(spec)[1].values())
+        if shards and splits:
+            raise Refused(f'--data {spec} has {shards[0]} beside {splits}; give one of them, or move it away')
     for path in shards:
         if not os.path.exists(path):
             raise Refused(f"--data {spec}: {path} does not exist; expected a folder of images, a folder of .tar "

@@ -98,7 +98,8 @@ NUM_EVAL = 500              # validation images of the built-in world; of others
 NUM_ASKED = 50              # LVIS: classes that a batch is asked for
 LINEAR_RATE = 10.           # times --lr, of a linear head: it starts from nothing, on features that are there
 SAID = 'box_ap', 'box_ap50', 'mask_ap', 'mask_ap50', 'miou', 'pixel_accuracy'       # during a run
-IMAGENET = dict(mean=(.485, .456, .406), std=(.229, .224, .225))        # the released models'
+IMAGENET_MEAN = .485, .456, .406        # the released models'
+IMAGENET_STD = .229, .224, .225
 LARGEST_GROWTH = math.log(1000 / 16)    # of a box's side in one step: a wild prediction must not overflow
 STRIDE = 512 / 896          # of the windows that an image is tested in, as a share of their side
 NO_OBJECT = .1              # weight of a query that should find nothing, beside one that should find a mask
@@ -148,8 +149,7 @@ def make_anchors(grids, strides, ratios=(.5, 1., 2.), sizes=None):
         size = sizes[i] if sizes else 8 * strides[i]
         width = torch.tensor([math.sqrt(size ** 2 / ratio) for ratio in ratios])
         half = torch.stack((width, width * torch.tensor(ratios)), 1) / 2                # [3, 2]
-        cells = torch.cartesian_prod(torch.arange(h), torch.arange(w))                  # (y, x)
-        corner = cells.flip(1)[:, None] * strides[i]
+        corner = torch.cartesian_prod(torch.arange(h), torch.arange(w)).flip(1)[:, None] * strides[i]
         levels.append(torch.cat((corner - half, corner + half), 2).flatten(0, 1))
     return levels
 
@@ -178,8 +178,12 @@ def sample(labels, num, positive_share, u):
 def nms(boxes, scores, threshold, classes=None, block=128):
     """Greedy non-maximum suppression. boxes [n, 4], scores [n], classes [n] -> indices, best first.
     A box stays if no better one that stays, of the same class, overlaps it by an IoU above threshold."""
+    limit = np.float32(threshold)
+    if float(limit) > threshold:            # in float32 3 / 10 is above the double .3, as .3 is
+        limit = np.nextafter(limit, np.float32(-1))
+
     def suppresses(i, j):
-        over = pairwise_iou(boxes[i], boxes[j]).double() > threshold    # a float32's 3 / 10 is above .3
+        over = pairwise_iou(boxes[i], boxes[j]) > float(limit)
         return over if classes is None else over & (classes[i, None] == classes[j])
 
     left = scores.argsort(descending=True, stable=True)
@@ -199,12 +203,19 @@ def nms(boxes, scores, threshold, classes=None, block=128):
     return torch.cat(kept)
 
 
-def soft_nms(boxes, scores, threshold=.6, min_score=1e-3):
+def soft_nms(boxes, scores, threshold=.6, min_score=1e-3, method='linear', sigma=.5):
     """Soft-NMS (arXiv:1704.04503), all classes at once. boxes [n, 4], scores [K, n] -> new scores [K, n].
-    The best box left is taken; those it overlaps by an IoU of the threshold or more score 1 - IoU times as
-    much; until none left has min_score. What is not taken gets 0. The very first is always taken."""
+    The best box left is taken and lowers the scores of those it overlaps, until none left has min_score.
+    linear and naive: times 1 - IoU, or 0, from the threshold on. gaussian: times exp(-IoU^2 / sigma).
+    What is not taken gets 0. The very first is always taken."""
     iou = pairwise_iou(boxes, boxes)
-    factor = torch.where(iou.double() >= threshold, 1 - iou, 1.)
+    if method == 'gaussian':
+        factor = (-iou ** 2 / sigma).exp()
+    elif method == 'linear':
+        factor = torch.where(iou.double() >= threshold, 1 - iou, 1.)
+    else:
+        factor = torch.where(iou.double() >= threshold, 0., 1.)
+
     left = scores.clone()
     taken = torch.zeros_like(scores)
     for turn in range(scores.shape[1]):
@@ -223,9 +234,10 @@ def soft_nms(boxes, scores, threshold=.6, min_score=1e-3):
 
 
 def choose_detections(boxes, scores, image_size, threshold=.05, iou=.5, most=100, soft=None):
-    """What is reported of one image: boxes [n, 4], scores [n], classes [n], best first.
+    """What is reported of one image: boxes [n, 4], scores [n], classes [n], rows [n], best first.
+    boxes [R, 4] for all classes; scores [R, K].
     What scores above the threshold goes through NMS class by class, and the best `most` stay.
-    boxes [R, 4], scores [R, K]. soft: threshold of soft_nms in its place; all that it takes stay."""
+    soft: options of soft_nms, which takes its place; all that it takes stay."""
     finite = boxes.isfinite().all(1) & scores.isfinite().all(1)
     boxes = clip_boxes(boxes[finite], image_size)
     scores = scores[finite]
@@ -237,16 +249,17 @@ def choose_detections(boxes, scores, image_size, threshold=.05, iou=.5, most=100
         scores = scores[order]
     else:
         scores = torch.where(scores > threshold, scores, -torch.inf)
-        taken = soft_nms(boxes, scores.T, soft)                     # [K, R]
+        taken = soft_nms(boxes, scores.T, **soft)                   # [K, R]
         classes, rows = (taken > 0).nonzero(as_tuple=True)
         scores, order = taken[classes, rows].sort(descending=True, stable=True)
-    return boxes[rows[order]], scores, classes[order]
+    rows = rows[order]
+    return boxes[rows], scores, classes[order], rows
 
 
 @torch.no_grad()
 def choose_proposals(logits, deltas, anchors, image_size, before, after, threshold=.7):
-    """One image's region proposals [m, 4], best first. By level the `before` best anchors [n, 4] by
-    logits [n] are moved by deltas [n, 4] and clipped; NMS leaves `after` in all."""
+    """One image's region proposals: boxes [m, 4] and logits [m], best first. By level the `before` best
+    anchors [n, 4] by logits [n] are moved by deltas [n, 4] and clipped; NMS leaves `after` in all."""
     boxes, scores, levels = [], [], []
     for level, anchor in enumerate(anchors):
         score, index = logits[level].topk(min(before, len(anchor)))
@@ -256,8 +269,8 @@ def choose_proposals(logits, deltas, anchors, image_size, before, after, thresho
     boxes = clip_boxes(torch.cat(boxes), image_size)
     scores = torch.cat(scores)
     index = has_area(boxes).nonzero()[:, 0]
-    kept = nms(boxes[index], scores[index], threshold, torch.cat(levels)[index])
-    return boxes[index[kept[:after]]]
+    index = index[nms(boxes[index], scores[index], threshold, torch.cat(levels)[index])[:after]]
+    return boxes[index], scores[index]
 
 
 def rpn_targets(anchors, targets, u, num=256, positive_share=.5):
@@ -274,22 +287,31 @@ def rpn_targets(anchors, targets, u, num=256, positive_share=.5):
 def rpn_losses(logits, deltas, anchors, labels, goals):
     """Two sums: cross-entropy of the anchors asked, is there an object? L1 of the positive ones' moves.
     logits and labels [B, n]; deltas and goals [B, n, 4]; anchors [n, 4]."""
+    # is there an object?
     asked = labels >= 0
     objectness = F.binary_cross_entropy_with_logits(
         logits[asked], labels[asked].to(logits), reduction='sum')
-    move = box_loss(anchors.expand_as(goals), deltas, labels == 1, goals, (1., 1., 1., 1.))
+
+    # how should the anchor move?
+    positive = labels == 1
+    start = anchors.expand_as(goals)[positive]
+    wanted = encode_boxes(start, goals[positive], (1., 1., 1., 1.))
+    move = F.l1_loss(deltas[positive], wanted, reduction='sum')
     return objectness, move
 
 
 # ---- boxes: regions and their masks -------------------------------------------------------------
 
-def bin_weights(start, end, out, size):
+def bin_weights(start, end, out, size, ratio):
     """RoIAlign along one axis, whose cells have their centres at 0 to size - 1.
-    Boxes from start to end [R] fall into `out` bins. A bin's value is the mean over its points, one
-    per cell begun, each interpolated between two cells.
+    Boxes from start to end [R] fall into `out` bins. A bin's value is the mean over its points,
+    each interpolated between two cells. ratio: points in a bin; 0: one per cell begun.
     -> the first cell needed [R], the last plus 1 [R], and the cells' weights [R, out, most cells]."""
     step = (end - start) / out                                              # [R], a bin's side
-    num = step.ceil()
+    if ratio:
+        num = torch.full_like(step, ratio)
+    else:
+        num = step.ceil().clamp(min=0)
     share = num.clamp(min=1)
 
     # the points of every bin
@@ -316,16 +338,22 @@ def bin_weights(start, end, out, size):
     return begin.long(), stop.long(), weights / share[:, None, None]
 
 
+def box_windows(image, y, x):
+    """[(image, rows, columns) of the map] for every box. image [R]; y and x: as of bin_weights."""
+    tall = [slice(top, bottom) for top, bottom in zip(y[0].tolist(), y[1].tolist())]
+    wide = [slice(left, right) for left, right in zip(x[0].tolist(), x[1].tolist())]
+    return list(zip(image.tolist(), tall, wide))
+
+
 class PoolBoxes(torch.autograd.Function):
-    """weights of y @ window of the map @ weights of x, for each box [R, C, out, out]: bilinear interpolation
-    is separable, and so is its mean over a bin. Half the time of visiting every point, or a third.
+    """weights of y @ window of the map @ weights of x, for each box [R, C, out, out].
+    Bilinear interpolation is separable, and so is its mean over a bin. Two small products a box
+    take half the time of visiting every point (a third on channels-last maps).
     features [B, C, H, W]; image [R]; y and x as of bin_weights."""
 
     @staticmethod
     def forward(ctx, features, image, y, x):
-        tall = map(slice, y[0].tolist(), y[1].tolist())
-        wide = map(slice, x[0].tolist(), x[1].tolist())
-        ctx.windows = list(zip(image.tolist(), tall, wide))
+        ctx.windows = box_windows(image, y, x)
         ctx.weights = y[2], x[2]
         ctx.shape = features.shape
         rows, columns = ctx.weights                             # each [R, out, cells]
@@ -342,7 +370,8 @@ class PoolBoxes(torch.autograd.Function):
             down = rows[n, :, :h]
             across = columns[n, :, :w]
             window = across @ window                            # [h, out, C]
-            torch.mm(down, window.flatten(1), out=pooled[n].flatten(1))
+            result = pooled[n].flatten(1)                       # [out, out * C]
+            torch.mm(down, window.flatten(1), out=result)
         return pooled.permute(0, 3, 1, 2)
 
     @staticmethod
@@ -364,16 +393,24 @@ class PoolBoxes(torch.autograd.Function):
         return cells.permute(0, 3, 1, 2), None, None, None
 
 
-def roi_align(features, boxes, image, out, scale=1.):
+def roi_align(features, boxes, image, out, scale=1., ratio=0, aligned=True):
     """RoIAlign (arXiv:1703.06870), the map under each box in out x out bins: [R, C, out, out].
-    features [B, C, H, W]; boxes [R, 4] in pixels of `scale` cells; image [R]: which of the batch."""
-    # cell i covers i to i + 1, as pixels do; its centre comes to i
-    x1, y1, x2, y2 = (boxes.detach().float() * scale - .5).unbind(1)
+    features [B, C, H, W]; boxes [R, 4] in pixels of `scale` cells; image [R]: which of the batch.
+    ratio: points in a bin along an axis; 0 adapts it to the box.
+    aligned: cell i covers i to i + 1, as pixels do. Without it, the way before detectron2,
+    its value stands at i, and a box is at least one cell wide."""
+    boxes = boxes.detach().float() * scale
+    if aligned:
+        boxes = boxes - .5
+    x1, y1, x2, y2 = boxes.unbind(1)
+    if not aligned:
+        x2 = torch.maximum(x2, x1 + 1)
+        y2 = torch.maximum(y2, y1 + 1)
 
     # how much each cell counts in each bin
     H, W = features.shape[2:]
-    y = bin_weights(y1, y2, out, H)
-    x = bin_weights(x1, x2, out, W)
+    y = bin_weights(y1, y2, out, H, ratio)
+    x = bin_weights(x1, x2, out, W, ratio)
 
     # bfloat16 would misplace what is interpolated
     with torch.autocast(features.device.type, enabled=False):
@@ -383,9 +420,8 @@ def roi_align(features, boxes, image, out, scale=1.):
 def box_levels(boxes, strides):
     """Which level of the pyramid each of boxes [n, 4] is pooled from: [n]. arXiv:1612.03144.
     With a side of 14 strides of the third level (224 pixels) it is that one; a doubling is one level on."""
-    side = sides(boxes).prod(1).sqrt()
     # counted from 2 as in the paper: near 4 a side that is a last digit short of a border rounds up to it
-    level = torch.floor(4 + torch.log2(side / (14 * strides[2]) + 1e-8)) - 2
+    level = torch.floor(4 + torch.log2(sides(boxes).prod(1).sqrt() / (14 * strides[2]) + 1e-8)) - 2
     return level.clamp(0, len(strides) - 1).long()
 
 
@@ -406,11 +442,10 @@ def paste_mask(mask, box, size):
     """A probability map [m, m] in its box [4] as part of an image of (height, width): [height, width].
     It fades to 0 from half a cell inside its border to half a cell outside."""
     side = box[2:] - box[:2]
-    margin = .5 * side / len(mask)
-    left, top = (box[:2] - margin).floor().clamp(min=0).int().tolist()
-    right, bottom = (box[2:] + margin).ceil().int().tolist()
+    left, top = (box[:2] - .5 * side / len(mask)).floor().clamp(min=0).int().tolist()
+    right, bottom = (box[2:] + .5 * side / len(mask)).ceil().int().tolist()
     canvas = mask.new_zeros(size)
-    part = canvas[top:bottom, left:right]                                               # a view
+    part = canvas[top:max(top, bottom), left:max(left, right)]                          # a view
     y, x = torch.meshgrid(torch.arange(part.shape[0]), torch.arange(part.shape[1]), indexing='ij')
     centres = torch.stack((x + left, y + top), 2).to(mask.device) + .5                  # [h, w, 2]
     places = (centres - box[:2]) / side * 2 - 1
@@ -558,9 +593,11 @@ def class_loss(logits, labels, sigmoid=False, asked=None):
     return losses.sum()
 
 
-def box_loss(boxes, deltas, positive, goals, weights):
-    """Sum of L1 over the encoded deltas of the boxes that show an object: positive, bool [...].
-    boxes, deltas and goals [..., 4]; weights [4] as of encode_boxes."""
+def box_loss(boxes, deltas, labels, goals, weights):
+    """Sum of L1 over the encoded deltas of the boxes that show an object: labels [n] >= 0.
+    boxes, deltas and goals [n, 4]; weights [4] as of encode_boxes."""
+    # the background may lie anywhere
+    positive = labels >= 0
     wanted = encode_boxes(boxes[positive], goals[positive], weights)
     return F.l1_loss(deltas[positive], wanted, reduction='sum')
 
@@ -571,7 +608,9 @@ def class_mask_loss(logits, labels, goals):
     # what other classes' channels say does not count
     rows = torch.arange(len(labels), device=labels.device)
     logits = logits[rows, labels]           # [n, m, m]
-    return F.binary_cross_entropy_with_logits(logits, goals.to(logits), reduction='sum')
+    goals = goals.to(logits)
+    return F.binary_cross_entropy_with_logits(
+        logits, goals, reduction='sum')
 
 
 @dataclass
@@ -602,6 +641,7 @@ class Detector(nn.Module):
         super().__init__()
         self.config = config
         self.vit = M.ViT(config.vit)
+        self.normalize = self.vit.normalize    # uint8 [B, 3, H, W] -> float
         patch = config.vit.patch_size
         if patch % 4:
             raise Refused(f'patch_size {patch} is not a multiple of 4, as the pyramid needs')
@@ -635,8 +675,9 @@ class Detector(nn.Module):
         which = 0 if draw else 1
         boxes = []
         for i, size in enumerate(sizes):
-            boxes.append(choose_proposals([x[i] for x in logits], [x[i] for x in deltas],
-                                          anchors, size, config.before[which], config.after[which]))
+            found, _ = choose_proposals([x[i] for x in logits], [x[i] for x in deltas],
+                                        anchors, size, config.before[which], config.after[which])
+            boxes.append(found)
         pyramid = pyramid[:4]
         if draw is None:
             return self.detect(pyramid, boxes, sizes, choose)
@@ -647,7 +688,8 @@ class Detector(nn.Module):
         losses = self.proposal_losses(
             torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), targets, draw)
         boxes = self.sample_boxes(boxes, targets, draw)
-        regions = self.region_losses(pyramid, boxes, sizes, targets, batch.get('class_draw'))
+        class_draw = batch.get('class_draw')
+        regions = self.region_losses(pyramid, boxes, sizes, targets, class_draw)
         return {**losses, **regions}
 
     def proposal_losses(self, logits, deltas, anchors, targets, draw):
@@ -655,8 +697,9 @@ class Detector(nn.Module):
         num = self.config.num_anchors
         u = draw('anchors', len(anchors))    # [B, n]
         both = [rpn_targets(anchors, target['boxes'], u[i], num) for i, target in enumerate(targets)]
-        labels, goals = zip(*both)
-        objectness, move = rpn_losses(logits, deltas, anchors, torch.stack(labels), torch.stack(goals))
+        labels = torch.stack([label for label, _ in both])
+        goals = torch.stack([goal for _, goal in both])
+        objectness, move = rpn_losses(logits, deltas, anchors, labels, goals)
         count = num * len(targets)
         return {'proposal_objectness': (objectness, count), 'proposal_boxes': (move, count)}
 
@@ -695,9 +738,8 @@ class Detector(nn.Module):
             # which object each box shows
             labelled = [label_boxes(part, target, .5 + .1 * number, K)
                         for part, target in zip(boxes, targets)]
-            labels, goals, _ = zip(*labelled)
-            labels = torch.cat(labels)
-            goals = torch.cat(goals)
+            labels = torch.cat([classes for classes, _, _ in labelled])
+            goals = torch.cat([goal for _, goal, _ in labelled])
             if number == 0:
                 losses['masks'] = self.mask_loss(pyramid, boxes, labelled, targets)
 
@@ -710,7 +752,8 @@ class Detector(nn.Module):
             losses[f'classes_{number}'] = loss, len(labels)
 
             # and its boxes, which are the next one's
-            loss = box_loss(torch.cat(boxes), deltas, labels < K, goals, weights)
+            foreground = torch.where(labels < K, labels, -1)
+            loss = box_loss(torch.cat(boxes), deltas, foreground, goals, weights)
             losses[f'boxes_{number}'] = loss, len(labels)
             boxes = [part[has_area(part)] for part in moved]
         return losses
@@ -747,13 +790,13 @@ class Detector(nn.Module):
         found = [choose_detections(*one, **choose) for one in zip(boxes, scores, sizes)]
 
         # the masks of their classes
-        boxes, _, classes = zip(*found)
-        classes = torch.cat(classes)
+        boxes = [part[0] for part in found]
+        classes = torch.cat([part[2] for part in found])
         masks = self.mask_head(pool_boxes(pyramid, self.strides, boxes, 14))
         rows = torch.arange(len(classes), device=classes.device)
         masks = masks[rows, classes].sigmoid().split([len(part) for part in boxes])
         return [dict(boxes=box, scores=score, classes=label, masks=mask)
-                for (box, score, label), mask in zip(found, masks)]
+                for (box, score, label, _), mask in zip(found, masks)]
 
     @staticmethod
     def from_released(state):
@@ -800,7 +843,7 @@ def init_detector(model, seed=0):
 def maskness(masks, threshold=.5):
     """The mean of masks [n, m, m] where above threshold: [n]. EVA judges masks by their scores times it."""
     inside = masks > threshold
-    return (masks * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
+    return (masks * inside).flatten(1).sum(1) / inside.flatten(1).sum(1).clamp(min=1)
 
 
 def to_original(found, size, original):
@@ -869,7 +912,7 @@ def detector_config(state):
         mlp_width=shape['vit.blocks.0.mlp.fc1.weight'][0], patch_size=patch,
         image_size=patch * math.isqrt(shape['vit.pos_embed'][1] - 1), pool='map', mask_token=False,
         window=tables[0], rel_pos=max(tables), global_every=1 + tables.index(max(tables)),
-        **IMAGENET)
+        mean=IMAGENET_MEAN, std=IMAGENET_STD)
     return dict(
         vit=vit, num_classes=shape['mask_head.classes.bias'][0], channels=shape['proposer.convs.0.bias'][0],
         hidden=shape['box_heads.0.fc.weight'][0], stages=sum(name.endswith('fc.bias') for name in state))
@@ -890,8 +933,7 @@ def overlap_boxes(a, b, crowd):
     detection alone, as it need not cover the whole crowd."""
     low = np.maximum(a[:, None, :2], b[:, :2])
     high = np.minimum(a[:, None, :2] + a[:, None, 2:], b[:, :2] + b[:, 2:])
-    shared = (high - low).clip(0).prod(2)
-    return divide(shared, a[:, 2] * a[:, 3], b[:, 2] * b[:, 3], crowd)
+    return divide((high - low).clip(0).prod(2), a[:, 2] * a[:, 3], b[:, 2] * b[:, 3], crowd)
 
 
 def divide(shared, area_a, area_b, crowd):
@@ -991,7 +1033,10 @@ def precision_and_recall(truth, results, kind, most):
         results = known
     results = group(results, 'image_id', 'category_id')
     pairs = {category: [] for category in sorted(row['id'] for row in truth['categories'])}
-    for pair in sorted(objects.keys() | results.keys(), key=lambda pair: data.id_order(pair[0])):
+    def place(pair):
+        return data.id_order(pair[0]), pair[1]
+
+    for pair in sorted(objects.keys() | results.keys(), key=place):
         pairs[pair[1]].append(pair)
     precision = np.full((len(pairs), len(COCO_AREAS), len(COCO_IOUS), len(COCO_RECALLS)), -1.)
     recall = np.full((len(pairs), len(COCO_AREAS), len(most), len(COCO_IOUS)), -1.)
@@ -1017,8 +1062,7 @@ def precision_and_recall(truth, results, kind, most):
             # the best precision that this or a lower threshold of the score reaches; 0 for a recall not reached
             right = right.cumsum(0)
             curve = right / (counts[:, a].cumsum(0) + np.spacing(1))
-            curve = np.pad(curve, ((0, 1), (0, 0)))
-            curve = np.maximum.accumulate(curve[::-1])[::-1]
+            curve = np.maximum.accumulate(np.pad(curve, ((0, 1), (0, 0)))[::-1])[::-1]
             for t in range(len(COCO_IOUS)):
                 precision[k, a, t] = curve[(right[:, t] / nums[a]).searchsorted(COCO_RECALLS), t]
     return precision, recall
@@ -1080,7 +1124,7 @@ def ways_to_choose(cfg, lvis):
     if lvis:
         return dict(threshold=.001, most=1000) if cfg.soft else dict(threshold=.02, most=300)
     if cfg.soft:
-        return dict(threshold=0., soft=.6)
+        return dict(threshold=0., soft=dict(method='linear', threshold=.6))
     return dict(threshold=.05, most=100)
 
 
@@ -1130,17 +1174,19 @@ def judge_boxes(model, dataset, cfg, device, num, rank, world):
     truth = dict(images=images, annotations=objects, categories=dataset.categories)
     results = [row for _, _, rows in seen for row in rows]
     most = (300,) if dataset.lvis else (1, 10, 100)
-    metrics = percent(average_precision(truth, results, 'bbox', most), 'box_')
+    boxes = percent(average_precision(truth, results, 'bbox', most))
     of_masks = [dict(row, score=row['mask_score']) for row in results] if cfg.soft else results
-    metrics.update(percent(average_precision(truth, of_masks, 'segm', most), 'mask_'))
+    masks = percent(average_precision(truth, of_masks, 'segm', most))
+    metrics = {f'box_{name}': value for name, value in boxes.items()}
+    metrics.update({f'mask_{name}': value for name, value in masks.items()})
     if dataset.coarse:
         metrics.update(vocabulary_gap(truth, results, dataset.coarse, metrics['box_ap']))
     return metrics
 
 
-def percent(numbers, kind=''):
+def percent(numbers):
     """average_precision's numbers as they are printed; -1, of nothing, stays."""
-    return {kind + name.lower(): max(-1., 100 * value) for name, value in numbers.items()}
+    return {name.lower(): max(-1., 100 * value) for name, value in numbers.items()}
 
 
 def vocabulary_gap(truth, results, coarse, fine_ap):
@@ -1208,7 +1254,7 @@ def boxes_in(model, image, names, cfg, device):
 
 def confusion(predictions, labels, num_classes):
     """How many pixels of each class are taken for each: [K, K], rows are the truth; no class, no count."""
-    known = labels != IGNORED
+    known = (labels >= 0) & (labels < num_classes)
     pairs = labels[known].long() * num_classes + predictions[known].long()
     return torch.bincount(pairs, minlength=num_classes ** 2).view(num_classes, num_classes)
 
@@ -1228,13 +1274,16 @@ class LinearHead(nn.Conv2d):
 
     def scores(self, maps, size):
         """Logits [B, K, H, W] of the only one of maps, [B, D, h, w]; size is (H, W)."""
-        return F.interpolate(self(maps[0]).float(), size=size, mode='bilinear')
+        logits = self(maps[0]).float()
+        return F.interpolate(logits, size=size, mode='bilinear')
 
     def losses(self, maps, labels, draw):
         """Cross-entropy of the pixels that have a class. labels [B, H, W]; nothing is drawn."""
         scores = self.scores(maps, labels.shape[1:])
         loss = F.cross_entropy(scores, labels, ignore_index=IGNORED, reduction='sum')
-        return {'pixels': (loss, (labels != IGNORED).sum())}
+
+        num = (labels != IGNORED).sum()
+        return {'pixels': (loss, num)}
 
 
 # ---- maps: which query for which mask -----------------------------------------------------------
@@ -1280,10 +1329,10 @@ def assign(cost):
     return np.arange(n), columns[row_of[columns].argsort()]
 
 
-def split_labels(labels):
+def split_labels(labels, num_classes):
     """labels [H, W] -> the classes that are there [n], and the mask of each, float [n, H, W]."""
     classes = labels.unique()
-    classes = classes[classes != IGNORED]
+    classes = classes[(classes >= 0) & (classes < num_classes)]
     return classes, (labels == classes[:, None, None]).float()
 
 
@@ -1405,8 +1454,7 @@ def sine_positions(size, channels, device=None):
     frequencies = 10000 ** -(torch.arange(0, half, 2, device=device) / half)
 
     def waves(n):
-        cells = torch.arange(1, n + 1, device=device)[:, None]
-        angles = 2 * math.pi * cells / (n + 1e-6) * frequencies
+        angles = 2 * math.pi * torch.arange(1, n + 1, device=device)[:, None] / (n + 1e-6) * frequencies
         return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)     # [n, channels/2]
 
     h, w = size
@@ -1519,8 +1567,7 @@ class DecoderLayer(nn.Module):
         keys = memory + memory_positions
         seen, _ = self.cross(x + positions, keys, memory, attn_mask=blocked, need_weights=False)
         x = self.norms[0](x + seen)
-        seen, _ = self.attn(x + positions, x + positions, x, need_weights=False)
-        x = self.norms[1](x + seen)
+        x = self.norms[1](x + self.attn(x + positions, x + positions, x, need_weights=False)[0])
         return self.norms[2](x + self.fc2(self.fc1(x).relu()))
 
 
@@ -1582,7 +1629,7 @@ class Mask2FormerHead(nn.Module):
     def losses(self, maps, labels, draw):
         """Sums of the losses of all layers' predictions, and what to divide them by: the weights of all
         queries, the number of masks. labels [B, H, W]; draw as in mask_losses."""
-        targets = [split_labels(x) for x in labels]
+        targets = [split_labels(x, self.config.num_classes) for x in labels]
         sums = 0
         with torch.autocast(labels.device.type, enabled=False):
             predictions = self.decoder(*self.pixels(maps))
@@ -1738,9 +1785,8 @@ class PlaceBias(nn.Module):
 
     def __init__(self, heads, grid):
         super().__init__()
-        h, w = self.grid = tuple(grid)
-        num = (2 * h - 1) * (2 * w - 1) + 3
-        self.table = nn.Parameter(torch.zeros(num, heads))
+        self.grid = tuple(grid)
+        self.table = nn.Parameter(torch.zeros((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, heads))
 
     def forward(self):
         h, w = self.grid
@@ -1880,7 +1926,8 @@ SEGMENTER += M.under('decode_head.', 'head.decoder.', MASK_DECODER)
 
 def segmenter_config(state):
     """What the tensors of a released segmentor, under our names, show, as a dict."""
-    vit = {**M.vit_config(state, 'vit.', pool=None), **IMAGENET}
+    vit = M.vit_config(state, 'vit.', pool=None)
+    vit.update(mean=IMAGENET_MEAN, std=IMAGENET_STD)
     bias = None
     if 'vit.blocks.0.attn.rel_bias.table' in state:
         bias = (vit['image_size'] // vit['patch_size'],) * 2
@@ -1991,15 +2038,15 @@ def slide(model, images, crop, stride):
     normalised; 0, the mean, fills those that are smaller than a window."""
     H, W = images.shape[2:]
     images = F.pad(images, (0, max(0, crop[1] - W), 0, max(0, crop[0] - H)))
-    height, width = images.shape[2:]
-    total = 0
-    times = 0
+    times = torch.zeros_like(images[:1, :1])
+    total = None
     for y, x in windows((H, W), crop, stride):
-        window = images[:, :, y:y + crop[0], x:x + crop[1]]
-        scores = model(dict(images=window))
-        around = (x, width - x - crop[1], y, height - y - crop[0])
-        total += F.pad(scores, around)
-        times += F.pad(torch.ones_like(scores[:1, :1]), around)
+        window = ..., slice(y, y + crop[0]), slice(x, x + crop[1])
+        scores = model(dict(images=images[window]))             # [B, K, height, width]
+        if total is None:
+            total = scores.new_zeros(*scores.shape[:2], *images.shape[2:])
+        total[window] += scores
+        times[window] += 1
     return (total / times)[:, :, :H, :W]
 
 
@@ -2008,14 +2055,13 @@ def predict(model, images, cfg):
     """uint8 [B, 3, H, W] -> each pixel's class [B, H, W]. Windows move over the image, its shorter side
     --image_size times each of --scales, with --flip mirrored too; their softmax adds up, as EVA's does."""
     S = cfg.image_size
-    stride = max(1, round(STRIDE * S))
     size = images.shape[2:]
     total = 0
     for mirrored in ([], [3]) if cfg.flip else ([],):           # axes that are turned round
         for scale in cfg.scales:
             scaled = [max(1, round(n * scale * S / min(size))) for n in size]
             view = F.interpolate(images.float(), size=scaled, mode='bilinear').flip(mirrored)
-            scores = slide(model, model.vit.normalize(view), (S, S), (stride, stride))
+            scores = slide(model, model.vit.normalize(view), (S, S), [max(1, round(STRIDE * S))] * 2)
             total = total + F.interpolate(scores.flip(mirrored), size=size, mode='bilinear').softmax(1)
     return total.argmax(1)
 
@@ -2026,14 +2072,18 @@ def judge_maps(model, dataset, cfg, device, num, rank, world):
     counts = torch.zeros(K, K, dtype=torch.long, device=device)
     for images, labels in dataset.truth(range(rank, num, world), device):
         counts += confusion(predict(model, images, cfg), labels, K)
-    numbers, _ = mean_iou(run.sum_over_processes(counts))
+    counts = run.sum_over_processes(counts)
+    numbers, _ = mean_iou(counts)
+
+    # as where masks of 0 and 255 name two classes, of which 255 is none
+    absent = [name for name, pixels in zip(dataset.classes, counts.sum(1).tolist()) if not pixels]
+    dataset.broken |= {('classes have no pixel to judge by', name) for name in absent}
     return {name: 100 * number for name, number in numbers.items()}
 
 
 def draw_classes(image, classes, names):
     """uint8 [3, H, W] under the colours of its classes [H, W], PIL, and {name: colour} of those there."""
-    colours = [class_colour(k) for k in range(len(names))]
-    colours = torch.tensor([*colours, (0, 0, 0)]).float()               # the last is IGNORED's
+    colours = torch.tensor([class_colour(k) for k in range(len(names))] + [(0, 0, 0)]).float()
     pixels = .4 * image.permute(1, 2, 0).cpu().float() + .6 * colours[classes.cpu()]
     legend = {names[k]: class_colour(k) for k in classes.unique().tolist() if k != IGNORED}
     return Image.fromarray(pixels.byte().numpy()), legend
@@ -2150,9 +2200,7 @@ def draw_sheet(model, dataset, cfg, device):
 
 def class_colour(k):
     """A colour for each class, next to each other's unlike."""
-    saturation = (.9, .55, .75)[k % 3]
-    value = (.9, 1., .6)[k // 3 % 3]
-    rgb = colorsys.hsv_to_rgb(k * .618034 % 1, saturation, value)
+    rgb = colorsys.hsv_to_rgb(k * .618034 % 1, (.9, .55, .75)[k % 3], (.9, 1., .6)[k // 3 % 3])
     return tuple(round(255 * x) for x in rgb)
 
 

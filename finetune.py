@@ -278,7 +278,7 @@ def scores(found, dataset, cfg):
         labels = real_labels(cfg, dataset)
         said = zip(found['top'][:, 0].tolist(), found['index'].tolist())
         judged = [top in labels[i] for top, i in said if labels[i]]
-        metrics['real_top1'] = sum(judged) / len(judged)
+        metrics['real_top1'] = sum(judged) / len(judged) if judged else math.nan
     return metrics
 
 
@@ -349,6 +349,9 @@ def apply_model(cfg, device, processes):
     classes = dataset.label_names
     columns = match_classes(cfg, classes, model)
     if not names and not any(columns) and len(classes) == model.config.head:
+        if sorted(classes) != classes:
+            raise Refused(f'{path} has no names for its {len(classes)} classes, and whether class 10 comes before '
+                          'or after 2 depends on who trained it; say with --mapping FILE')
         print0(f'{path} has no names for its {len(classes)} classes: they are taken in the order of the '
                f'data\'s, {classes[0]!r} to {classes[-1]!r}')
         columns = [[k] for k in range(len(classes))]

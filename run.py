@@ -23,6 +23,7 @@ import tempfile
 import time
 import warnings
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -182,6 +183,7 @@ def read_flags(Config, argv):
 
 def main(train, Config, RECIPES):
     """Runs a stage. What we refuse is one line and exit code 2; everything else keeps its traceback."""
+    sys.stdout.reconfigure(errors='replace')        # names of files may hold any bytes
     try:
         train(parse_config(Config, RECIPES))
     except Refused as error:
@@ -512,9 +514,18 @@ def read_result(out_dir):
     """What result.json says of a run, if it is whole and the model is there; else {}."""
     with contextlib.suppress(Refused):
         result = data.read_json(f'{out_dir}/result.json')
-        if isinstance(result, dict) and zipfile.is_zipfile(f'{out_dir}/model.pt'):
+        if isinstance(result, dict) and is_whole_zip(f'{out_dir}/model.pt'):
             return result
     return {}
+
+
+def is_whole_zip(path):
+    """Whether every part of a file of weights has the checksum that it was written with."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, zlib.error):
+        return False
 
 
 def options_of(cfg):
@@ -934,7 +945,11 @@ def table(values):
 def introduce(train_set, val_set):
     """What a run learns from and is judged on: how much there is, and what was left out so far."""
     if train_set.reads_files:
-        print0(f'{len(train_set):,} images to learn from, {len(val_set):,} for validation')
+        what = train_set.what
+        classes = train_set.classes
+        some = ', '.join(classes[:3]) + ', ...' * (len(classes) > 3)
+        of_classes = f', of {len(classes):,} classes ({some:.80})' if classes else ''
+        print0(f'{len(train_set):,} {what} to learn from, {len(val_set):,} for validation{of_classes}')
     report_broken(train_set, val_set)
 
 

@@ -132,6 +132,18 @@ def test_names_without_folders_are_said_to_be_by_place(tmp_path, capsys):
     assert "n01 as 'tench', n02 as 'shark'" in said and said.count('\n') == 1
 
 
+@pytest.mark.parametrize('lines', ['Dog\nA cat\n', 'dog,Dog\ncat,Cat\n', 'dog Dog\ncat Cat\n', 'DOG\nhorse\n'])
+def test_lines_that_name_some_classes_are_not_taken_by_their_place(tmp_path, lines):
+    """Other spellings, or other columns than folder, tab, name: refused, not paired by luck."""
+    path = tmp_path / 'classes.txt'
+    path.write_text(lines)
+    with pytest.raises(run.Refused, match='names a class of the data'):
+        clip_train.read_words(config('--classes', path), ['cat', 'dog'])
+    path.write_text('Dog\nCAT\n')
+    assert clip_train.read_words(config('--classes', path), ['cat', 'dog'])[0] == ['cat', 'dog']
+
+
+
 @pytest.mark.parametrize('text, words', [
     ('n01\ttench\n', 'no name for n02'), ('n01\ttench\nn02\t\n', 'no name for n02'),
     ('n01\ttench\nn02\tshark\nowl\n', '3 lines for 2 folders'), ('n01\ta\nn02\tb\nn02\tc\n', '3 lines for 2 folders')])

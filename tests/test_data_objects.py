@@ -216,7 +216,7 @@ def test_an_object_that_means_nothing_is_left_out(tmp_path, reason):
 
 def test_objects_of_one_id_count_once(tmp_path):
     dataset = data.open_instances(write_json(tmp_path, [row(id=5), row(1, id='5'), row(2), row(3)]), 'train')
-    assert data.report_broken(dataset) == '1 annotations have the id of another and were left out: annotation 5'
+    assert data.report_broken(dataset) == '1 annotations have the id of another and were left out: annotations[1]'
 
 
 @pytest.mark.parametrize('change, reason', [

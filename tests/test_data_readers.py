@@ -675,7 +675,7 @@ def test_images_without_a_caption_are_left_out_only_where_captions_are_asked_for
     list(data.eval_batches(dataset, 4, 8, 99, 'cpu'))
     assert data.report_broken(dataset).splitlines() == [
         '2 images have no caption and were left out: 002.png, 007.png',
-        '1 of 6 images could not be read and were replaced: 003.png']
+        '1 of 6 images have no caption and were replaced: 003.png']
     assert not data.Folder(tmp_path, 'val', captions=True).broken           # training's to say
 
 
@@ -921,7 +921,7 @@ def test_members_that_come_again_are_counted(tmp_path):
                 archive.addfile(archive.getmember('3.jpg'), io.BytesIO(jpeg(200)[:archive.getmember('3.jpg').size]))
     shards = data.Shards([str(tmp_path / name / '0.tar') for name in 'ab'], 'test')
     assert len(shards) == 8
-    assert data.report_broken(shards) == '1 members are there again, of which the last counts: b/0.tar/3.jpg'
+    assert data.report_broken(shards) == '1 members are there again, of which the last counts: b/0.tar/3.jpg at byte 5,120'
 
 
 def test_odd_members_are_no_samples(tmp_path):
@@ -990,3 +990,72 @@ def test_shards_without_images_say_what_was_looked_for(tmp_path):
     make_shard(tmp_path / 'a.tar', {'0.txt': b'words'})
     with pytest.raises(data.Refused, match='no images in 1 tar shards; looked for .jpg'):
         data.open_data(str(tmp_path))
+
+
+def class_folders(root, *places):
+    """Four pictures in each of these folders."""
+    for place in places:
+        (root / place).mkdir(parents=True)
+        for i in range(4):
+            Image.new('RGB', (8, 8), (60 * i, 0, 0)).save(root / place / f'{i}.png')
+
+
+@pytest.mark.parametrize('train, val', [('TRAIN', 'Val'), ('Training', 'dev'), ('train', 'VALID')])
+def test_splits_are_known_in_any_case(tmp_path, train, val):
+    class_folders(tmp_path, f'{train}/a', f'{train}/b', f'{val}/a', f'{val}/b')
+    assert len(data.open_data(str(tmp_path), 'train')) == len(data.open_data(str(tmp_path), 'val')) == 8
+
+
+@pytest.mark.parametrize('folders, words', [
+    (('seg_train/a', 'seg_test/a'), 'are seg_test, seg_train classes'), (('training_set/a', 'test_set/a'), 'classes'),
+    (('val/a', 'validation/a', 'train/a'), 'both of the split val'), (('car', 'bus', 'train'), 'images beside')])
+def test_folders_that_may_be_splits_or_classes_are_refused(tmp_path, folders, words):
+    """Neither guessed nor trained on: whether train/ beside car/ is a class, and what seg_test/ is."""
+    class_folders(tmp_path, *folders)
+    with pytest.raises(data.Refused, match=words):
+        data.open_data(str(tmp_path), 'train')
+
+
+def test_a_shard_beside_splits_is_refused(tmp_path):
+    class_folders(tmp_path, 'train/a', 'val/a')
+    make_shard(tmp_path / 'val_backup.tar', {'0.jpg': jpeg(0)})
+    with pytest.raises(data.Refused, match='val_backup.tar beside'):
+        data.open_data(str(tmp_path))
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_classes_of_validation_alone_mean_that_there_are_none(tmp_path, split):
+    """As in Tiny-ImageNet, whose validation lies in one folder: said, and no probe is 0 for it."""
+    class_folders(tmp_path, 'train/n1/images', 'train/n2/images', 'val/images')
+    dataset = data.open_data(str(tmp_path), split)
+    assert dataset.labels is None and 'classes are in validation only' in data.report_broken(dataset)
+
+
+def test_pictures_that_are_not_read_are_said(tmp_path):
+    class_folders(tmp_path, 'a')
+    (tmp_path / 'a' / 'x.heic').write_bytes(b'x')
+    (tmp_path / 's').mkdir()
+    make_shard(tmp_path / 's' / '0.tar', {f'{i}.jpg': jpeg(i) for i in range(4)} | {'photo.v1.png': b'x'})
+    assert 'a/x.heic' in data.report_broken(data.open_data(str(tmp_path), 'train'))
+    assert '1 members have two endings' in data.report_broken(data.open_data(str(tmp_path / 's'), 'train'))
+
+
+def test_a_class_folder_that_is_linked_twice_counts_twice(tmp_path):
+    """Only a link to a folder above is not followed."""
+    class_folders(tmp_path, 'd/a')
+    os.symlink(tmp_path / 'd' / 'a', tmp_path / 'd' / 'b')
+    os.symlink(tmp_path / 'd', tmp_path / 'd' / 'a' / 'up')
+    dataset = data.open_data(str(tmp_path / 'd'), 'test')
+    assert dataset.classes == ['a', 'b'] and len(dataset) == 8
+
+
+def test_identity_tells_other_contents_under_the_same_names(tmp_path):
+    """A picture of another size, or another class in a shard."""
+    class_folders(tmp_path, 'f/a')
+    (tmp_path / 's').mkdir()
+    make_shard(tmp_path / 's' / '0.tar', {f'{i}.jpg': jpeg(i) for i in range(4)} | {f'{i}.cls': b'%d' % (i % 2) for i in range(4)})
+    before = [data.open_data(str(tmp_path / place), 'test').identity() for place in 'fs']
+    Image.new('RGB', (80, 80), 'red').save(tmp_path / 'f' / 'a' / '0.png')
+    make_shard(tmp_path / 's' / '0.tar', {f'{i}.jpg': jpeg(i) for i in range(4)} | {f'{i}.cls': b'%d' % (i // 2) for i in range(4)})
+    after = [data.open_data(str(tmp_path / place), 'test').identity() for place in 'fs']
+    assert before[0] != after[0] and before[1] != after[1]

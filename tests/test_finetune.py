@@ -470,6 +470,8 @@ def test_classes_that_are_matched_by_luck_are_said(tmp_path, monkeypatch, capsys
     assert len(said) == 1 and "'ant' to 'dog'" in said[0]
     with pytest.raises(run.Refused, match="class 'ant' is none of the model's"):
         finetune.train(config(*flags, class_folders(tmp_path / 'b')))
+    with pytest.raises(run.Refused, match='whether class 10 comes before or after 2'):
+        finetune.train(config(*flags, class_folders(tmp_path / 'c', ('c1', 'c2', 'c3', 'c10'))))
 
 
 def test_several_right_labels_by_file_name(tmp_path):

@@ -51,12 +51,10 @@ def test_soft_nms(path):
     """The new scores of the boxes taken. Among equals the original takes one by its way of swapping; boxes that are
     handed over in the order of its picks fall the same way. Its NaN of two boxes without area is our 'no overlap'."""
     for case in read(path)['soft_nms']:
-        if case['method'] != 'linear':
-            continue
         num, keep = len(case['keep']), case['keep'].tolist()
         order = torch.tensor(keep + [i for i in range(len(case['boxes'])) if i not in keep], dtype=torch.long)
         scores = D.soft_nms(case['boxes'][order], case['scores'][None, order], case['iou_threshold'],
-                            case['min_score'])[0]
+                            case['min_score'], case['method'], case['sigma'])[0]
         known = ~case['dets'][:, 4].isnan()
         close(scores[:num][known], case['dets'][known, 4], 1e-6, 0)
         assert (scores[:num] > 0).all() and not scores[num:].any()
@@ -68,35 +66,26 @@ def test_detections_of_an_image(path):
     for case in read(path)['postprocess']:
         options = case['kwargs']
         soft, threshold = None, options['score_thresh']
-        if options.get('method', 'linear') != 'linear':
-            continue
         if options.get('use_soft_nms'):
-            soft = options['iou_threshold']
+            soft = dict(threshold=options['iou_threshold'], method=options['method'], sigma=options.get('sigma', .5))
             threshold = options.get('override_score_thresh', threshold)
-        boxes, scores, classes = D.choose_detections(
+        boxes, scores, classes, rows = D.choose_detections(
             case['boxes_in'], case['scores_in'][:, :-1], case['image_shape'], threshold, options['nms_thresh'],
             options['topk_per_image'], soft)
-        assert torch.equal(classes, case['classes'])
+        assert torch.equal(rows, case['row_index']) and torch.equal(classes, case['classes'])
         close(boxes, case['boxes'])
         close(scores, case['scores'], 1e-6, 0)
 
 
 # ---- regions
 
-def ours_of(cases):
-    """Those of the one way that the detector pools: aligned, points as many as a bin has cells."""
-    kept = [case for case in cases if case['aligned'] and case['sampling_ratio'] == 0]
-    assert kept
-    return kept
-
-
 @pytest.mark.parametrize('path', fixtures('roi_align*.pt'))
 def test_roi_align(path):
-    """Adaptive sampling, with boxes outside the map and of no size."""
+    """Adaptive and fixed sampling, aligned or not, with boxes outside the map and of no size."""
     fixture = read(path)
-    for case in ours_of(fixture['cases']):
+    for case in fixture['cases']:
         ours = D.roi_align(fixture['input'], case['rois'][:, 1:], case['rois'][:, 0].long(), case['output_size'],
-                           case['spatial_scale'])
+                           case['spatial_scale'], case['sampling_ratio'], case['aligned'])
         close(ours, case['output'])
 
 
@@ -104,10 +93,10 @@ def test_roi_align(path):
 def test_roi_align_gradient(path):
     """The gradient of the map, where boxes overlap too."""
     fixture = read(path)
-    for case in ours_of(fixture['grad_cases']):
+    for case in fixture['grad_cases']:
         features = fixture['input'].clone().requires_grad_()
         ours = D.roi_align(features, case['rois'][:, 1:], case['rois'][:, 0].long(), case['output_size'],
-                           case['spatial_scale'])
+                           case['spatial_scale'], case['sampling_ratio'], case['aligned'])
         ours.backward(case['grad_output'])
         close(features.grad, case['grad_input'])
 
@@ -185,15 +174,16 @@ def rpn_outputs(fixture):
 
 @pytest.mark.parametrize('path', fixtures('boxes*.pt'))
 def test_proposals(path):
-    """Boxes, best first, with the numbers of training and of testing."""
+    """Boxes and logits, with the numbers of training and of testing."""
     fixture = read(path)
     logits, deltas, anchors = rpn_outputs(fixture)
     case, config = fixture['rpn'], fixture['rpn']['config']
     for name, before, after in zip(('train', 'test'), config['pre_nms_topk'], config['post_nms_topk']):
         for i, expected in enumerate(case[f'{name}_proposals']):
-            boxes = D.choose_proposals([x[i] for x in logits], [x[i] for x in deltas], anchors,
-                                       case['image_sizes'][i], before, after, config['nms_thresh'])
+            boxes, scores = D.choose_proposals([x[i] for x in logits], [x[i] for x in deltas], anchors,
+                                               case['image_sizes'][i], before, after, config['nms_thresh'])
             close(boxes, expected['boxes'])
+            close(scores, expected['logits'])
 
 
 @pytest.mark.parametrize('path', fixtures('boxes*.pt'))
@@ -471,7 +461,8 @@ def test_box_losses(path):
             asked = D.federated_classes(labels, weights, there, u.clamp(min=1e-9))
         loss = D.class_loss(logits, labels, 'sigmoid' in name, asked) / len(labels)
         close(loss, torch.tensor(case['losses']['loss_cls']))
-        loss = D.box_loss(boxes, deltas, labels < K, fixture['gt_boxes'], case['weights']) / len(labels)
+        foreground = torch.where(labels < K, labels, -1)
+        loss = D.box_loss(boxes, deltas, foreground, fixture['gt_boxes'], case['weights']) / len(labels)
         close(loss, torch.tensor(case['losses']['loss_box_reg']))
         close(D.decode_boxes(boxes, deltas, case['weights']), case['pred_boxes'])
         close(logits.sigmoid() if 'sigmoid' in name else logits.softmax(1), case['probs'])
@@ -490,15 +481,15 @@ def detector(path):
         model.config, anchor_sizes=config['anchor_sizes'], num_anchors=rpn['batch_size_per_image'],
         before=(rpn['pre_nms_topk_train'], rpn['pre_nms_topk_test']), num_boxes=roi['batch_size_per_image'],
         after=(rpn['post_nms_topk_train'], rpn['post_nms_topk_test']), positive_share=roi['positive_fraction'])
-    images = [data.pad_to(model.vit.normalize(image[None])[0], config['square_pad']) for image in fixture['images']]
+    images = [data.pad_to(model.normalize(image[None])[0], config['square_pad']) for image in fixture['images']]
     return model, dict(images=torch.stack(images), sizes=fixture['image_sizes']), fixture
 
 
 def options_of(settings, config):
     """choose_detections's options of a fixture's."""
     if settings.get('use_soft_nms'):
-        assert settings['method'] == 'linear'
-        return dict(threshold=settings['override_score_thresh'], soft=settings['iou_threshold'])
+        soft = dict(method=settings['method'], threshold=settings['iou_threshold'])
+        return dict(threshold=settings['override_score_thresh'], soft=soft)
     roi = config['roi']
     return dict(threshold=roi['test_score_thresh'], iou=roi['test_nms_thresh'], most=roi['topk'])
 

@@ -12,9 +12,9 @@ TESTS = os.path.dirname(os.path.abspath(__file__))
 @pytest.mark.parametrize('processes, command', [
     (2, 'mim_pretrain.py --teacher assets/nano-teacher.pt --checkpoint_activations --micro_batch 4'),
     (1, 'clip_train.py'),
-    (1, 'finetune.py --init assets/nano-eva.pt --ema .9'),
-    (1, 'detect_seg.py --image_size 64'),
-    (1, 'detect_seg.py --head mask2former --image_size 64')])
+    pytest.param(1, 'finetune.py --init assets/nano-eva.pt --ema .9', marks=pytest.mark.long),
+    pytest.param(1, 'detect_seg.py --image_size 64', marks=pytest.mark.long),
+    pytest.param(1, 'detect_seg.py --head mask2former --image_size 64', marks=pytest.mark.long)])
 def test_a_run_in_bf16_saves_evaluates_and_goes_on(tmp_path, processes, command):
     """Under torchrun, from its checkpoint after step 1: nothing calls a model outside of autocast."""
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]

@@ -85,7 +85,7 @@ def test_matching_finds_the_masks_that_are_there():
     """Queries that say the truth, in another order, are each given theirs; with a class exchanged they lose."""
     labels = torch.zeros(1, 16, 16, dtype=torch.long)
     labels[:, :, 8:], labels[:, 8:] = 3, 2
-    classes, goals = D.split_labels(labels[0])
+    classes, goals = D.split_labels(labels[0], 4)
     assert classes.tolist() == [0, 2, 3]
     masks = torch.cat([goals[[2, 0, 1]], torch.zeros(1, 16, 16)])[None] * 8 - 4             # the fourth finds nothing
     logits = F.one_hot(torch.tensor([[3, 0, 2, 4]]), 5) * 20.
