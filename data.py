@@ -69,6 +69,10 @@ def read_json(path):
         raise Refused(f'{path} is not JSON ({first_line(error)})') from None
 
 
+def printable(text):        # what a file names may command a terminal
+    return ''.join(letter if letter.isprintable() else '?' for letter in text)
+
+
 def natural(name):
     """The key that sorts numbers in names as numbers: frame2 before frame10."""
     padded = re.sub('[0-9]+', lambda digits: digits[0].zfill(20), name)
@@ -1540,7 +1544,7 @@ def report_broken(dataset):     # a line for each kind of trouble
     lines = []
     for kind in sorted({what for what, _ in dataset.broken}):
         names = sorted((name for what, name in dataset.broken if what == kind), key=natural)
-        some = ''.join(letter if letter.isprintable() else '?' for letter in ', '.join(names[:3]))
+        some = printable(', '.join(names[:3]))
         more = ', ...' if len(names) > 3 else ''
         lines.append(f'{len(names):,} {kind}: {some}{more}')
     return '\n'.join(lines)

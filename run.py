@@ -188,7 +188,8 @@ def main(train, Config, RECIPES):
         train(parse_config(Config, RECIPES))
     except Refused as error:
         if get_rank() == 0:         # above the bar, in one line whatever is named in it
-            tqdm.write(' '.join(['error:', *str(error).splitlines()]), file=sys.stderr)
+            line = ' '.join(['error:', *str(error).splitlines()])
+            tqdm.write(data.printable(line), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:       # before or after the loop, which has a handler of its own
         print0('\nstopped; the same command goes on from the last checkpoint, if there is one')
