@@ -2124,6 +2124,8 @@ def settle(cfg):
             raise Refused(f'--{name} is not an option of --data {cfg.data}')
     if cfg.adapter and cfg.head != 'mask2former':
         raise Refused('--adapter goes with --head mask2former')
+    if cfg.init == 'scratch':       # as finetune.py says it
+        cfg.init = ''
     if cfg.freeze is None:
         cfg.freeze = cfg.head == 'linear' and bool(cfg.init)
     cfg.out_dir = cfg.out_dir or f'out/detect_seg-{cfg.size}{kind}'
