@@ -393,6 +393,7 @@ def apply_model(cfg, device):
     if cfg.eval:
         # names of classes are asked for alone, or there have to be captions
         dataset = data.open_data(cfg.data, 'test', views=VIEWS, captions=not cfg.classes)
+        run.say_judged(dataset)
         words = read_words(cfg, dataset.label_names)
         print0(run.table(evaluate(model, dataset, tokenizer, cfg, device, words)))
         return run.report_broken(dataset)

@@ -1204,11 +1204,11 @@ class Files:
         """What PIL can open of image i: a path, or its bytes as a file."""
         return os.path.join(self.root, self.paths[i])
 
-    def trouble(self, i, error, fate):
+    def trouble(self, i, error):
         """What reports say of sample i: a pair for broken."""
         reason = getattr(error, 'reason', 'could not be read')
         name = self.paths[i] + getattr(error, 'detail', '')
-        return f'of {len(self.paths):,} {self.what} {reason} and were {fate}', name
+        return f'of {len(self.paths):,} {self.what} {reason} and were left out', name
 
     def first_readable(self, first, image_size, u, broken):
         """(i, sample i), the first from `first` on that can be read; others' names go to broken."""
@@ -1219,7 +1219,7 @@ class Files:
                 return i, self.sample(i, image_size, u)
             except OSError as error:
                 last = error
-                broken.append(self.trouble(i, error, 'replaced'))
+                broken.append(self.trouble(i, error))
         raise Refused(f'{self.root}: none of {num:,} {self.what} can be used; the last: {last}')
 
     def batch(self, position, image_size, seed=0, train=True):
@@ -1269,7 +1269,7 @@ class Folder(Files):
         self.root = train if split == 'train' else val
         other = val if split == 'train' else train
         files, texts, unread = self.find(self.root, folders.values())
-        self.broken |= {('pictures have an ending that is not read', name) for name in unread}
+        self.broken |= {('pictures are of a kind that is not read (make them JPEG or PNG)', name) for name in unread}
         others = self.find(other, folders.values())[0] if val != train else []
         if not files:
             looked = ' '.join(SUFFIXES) + ' and .tar shards'
@@ -1714,7 +1714,8 @@ def are_numbers(values, low=-2 ** 31, high=2 ** 31):
 
 def read_coco(spec, split):
     """--data -> (path of the COCO or LVIS json of a split, the lists that it holds)."""
-    names = f'{split}.json', f'annotations/instances_{split}*.json', f'annotations/lvis*_{split}.json'
+    names = ('{}.json', 'annotations/{}.json', 'annotations/instances_{}*.json', 'annotations/lvis*_{}.json')
+    names = [name.format(split) for name in names]
     paths = [path for name in names for path in sorted(glob.glob(os.path.join(glob.escape(spec), name)))]
     if not paths:
         raise Refused(f"--data {spec}: no boxes; looked for {', '.join(names)} in it. Or use 'shapes', the built-in world")
@@ -2249,7 +2250,7 @@ class LabelMaps(Files):
                 if (self.read(i)[1] != IGNORED).any():
                     return
             except OSError as error:
-                unused.add(self.trouble(i, error, 'left out'))
+                unused.add(self.trouble(i, error))
                 last = error
         self.broken |= unused
         raise nothing_left(self, f'{self.root}: not one pixel has a class; {last}')
@@ -2307,7 +2308,7 @@ class LabelMaps(Files):
             try:
                 image, classes = self.read(i)
             except OSError as error:
-                self.broken.add(self.trouble(i, error, 'left out'))
+                self.broken.add(self.trouble(i, error))
                 continue
             yield to_tensor(image)[None].to(device), torch.from_numpy(classes).long()[None].to(device)
 

@@ -2223,6 +2223,7 @@ def apply_model(cfg, device, rank, world):
             raise Refused(f'{path} knows {K} classes, --data {cfg.data} has {len(dataset.classes)}')
         if names is None:
             say_order(path, dataset.classes)
+        run.say_judged(dataset)
         print0(run.table(evaluate(model, dataset, cfg, device, math.inf, rank, world)))
         run.report_broken(dataset)
         return

@@ -344,6 +344,7 @@ def apply_model(cfg, device, processes):
     # of the model's classes only the data's compete
     cfg.frames = model.config.frames if model.config.frames > 1 else cfg.frames
     dataset = data.open_data(cfg.data, 'test', cfg.frames, data.Views(share=cfg.view), labels=True)
+    run.say_judged(dataset)
     if cfg.real:
         real_labels(cfg, dataset)           # refuses a wrong file before anything is judged
     classes = dataset.label_names

@@ -555,6 +555,10 @@ def train(cfg, teacher=None):
            f'{val.mask.sum(1).float().mean():.1f} of {grid * grid} patches hidden on average; '
            f'{cfg.steps:,} steps of {cfg.batch_size} images on {device}. '
            f'Cosine to beat: {val.baseline:.3f} (position mean), {val.inpaint:.3f} (inpainting)')
+    num_seen = val.mask.sum().item() / grid ** 2        # vectors that a position's mean is of
+    if val_set.reads_files and num_seen < 100:
+        print0(f'{len(val.images)} validation images are few: the mean of their own features is up to '
+               f'{num_seen ** -.5:.2f} too good, and skill too low')
     flops = run.training_flops(config, teacher_config(target))
     log = run.Log(cfg, start, device, flops)
     batches = data.batches(train_set, cfg.batch_size, config.image_size, start, cfg.steps,

@@ -954,6 +954,12 @@ def introduce(train_set, val_set):
     report_broken(train_set, val_set)
 
 
+def say_judged(dataset):
+    """What --eval is about to look at."""
+    if dataset.reads_files:
+        print0(f'{len(dataset):,} {dataset.what} in {dataset.root}')
+
+
 def report_broken(*datasets):
     """What could not be read, by whichever process."""
     for dataset in datasets:

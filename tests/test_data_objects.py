@@ -138,7 +138,7 @@ def test_an_unreadable_image_is_replaced_and_named(tmp_path):
     dataset = data.open_instances(folder, 'train')
     batch, = data.batches(dataset, 4, 32, 0, 1, 0, 'cpu')
     assert sorted(batch['index']) == [0, 1, 3, 3]
-    assert data.report_broken(dataset) == '1 of 4 images could not be read and were replaced: 2.png'
+    assert data.report_broken(dataset) == '1 of 4 images could not be read and were left out: 2.png'
 
 
 @pytest.mark.parametrize('text, message', [
@@ -331,7 +331,7 @@ def test_a_picture_of_another_size_than_its_json_is_replaced(tmp_path):
     dataset = data.open_instances(folder, 'train')
     batch, = data.batches(dataset, 4, 32, 0, 1, 0, 'cpu')
     assert 2 not in batch['index']
-    reason = '1 of 4 images are of another size than their json says and were replaced: 2.png'
+    reason = '1 of 4 images are of another size than their json says and were left out: 2.png'
     assert data.report_broken(dataset) == reason
 
 
@@ -359,7 +359,7 @@ def test_boxes_are_drawn_anew_around_what_a_crop_leaves(tmp_path, form):
 
 def test_a_folder_without_boxes_says_what_was_looked_for(tmp_path):
     """Not images alone."""
-    with pytest.raises(data.Refused, match='train.json, annotations/instances_train'):
+    with pytest.raises(data.Refused, match='train.json, annotations/train.json, annotations/instances_train'):
         data.open_instances(str(tmp_path), 'train')
 
 

@@ -443,7 +443,7 @@ def test_pipes_and_folders_are_no_pictures(tmp_path):
     (tmp_path / '005.png').mkdir()
     dataset = data.Folder(tmp_path, 'test')
     list(data.eval_batches(dataset, 4, 8, 9, 'cpu'))
-    assert data.report_broken(dataset) == '1 of 5 images could not be read and were replaced: 004.png'
+    assert data.report_broken(dataset) == '1 of 5 images could not be read and were left out: 004.png'
     with pytest.raises(data.Refused, match='no caption for any'):
         data.Folder(tmp_path, captions=True)
     with pytest.raises(data.Unreadable, match='004.png is not a file'):
@@ -471,7 +471,7 @@ def test_broken_images_are_replaced_and_counted(tmp_path, workers):
     dataset = data.Folder(tmp_path)
     stream = take(dataset, 0, 6, workers)
     assert {name for _, name in dataset.broken} == {'004b.jpg', '000.png', '009.png'} and len(dataset) == 11
-    assert data.report_broken(dataset) == '3 of 11 images could not be read and were replaced: 000.png, 004b.jpg, 009.png'
+    assert data.report_broken(dataset) == '3 of 11 images could not be read and were left out: 000.png, 004b.jpg, 009.png'
     for batch in stream:
         wanted = data.sample_index(batch['position'], 11, 0).tolist()
         assert batch['index'].tolist() == [{0: 1, 5: 6, 10: 1}.get(i, i) for i in wanted]
@@ -532,7 +532,7 @@ def test_clips_that_cannot_be_used_are_counted_and_the_others_stay(tmp_path):
     list(data.eval_batches(clips, 4, 8, 9, 'cpu'))
     assert data.report_broken(clips).splitlines() == [
         '2 clips have fewer than 4 frames and were left out: a/2, b',
-        '1 of 7 clips could not be read and were replaced: a/4']
+        '1 of 7 clips could not be read and were left out: a/4']
     with pytest.raises(data.Refused, match='no clips in it .*; 9 clips have fewer than 7 frames'):
         data.open_data(str(tmp_path), 'test', frames=7)
 
@@ -675,7 +675,7 @@ def test_images_without_a_caption_are_left_out_only_where_captions_are_asked_for
     list(data.eval_batches(dataset, 4, 8, 99, 'cpu'))
     assert data.report_broken(dataset).splitlines() == [
         '2 images have no caption and were left out: 002.png, 007.png',
-        '1 of 6 images have no caption and were replaced: 003.png']
+        '1 of 6 images have no caption and were left out: 003.png']
     assert not data.Folder(tmp_path, 'val', captions=True).broken           # training's to say
 
 
@@ -808,7 +808,7 @@ def test_damage_in_shards_is_skipped_and_counted(damaged):
     part = train if '00001.tar/00013' in train.paths else val
     assert set(lines) == {
         '1 captions are not UTF-8: 00001.tar/00014',
-        f'1 of {len(part)} images could not be read and were replaced: 00001.tar/00013',
+        f'1 of {len(part)} images could not be read and were left out: 00001.tar/00013',
         '1 images have no caption and were left out: 00001.tar/00012',
         f'1 shards are cut short or damaged: {damaged}/00002.tar'}
 

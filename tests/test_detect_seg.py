@@ -329,10 +329,10 @@ def test_what_is_left_out_is_said_before_training_and_by_eval(tmp_path, capsys):
     before, after = capsys.readouterr().out.split('parameters, 2 classes')
     left_out = '1 annotations have no box of four numbers and were left out: annotation 50'
     assert '4 images to learn from, 4 for validation' in before and before.count(left_out) == 2
-    assert '1 of 4 images could not be read and were replaced: 3.png' in after
+    assert '1 of 4 images could not be read and were left out: 3.png' in after
     detect('--data', folder, '--init', tmp_path / 'run' / 'model.pt', '--eval')
     said = capsys.readouterr().out
-    assert left_out in said and '1 of 4 images could not be read and were replaced: 3.png' in said
+    assert left_out in said and '1 of 4 images could not be read and were left out: 3.png' in said
 
 
 def test_a_detector_is_judged_by_the_names_of_its_classes(tmp_path, capsys):

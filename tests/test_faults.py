@@ -13,7 +13,7 @@ import mutate
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NUM = 200
-UNREADABLE = 'could not be read and were replaced'
+UNREADABLE = 'could not be read and were left out'
 DAMAGED = ['of 60,000 x 60,000', 'an EPS', 'an SVG']        # of mutate.PICTURES
 
 
@@ -47,7 +47,7 @@ def faulty_boxes():
         expected[UNREADABLE] += 1
     for what in ('smaller', 'a line'):
         files[f'val/{next(number)}.png'] = mutate.PICTURES[what]
-        expected['are of another size than their json says and were replaced'] += 1
+        expected['are of another size than their json says and were left out'] += 1
     return files, expected
 
 
@@ -66,7 +66,7 @@ def faulty_maps():
     for reason, faults in reasons.items():
         for what in faults:
             files[f'annotations/train/{next(number)}.png'] = mutate.MAPS[what]
-            expected[f'{reason} and were replaced'] += 1
+            expected[f'{reason} and were left out'] += 1
     for what in DAMAGED:
         files[f'images/train/{next(number)}.png'] = mutate.PICTURES[what]
         expected[UNREADABLE] += 1
