@@ -904,9 +904,11 @@ def to_rgb(image):
     """Any PIL mode -> 'RGB': deep pixels scaled to 8 bits (PIL would clip them), transparency over white."""
     image.load()                # some formats know their mode only then
     if image.mode.startswith('I') or image.mode == 'F':
-        pixels = np.nan_to_num(np.asarray(image).astype(np.float64)).clip(0)
+        pixels = np.asarray(image).astype(np.float32)
+        np.nan_to_num(pixels, copy=False).clip(0, out=pixels)
         white = 65535 if ';16' in image.mode else pixels.max() or 1     # 32 bits do not say what is white
-        image = Image.fromarray((pixels * (255 / white)).round().astype(np.uint8))
+        pixels *= 255 / white
+        image = Image.fromarray(pixels.round(out=pixels).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
