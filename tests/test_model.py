@@ -207,7 +207,7 @@ def test_text_is_causal():
     """A token changes only what follows it."""
     block, x = TextTower(TextConfig(**TEXT)).blocks[0], torch.randn(1, 6, 16)
     before = block(x)
-    x[:, 3] += 1
+    x[:, 3] *= -1               # a norm would take away what is added to all channels
     assert torch.equal(block(x)[:, :3], before[:, :3]) and not torch.equal(block(x)[:, 4], before[:, 4])
 
 
