@@ -11,7 +11,7 @@ TESTS = os.path.dirname(os.path.abspath(__file__))
 
 @pytest.mark.parametrize('processes, command', [
     (2, 'mim_pretrain.py --teacher assets/nano-teacher.pt --checkpoint_activations --micro_batch 4'),
-    (1, 'clip_train.py'),
+    pytest.param(1, 'clip_train.py', marks=pytest.mark.long),
     pytest.param(1, 'finetune.py --init assets/nano-eva.pt --ema .9', marks=pytest.mark.long),
     pytest.param(1, 'detect_seg.py --image_size 64', marks=pytest.mark.long),
     pytest.param(1, 'detect_seg.py --head mask2former --image_size 64', marks=pytest.mark.long)])

@@ -523,8 +523,10 @@ def records(tmp_path, *flags):
     return json.loads((tmp_path / 'gpu.json').read_text())
 
 
-def test_every_item_runs_on_a_cpu(at_once, tmp_path):
-    """None fails; each has rows, in the json and in the table."""
+def test_every_kind_of_item_runs_on_a_cpu(at_once, tmp_path, monkeypatch):
+    """None fails; each has rows, in the json and in the table. Items that run the same function are one kind."""
+    kinds = {item[1]: name for name, item in gpu.ITEMS.items()}
+    monkeypatch.setattr(gpu, 'ITEMS', {name: gpu.ITEMS[name] for name in kinds.values()})
     found = records(tmp_path)
     assert found.keys() == gpu.ITEMS.keys()
     assert all(record['rows'] and not record['error'] for record in found.values()), found
