@@ -73,6 +73,10 @@ def printable(text):        # what a file names may command a terminal
     return ''.join(letter if letter.isprintable() else '?' for letter in text)
 
 
+def first_three(names):     # of a list that may be long
+    return ', '.join(names[:3]) + ', ...' * (len(names) > 3)
+
+
 def natural(name):
     """The key that sorts numbers in names as numbers: frame2 before frame10."""
     padded = re.sub('[0-9]+', lambda digits: digits[0].zfill(20), name)
@@ -84,8 +88,7 @@ def find_classes(names, known, what):
     number = {name: k for k, name in enumerate(known)}
     for name in names:
         if name not in number:
-            some = ', '.join(known[:3]) + ', ...' * (len(known) > 3)
-            none = f'none of the {len(known):,} known: {some:.100}'
+            none = f'none of the {len(known):,} known: {first_three(known):.100}'
             raise Refused(f"{what} has the class '{name:.60}', which is {none}")
     return [number[name] for name in names]
 
@@ -1546,9 +1549,7 @@ def report_broken(dataset):     # a line for each kind of trouble
     lines = []
     for kind in sorted({what for what, _ in dataset.broken}):
         names = sorted((name for what, name in dataset.broken if what == kind), key=natural)
-        some = printable(', '.join(names[:3]))
-        more = ', ...' if len(names) > 3 else ''
-        lines.append(f'{len(names):,} {kind}: {some}{more}')
+        lines.append(f'{len(names):,} {kind}: {printable(first_three(names))}')
     return '\n'.join(lines)
 
 

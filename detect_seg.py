@@ -2007,7 +2007,7 @@ def next_segmenter(cfg, classes):
     if names is None:
         names = range(before.config.num_classes)
         if len(names) == len(classes):
-            say_order(cfg.init, classes)
+            run.say_order(cfg.init, classes)
             names = classes
     old = [k for k, name in enumerate(names) if name in classes]
     new = [classes.index(names[k]) for k in old]
@@ -2138,11 +2138,6 @@ def open_dataset(cfg, split, names=None):
     return data.open_maps(cfg.data, split, cfg.classes, cfg.scale_jitter, cfg.image_size, names)
 
 
-def say_order(path, classes):       # of a model without names, as released ones are
-    print0(f'{path} has no names for its {len(classes)} classes: they are taken in the order of the '
-           f'data\'s, {classes[0]!r} to {classes[-1]!r}')
-
-
 def start_vit(cfg, **options):
     """The ViT that training starts from: that of --init, which may be a CLIP's, or a new one."""
     options.update(head=0, mask_token=False, drop_path=0. if cfg.freeze else cfg.drop_path)
@@ -2222,7 +2217,7 @@ def apply_model(cfg, device, rank, world):
         if len(dataset.classes) != K:
             raise Refused(f'{path} knows {K} classes, --data {cfg.data} has {len(dataset.classes)}')
         if names is None:
-            say_order(path, dataset.classes)
+            run.say_order(path, dataset.classes)
         run.say_judged(dataset)
         print0(run.table(evaluate(model, dataset, cfg, device, math.inf, rank, world)))
         run.report_broken(dataset)

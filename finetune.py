@@ -353,8 +353,7 @@ def apply_model(cfg, device, processes):
         if sorted(classes) != classes:
             raise Refused(f'{path} has no names for its {len(classes)} classes, and whether class 10 comes before '
                           'or after 2 depends on who trained it; say with --mapping FILE')
-        print0(f'{path} has no names for its {len(classes)} classes: they are taken in the order of the '
-               f'data\'s, {classes[0]!r} to {classes[-1]!r}')
+        run.say_order(path, classes)
         columns = [[k] for k in range(len(classes))]
     if [] in columns:
         raise Refused(f"{cfg.data}: class {classes[columns.index([])]!r} is none of the model's; use --mapping FILE")

@@ -948,8 +948,7 @@ def introduce(train_set, val_set):
     if train_set.reads_files:
         what = train_set.what
         classes = train_set.classes
-        some = ', '.join(classes[:3]) + ', ...' * (len(classes) > 3)
-        of_classes = f', of {len(classes):,} classes ({some:.80})' if classes else ''
+        of_classes = f', of {len(classes):,} classes ({data.first_three(classes):.80})' if classes else ''
         print0(f'{len(train_set):,} {what} to learn from, {len(val_set):,} for validation{of_classes}')
     report_broken(train_set, val_set)
 
@@ -958,6 +957,12 @@ def say_judged(dataset):
     """What --eval is about to look at."""
     if dataset.reads_files:
         print0(f'{len(dataset):,} {dataset.what} in {dataset.root}')
+
+
+def say_order(path, classes):
+    """How the classes of a model without names, as released ones are, are matched with the data's."""
+    print0(f'{path} has no names for its {len(classes)} classes: they are taken in the order of the '
+           f'data\'s, {classes[0]!r} to {classes[-1]!r}')
 
 
 def report_broken(*datasets):
