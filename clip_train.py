@@ -54,7 +54,7 @@ RECIPES = {  # differences from the defaults. b, l, g are EVA-CLIP's, for --visi
     'b':     dict(EVA02, steps=61_000, lr=2e-4, text_lr=2e-5, layer_decay=.75, embed=512),     # EVA-02-CLIP-B, 8B pairs
     'l':     dict(EVA02, steps=30_500, lr=4e-4, text_lr=4e-5, layer_decay=.85, embed=768),     # EVA-02-CLIP-L, 4B pairs
     'g':     dict(batch_size=40_960, steps=268_000, lr=4e-4, text_lr=4e-5, layer_decay=.85, text_layer_decay=.75,
-                  embed=1024, warmup_steps=2000, drop_path=.4, checkpoint_activations=True),   # EVA-CLIP-g, 11B pairs
+                  embed=1024, warmup_steps=2000, drop_path=.4),   # EVA-CLIP-g, 11B pairs
 }
 SMALL_TEXT_TOWER = dict(width=64, depth=2, heads=4)
 TEXT_TOWERS = {'b': dict(width=512, depth=12, heads=8), 'l': dict(width=768, depth=12, heads=12)}
@@ -447,8 +447,7 @@ def train(cfg):
     # what learns
     model, tokenizer = build(cfg, train_set)
     about = run.describe(train_set, val_set, vocabulary=tokenizer.merges)
-    if not cfg.drop_tokens:         # which makes it less
-        run.check_memory(cfg, model.visual.config, device, world)
+    run.settle_memory(cfg, model, device, world, seen=1 - cfg.drop_tokens)
     model = run.to_device(model, cfg, device, mesh)
     optimizer = make_optimizer(model, cfg)
     start, _ = run.resume(cfg.out_dir, model, optimizer, cfg, about=about)
@@ -476,8 +475,7 @@ def train(cfg):
         # backward, clip, step
         loss.backward()
         grad_norm = run.clip_gradients(model, cfg.grad_clip)
-        if log.is_finite(grad_norm):
-            optimizer.step()
+        log.update(optimizer, grad_norm)
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))     # CLIP, section 2.5

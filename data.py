@@ -540,11 +540,14 @@ def world_tables(device):
     return flat(shapes, torch.float32), flat(surfaces, torch.long), flat(grounds, torch.float32)
 
 
+AT_ONCE = 2 ** 22               # pixels that a GPU draws at a time
+
+
 def draw_scenes(scenes, image_size):
     """Images uint8 [B, 3, H, W], and who owns each pixel [B, H, W]: a stuff class, or 10 + the object's row.
     Places are integers (in float32, below 2^24): exact on every device."""
     device = scenes['x'].device
-    most = 2 ** 16 if device.type == 'cpu' else 2 ** 24         # pixels at a time: what a CPU's cache holds
+    most = 2 ** 16 if device.type == 'cpu' else AT_ONCE         # pixels at a time: what a CPU's cache holds
     num = max(1, most // image_size ** 2)
     if len(scenes['x']) > num:
         starts = range(0, len(scenes['x']), num)
@@ -735,7 +738,10 @@ def clean(text):
     """CLIP's cleaning. It leaves printable ASCII without '&' alone, and most captions are that."""
     if text.isascii() and text.isprintable() and '&' not in text:
         return text.lower()
-    import ftfy
+    try:
+        import ftfy                 # needed by captions alone
+    except ImportError:
+        raise Refused('captions are mended by ftfy, which is not installed; pip install ftfy') from None
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return regex.sub(r'\s+', ' ', text.strip()).strip().lower()
 

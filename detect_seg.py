@@ -2251,7 +2251,7 @@ def train(cfg):
     run.introduce(train_set, val_set)
     model = build(cfg, train_set)
     if not cfg.freeze:
-        run.check_memory(cfg, model.config.vit, device, world)
+        run.settle_memory(cfg, model, device, world)
     model = run.to_device(model, cfg, device, mesh)
     optimizer = run.make_optimizer(model, cfg, cfg.layer_decay)
     for group in optimizer.param_groups:
@@ -2268,6 +2268,7 @@ def train(cfg):
     log = run.Log(cfg, start, device)
     batches = data.batches(train_set, cfg.batch_size, cfg.image_size, start, cfg.steps, cfg.seed,
                            device, cfg.workers, rank=rank, world=world)
+    batches = run.ahead(batches, device)
     share = cfg.batch_size // world
 
     for step, batch in zip(range(start, cfg.steps), log.watch(batches)):
@@ -2294,8 +2295,7 @@ def train(cfg):
         (loss * world).backward()
 
         grad_norm = run.clip_gradients(model, cfg.grad_clip)
-        if log.is_finite(grad_norm):
-            optimizer.step()
+        log.update(optimizer, grad_norm)
         optimizer.zero_grad(set_to_none=True)
 
         # log, save, evaluate

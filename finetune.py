@@ -36,7 +36,7 @@ class Config(run.Run):
     layer_decay: float = option(.8, 'factor on the learning rate from each layer to the one below', high=1)
     freeze_patches: bool = option(True, 'keep the pre-trained patch embedding as it is')
     ema: float = option(0., 'decay of averaged weights, which are then evaluated and kept; 0: none', below=1)
-    micro_batch: int = option(0, 'images at once on a device; 0: as many as belong to it')
+    micro_batch: int = option(0, 'images at once on a device; 0: as many as belong to it and fit')
     warmup_steps: int = option(100, 'steps of linear warm-up')
     crop: float = .2        # smallest share of a real image's area that a training view takes
     view: float = .875      # share of a real image's shorter side that evaluation sees
@@ -405,7 +405,7 @@ def train(cfg):
     classes = train_set.label_names
     about = run.describe(train_set, val_set, classes=classes)
     model = classifier(cfg, classes)
-    run.check_memory(cfg, model.config, device, world)
+    run.settle_memory(cfg, model, device, world)
     model = run.to_device(model, cfg, device, mesh)
     if cfg.probe == 'linear':
         optimizer = torch.optim.SGD([dict(params=model.head.parameters(), lr_scale=1.)], cfg.lr, momentum=.9)
@@ -421,7 +421,7 @@ def train(cfg):
                            device, cfg.workers, rank, world)
     batches = run.ahead(batches, device)
     num = cfg.batch_size // world               # samples of this process in a step
-    micro = cfg.micro_batch or num              # at once
+    micro = cfg.micro_batch                     # at once
 
     for step, batch in zip(range(start, cfg.steps), log.watch(batches)):
         # learning rate
@@ -444,6 +444,7 @@ def train(cfg):
         total = 0.
         for begin in range(0, num, micro):
             part = slice(begin, begin + micro)
+            run.accumulate(model, cfg, begin + micro == num)
             logits = model(images[part], drop=drop[part])                       # [b, K]
             loss = F.cross_entropy(logits.float(), targets[part]) * micro / num
             loss.backward()
@@ -451,10 +452,9 @@ def train(cfg):
 
         # clip, step
         grad_norm = run.clip_gradients(model, cfg.grad_clip)
-        if log.is_finite(grad_norm):
-            optimizer.step()
-            if ema:
-                ema.update(model)
+        log.update(optimizer, grad_norm)
+        if ema:
+            ema.update(model)
         optimizer.zero_grad(set_to_none=True)
 
         # log, save, evaluate

@@ -33,7 +33,7 @@ class Config(run.Run):
     mask_ratio: float = option(105 / 256, 'share of the patches hidden: 105 of 256', low=0., high=1.)
     init_gain: float = option(0., "initial weights' standard deviation times sqrt(width), before the cut; 0: EVA's",
                               high=100)
-    micro_batch: int = option(0, 'images at once on a device; 0: as many as belong to it')
+    micro_batch: int = option(0, 'images at once on a device; 0: as many as belong to it and fit')
     warmup_steps: int = option(100, 'steps of linear warm-up')
     cooldown: int = option(0, 'steps at the end in which the rate falls linearly, constant before; 0: a cosine')
     branch: str = option('', 'folder of a like run of other length: start where its learning rate began to fall')
@@ -55,8 +55,7 @@ RECIPES = {  # differences from the defaults. g: the paper; ti to l: EVA-02's; t
     's':     dict(batch_size=4000, steps=852_000,   lr=3e-3,   warmup_steps=3550),
     'b':     dict(batch_size=2048, steps=1_040_000, lr=1.5e-3, warmup_steps=6934),      # 150 epochs
     'l':     dict(batch_size=2048, steps=1_040_000, lr=1.5e-3, warmup_steps=6934, drop_path=.1),
-    'g':     dict(batch_size=4096, steps=1_086_300, lr=1e-3,   warmup_steps=14_484, drop_path=.1,
-                  checkpoint_activations=True),                                         # 150 x 7,242
+    'g':     dict(batch_size=4096, steps=1_086_300, lr=1e-3,   warmup_steps=14_484, drop_path=.1),  # 150 x 7,242
 }
 VIT_L_14 = ('https://openaipublic.azureedge.net/clip/models/'      # its SHA-256 is part of the address
             'b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt')
@@ -480,15 +479,17 @@ def apply_model(cfg, train_set, val_set, device):
     run.report_broken(train_set, val_set)
 
 
-def add_masks(batches, cfg, grid, depth, start, rank, world):
+def add_masks(batches, cfg, grid, depth, start, rank, world, device):
     """Adds to each batch its samples' masks [B, N] and the random numbers of drop path [B, depth, 2]."""
     num = cfg.batch_size // world
     for step, batch in enumerate(batches, start):
         position = step * cfg.batch_size + rank * num + torch.arange(num)
-        batch['mask'] = make_mask(cfg.mask, position, grid, cfg.mask_ratio, cfg.seed)
+        mask = make_mask(cfg.mask, position, grid, cfg.mask_ratio, cfg.seed)
         if cfg.target == 'distill':
-            batch['mask'] = torch.ones_like(batch['mask'])
-        batch['drop'] = data.uniform(cfg.seed, 'drop', position, 2 * depth).unflatten(1, (-1, 2))
+            mask = torch.ones_like(mask)
+        drop = data.uniform(cfg.seed, 'drop', position, 2 * depth).unflatten(1, (-1, 2))
+        batch['mask'] = run.send(mask, device)
+        batch['drop'] = run.send(drop, device)
         yield batch
 
 
@@ -508,7 +509,6 @@ def train(cfg, teacher=None):
     if run.finished(cfg):
         return
     run.introduce(train_set, val_set)
-    run.check_memory(cfg, config, device, world)
 
     # the target, and a student whose predictions are as wide
     target = find_target(cfg, cfg.target, grid, device, teacher)
@@ -516,6 +516,9 @@ def train(cfg, teacher=None):
     bank = first_images(train_set, num_bank, config.image_size, cfg, device)
     options = dict(head=target.width(bank), mask_token=target.hides)
     config = dataclasses.replace(config, **options)
+    with torch.device('meta'):
+        sizes = M.ViT(config)
+    run.settle_memory(cfg, sizes, device, world, target.teacher)
     if cfg.init:
         model = M.load(cfg.init, M.ViT, **options, pool=None, image_size=config.image_size,
                        patch_size=config.patch_size, drop_path=cfg.drop_path)
@@ -551,6 +554,11 @@ def train(cfg, teacher=None):
         with run.optional(path):
             draw_features(path, model, target, val.images[:8], val.mask[:8], bank)
 
+    @torch.no_grad()
+    def add_targets(batch):
+        batch['targets'] = in_parts(target.of, batch['images'], cfg.micro_batch)        # [B, N, C]
+        return batch
+
     print0(f'EVA {cfg.size}: {run.count_parameters(model) / 1e6:.2f}M parameters, {config.image_size} px, '
            f'{val.mask.sum(1).float().mean():.1f} of {grid * grid} patches hidden on average; '
            f'{cfg.steps:,} steps of {cfg.batch_size} images on {device}. '
@@ -563,36 +571,34 @@ def train(cfg, teacher=None):
     log = run.Log(cfg, start, device, flops)
     batches = data.batches(train_set, cfg.batch_size, config.image_size, start, cfg.steps,
                            cfg.seed, device, cfg.workers, rank=rank, world=world)
-    batches = add_masks(batches, cfg, grid, config.depth, start, rank, world)
-    batches = run.ahead(batches, device)
+    batches = add_masks(batches, cfg, grid, config.depth, start, rank, world, device)
+    batches = run.ahead(batches, device, add_targets)
 
     for step, batch in zip(range(start, cfg.steps), log.watch(batches)):
         lr = run.lr_at(step, cfg)
         for group in optimizer.param_groups:
             group['lr'] = lr * group['lr_scale']
 
-        images = batch['images']                                # uint8 [B, 3, H, W]
-        mask = run.send(batch['mask'], device)                  # [B, N], True = hidden
-        drop = run.send(batch['drop'], device)                  # [B, depth, 2]
+        # a micro-batch at a time, of which the last sums gradients over the processes
+        mask = batch['mask']                                    # [B, N], True = hidden
         num_hidden = run.sum_over_processes(mask.sum())         # of the global batch
-        size = cfg.micro_batch or len(images)
-        loss = 0.
-        for images, mask, drop in zip(images.split(size), mask.split(size), drop.split(size)):
-            with torch.no_grad():
-                targets = target.of(images)                     # [B, N, C]
+        parts = [batch[name].split(cfg.micro_batch) for name in ('images', 'mask', 'drop', 'targets')]
+        last = len(parts[0]) - 1
+        total = 0.
+        for n, (images, mask, drop, targets) in enumerate(zip(*parts)):
+            run.accumulate(model, cfg, n == last)
             seen = mask if target.hides else None
             predictions = model(model.normalize(images), seen, drop=drop)       # [B, N, C]
-            part = target.loss(predictions, targets, mask, num_hidden)
-            (part * world).backward()                           # FSDP divides by the processes
-            loss += part.detach()
+            loss = target.loss(predictions, targets, mask, num_hidden)
+            (loss * world).backward()                           # FSDP divides by the processes
+            total += loss.detach()
 
         grad_norm = run.clip_gradients(model, cfg.grad_clip)
-        if log.is_finite(grad_norm):
-            optimizer.step()
+        log.update(optimizer, grad_norm)
         optimizer.zero_grad(set_to_none=True)
 
         if log.due(step):
-            log.write(step, loss=run.sum_over_processes(loss), lr=lr, grad_norm=grad_norm)
+            log.write(step, loss=run.sum_over_processes(total), lr=lr, grad_norm=grad_norm)
         done = step + 1
         stopping = log.stopping()
         if done < cfg.steps and (stopping or done % cfg.save_every == 0):

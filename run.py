@@ -90,10 +90,11 @@ class Run:
     seed: int = option(0, 'of weights, order, crops and masks', high=127)   # each owns 2^33 of 2^40 scenes
     device: str = option('', 'cuda, mps or cpu; the best there is if empty')
     compile: bool = option(None, 'torch.compile the blocks; decided by the device if not given')
-    checkpoint_activations: bool = option(False, 'compute activations again for the gradients: less memory')
+    checkpoint_activations: bool = option(None, 'compute activations again for the gradients: a third more work, '
+                                          'less memory; decided by the memory there is if not given')
     save_every: int = option(500, 'steps between checkpoints', low=1)
     log_every: int = option(10, 'steps between lines of log.jsonl', low=1)
-    workers: int = option(0, 'processes that read images; 0: read in this one', high=512)
+    workers: int = option(None, 'processes that read images, 0: this one; decided by the device if not given', high=512)
     eval: bool = option(False, 'only evaluate --init')
     image: str = option('', 'only apply --init to this picture')
     drop_path: float = option(0., 'chance that the last block skips a branch; grows with depth', high=.999)
@@ -108,6 +109,7 @@ class Run:
     betas: tuple = (.9, .98)            # AdamW's
     eps: float = 1e-6                   # AdamW's
     grad_clip: float = 1e9              # largest global gradient norm
+    gather_once: bool = False           # sharded weights stay whole through a step's micro-batches, if there is room
 
 
 cpu_group = None        # the processes' gloo group, for what may take long: a teacher, a checkpoint
@@ -115,11 +117,14 @@ locked = None           # descriptor of the folder that this process alone may w
 
 # options that change how a run is made, not what it computes
 NEVER_DIFFER = {'out_dir', 'micro_batch', 'device', 'compile', 'checkpoint_activations', 'save_every',
-                'log_every', 'workers', 'eval', 'image', 'words', 'templates', 'branch'}
+                'log_every', 'workers', 'eval', 'image', 'words', 'templates', 'branch', 'gather_once'}
 TORCHRUN = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'}
 STOPPING = signal.SIGTERM, signal.SIGINT        # of a cluster's scheduler, of Ctrl-C
 FAILED = 1000           # above every signal: what a process tells the others whose data cannot be read
 FORMAT = 2              # of checkpoints; the earliest have no number
+DRAWING = 190           # bytes a pixel that drawing scenes takes for a while (counted)
+RESERVE = 1e9           # bytes of a GPU, for its libraries and for gaps between tensors (assumed)
+FEW = 16                # images at once keep a GPU busy: with room for fewer, activations are computed again
 NUM_PROBE = 2048        # training images that fit the probes, and validation images that judge them
 GONE = {  # flags of earlier versions, and what to do now
     'plan': 'use python studies/plan.py', 'devices': 'use python studies/plan.py',
@@ -229,7 +234,8 @@ def print0(*values, file=None):
 
 
 def setup(cfg):
-    """(rank, number of processes, device, mesh) by torchrun's variables; no mesh without them."""
+    """(rank, number of processes, device, mesh) by torchrun's variables; no mesh without them.
+    Decides what cfg leaves to the device."""
     global cpu_group
     world = int(os.environ.get('WORLD_SIZE', 1))
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
@@ -241,12 +247,43 @@ def setup(cfg):
     multiple = world * (getattr(cfg, 'micro_batch', 0) or 1)
     if cfg.batch_size % multiple:
         raise Refused(f'--batch_size {cfg.batch_size} is no multiple of {multiple}: processes x --micro_batch')
+    settle_device(cfg, device)
     if 'RANK' not in os.environ:
         return 0, 1, device, None
     if not dist.is_initialized():
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        on_gpu = device.type == 'cuda'
+        dist.init_process_group('nccl' if on_gpu else 'gloo', device_id=device if on_gpu else None)
         cpu_group = dist.new_group(backend='gloo', timeout=timedelta(days=30))
-    return get_rank(), world, device, dist.init_device_mesh(device.type, (world,))
+    return get_rank(), world, device, make_mesh(device, world)
+
+
+def make_mesh(device, world):
+    """Over which processes weights are sharded: those of a machine, and each machine has all of them, so that only
+    gradients travel between machines. One machine, or machines of one process: over all."""
+    local = int(os.environ['LOCAL_WORLD_SIZE'])
+    if 1 < local < world and world % local == 0:
+        names = 'machines', 'processes'
+        return dist.init_device_mesh(device.type, (world // local, local), mesh_dim_names=names)
+    return dist.init_device_mesh(device.type, (world,))
+
+
+def settle_device(cfg, device):
+    """What the device decides where no flag did: compiled blocks, processes that read images."""
+    on_gpu = device.type == 'cuda'
+    compilers = ('gcc', 'clang', 'cc') if on_gpu else ('g++', 'clang++', 'c++')
+    compiler = os.environ.get('CC' if on_gpu else 'CXX') or any(map(shutil.which, compilers))
+    if cfg.compile and not compiler:
+        raise Refused(f'--compile needs a C compiler; install {compilers[0]}, or leave it out')
+    if cfg.compile is None:
+        cfg.compile = on_gpu and not (cfg.eval or cfg.image)
+    if cfg.compile and not compiler:
+        print0(f'no C compiler is here: blocks are not compiled; install {compilers[0]} for more speed')
+        cfg.compile = False
+
+    if cfg.workers is None:
+        reads_files = cfg.data.partition(':')[0] != 'shapes'
+        cores = os.cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        cfg.workers = min(8, cores) if on_gpu and reads_files else 0
 
 
 def find_device(name, local_rank, local_world):
@@ -317,14 +354,15 @@ def to_device(model, cfg, device, mesh=None):
     """Moves a model; in place, its blocks are compiled, made to compute activations again, and sharded. From
     then on it computes in bf16 on cuda, wherever it is called: in training, evaluation, pictures and probes."""
     model.to(device)
-    compiled = device.type == 'cuda' and not (cfg.eval or cfg.image) if cfg.compile is None else cfg.compile
+    if cfg.compile:                 # training, evaluation, teacher: the same code in more ways than torch expects
+        torch._dynamo.config.recompile_limit = 64
 
     # bf16 halves what is gathered; gradients are summed, and the residual stream stays, in float32
     half = torch.bfloat16 if device.type == 'cuda' else None
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.get_default_dtype(), cast_forward_inputs=False)
     again = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
     for block in [module for module in model.modules() if isinstance(module, M.Block)]:
-        if compiled:
+        if cfg.compile:
             block.forward = torch.compile(block.forward)
         if cfg.checkpoint_activations and any(weight.requires_grad for weight in block.parameters()):
             block.forward = functools.partial(again, block.forward)
@@ -339,6 +377,16 @@ def to_device(model, cfg, device, mesh=None):
                 fsdp.register_fsdp_forward_method(model, name)
             setattr(model, name, with_autocast(getattr(model, name), device))
     return model
+
+
+def accumulate(model, cfg, is_last):
+    """Before each of a step's micro-batches: gradients are summed over the processes at the last, and weights stay
+    gathered until then, where there is memory for both."""
+    if isinstance(model, fsdp.FSDPModule):
+        at_once = is_last or not cfg.gather_once
+        model.set_requires_gradient_sync(at_once)
+        model.set_reshard_after_backward(at_once)
+        model.set_reshard_after_forward(not cfg.gather_once)
 
 
 def with_autocast(function, device):
@@ -368,9 +416,13 @@ def send(tensor, device):
     return pinned.to(device, non_blocking=True)
 
 
-def ahead(batches, device):
-    """The same batches. On cuda a thread makes the next two meanwhile, on a stream of its own."""
-    return in_thread(batches, torch.cuda.Stream(device)) if device.type == 'cuda' else batches
+def ahead(batches, device, prepare=lambda batch: batch):
+    """The same batches after prepare(batch). A thread makes the next two meanwhile: on cuda on a stream of its own,
+    but does not prepare them, for which the GPU would have to stop; on CPUs where one thread computes."""
+    if device.type == 'cuda':
+        return map(prepare, in_thread(batches, torch.cuda.Stream(device)))
+    batches = map(prepare, batches)
+    return in_thread(batches) if torch.get_num_threads() == 1 and os.cpu_count() > 1 else batches
 
 
 def in_thread(items, stream=None, depth=2):
@@ -806,6 +858,7 @@ class Log:
         self.device = device
         self.flops = flops              # of an image
         self.in_a_row = 0               # gradients that were not finite
+        self.longest = torch.zeros(())  # of such rows
 
         # what an interrupted run left
         for name in ('log.jsonl', 'evals.jsonl'):
@@ -878,14 +931,18 @@ class Log:
         """Whether this step is logged: reading numbers back from a device costs time."""
         return (step + 1) % self.cfg.log_every == 0 or step + 1 == self.cfg.steps
 
-    def is_finite(self, grad_norm):
-        """False for a gradient that must not be applied; ten in a row end the run."""
-        finite = math.isfinite(grad_norm)
-        self.in_a_row = 0 if finite else self.in_a_row + 1
-        self.skipped += not finite
-        if self.in_a_row == 10:
-            raise Refused(f'gradients were not finite ten times in a row, near step {self.step}; lower --lr')
-        return finite
+    def update(self, optimizer, grad_norm):
+        """optimizer.step(), but for gradients that are not finite: fused AdamW passes these over on the device, so
+        that nothing waits for their norm. Their counts come back with the log's next line."""
+        skipped = 1. - torch.isfinite(grad_norm).float()
+        if optimizer.defaults.get('fused'):
+            optimizer.found_inf = skipped
+            optimizer.step()
+        elif not skipped:
+            optimizer.step()
+        self.skipped += skipped
+        self.in_a_row = (self.in_a_row + 1) * skipped
+        self.longest = torch.maximum(self.longest.to(skipped.device), self.in_a_row)
 
     def append(self, name, **row):
         path = f'{self.cfg.out_dir}/{name}'
@@ -895,6 +952,8 @@ class Log:
 
     def write(self, step, **values):
         """A line of log.jsonl; values are numbers. The bar shows them, and step + 1 of its steps done."""
+        if self.longest >= 10:
+            raise Refused(f'gradients were not finite ten times in a row, near step {self.step}; lower --lr')
         now = time.time()
         speed = (step + 1 - self.step) * self.cfg.batch_size / (now - self.last_write)
         if self.flops:
@@ -927,7 +986,7 @@ class Log:
         curve = [(step, loss) for step, loss in curve if loss is not None]
 
         words = [re.sub(r'^(--\w+=)?/.*/', r'\1', word) for word in sys.argv]     # without our folders
-        result = dict(metrics, skipped=self.skipped, seconds=round(time.time() - self.began, 1),
+        result = dict(metrics, skipped=int(self.skipped), seconds=round(time.time() - self.began, 1),
                       parameters=count_parameters(model), command=shlex.join(['python'] + words))
         asked = dict(stage=stage_of(type(self.cfg)).name, options=options_of(self.cfg))
         with whole_file(f'{out_dir}/result.json') as new:
@@ -1070,27 +1129,132 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
-def activation_memory(config, device, checkpointed=False):
-    """Bytes of a ViT's forward pass that the gradients of one image need."""
+def training_memory(model, num, device, shards=1, checkpointed=False, whole=False, teacher=None, share=0, seen=1.,
+                    drawn=False):
+    """{what: bytes} that training a model takes on each of `shards` devices, num images at once. model, teacher: on
+    any device, also meta; of `device` only the type counts. whole: see gather_once. share: images of each device's
+    part of a batch; seen: share of the patches; drawn: by the built-in world."""
+    half = device.type == 'cuda'        # autocast computes in bf16
+    element = 2 if half else 4
+    towers = [module.config for module in model.modules() if hasattr(module, 'blocks')]
+    parameters = count_parameters(model)
+    learning = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+    # sharded weights are gathered two blocks at a time, in bf16 already; else autocast keeps bf16 copies of all
+    gathered = 0
+    copies = 2 * parameters if half else 0
+    if shards > 1:
+        copies = 0
+        gathered = 2 * (element + 4) * parameters / sum(tower.depth for tower in towers)
+        if whole:
+            gathered = (element + 4) * parameters       # gradients are summed in float32
+    memory = {'weights': 4 * parameters / shards, 'gradients': 4 * learning / shards, 'AdamW': 8 * learning / shards,
+              'bf16 copies': copies, 'gathered': gathered}
+
+    # a frozen teacher is whole everywhere; it is done before the student's activations are there
+    kept = 0
+    if any(weight.requires_grad for module in model.modules() if hasattr(module, 'blocks')
+           for weight in module.blocks.parameters()):
+        kept = sum(activation_memory(tower, device, checkpointed, seen) for tower in towers)
+    passing = [passing_memory(tower, device) for tower in towers]
+    if teacher is not None:
+        memory['teacher'] = 4 * count_parameters(teacher)
+        frozen = [module.config for module in teacher.modules() if hasattr(module, 'blocks')]
+        passing += [passing_memory(tower, device) for tower in frozen]
+    memory['activations'] = num * (kept + max(passing))
+
+    # this batch and the next two, and drawing them beside the training
+    if half:
+        pixels = share * towers[0].image_size ** 2
+        memory['batches'] = 3 * 3 * pixels
+        memory['drawing'] = DRAWING * min(pixels, data.AT_ONCE) if drawn else 0
+        memory['reserve'] = RESERVE
+    return memory
+
+
+def num_tokens(config):
+    """Of a tower's sequence."""
+    if isinstance(config, M.TextConfig):
+        return config.context
+    return 1 + config.frames * (config.image_size // config.patch_size) ** 2
+
+
+def activation_memory(config, device, checkpointed=False, seen=1.):
+    """Bytes of a tower's forward pass that the gradients of one image, or text, need."""
     D = config.width
-    tokens = 1 + config.frames * (config.image_size // config.patch_size) ** 2
-    # float32: the inputs of two norms; else their outputs, q, k, v, attention's output, GELU's both sides
-    block = tokens * (8 * D + (2 if device.type == 'cuda' else 4) * (6 * D + 2 * config.mlp_width))
+    tokens = seen * num_tokens(config)
+    inner = 8 * D                   # GELU's both sides
+    if not isinstance(config, M.TextConfig):
+        inner = (4 if config.act == 'swiglu' else 2) * config.mlp_width
+
+    # float32: the inputs of two norms; else their outputs, q, k, v, attention's output, the MLP's
+    block = tokens * (8 * D + (2 if device.type == 'cuda' else 4) * (6 * D + inner))
     return config.depth * tokens * 4 * D + block if checkpointed else config.depth * block
 
 
-def check_memory(cfg, config, device, world=1):
-    """Refuses before any work a training with AdamW that would not fit, on the processes' least memory."""
-    num = getattr(cfg, 'micro_batch', 0) or cfg.batch_size // world
-    with torch.device('meta'):
-        weights = 16 * count_parameters(M.ViT(config)) / world      # with gradients and AdamW's state
-    needed = weights + num * activation_memory(config, device, cfg.checkpoint_activations)
-    installed = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    free = torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else installed
-    there = -max_over_processes(-free)
-    if needed > there:
-        raise Refused(f'training needs {needed / 1e9:.1f} of {there / 1e9:.1f} GB with {num} images at once; '
-                      'use --checkpoint_activations, a smaller --batch_size or --micro_batch, more processes')
+def passing_memory(config, device):
+    """Bytes an image that are not kept for the gradients: what a ViT is made of, the block that is at work, and
+    predictions and targets on their way through the loss. Of a text tower the block alone."""
+    D = config.width
+    element = 2 if device.type == 'cuda' else 4
+    if isinstance(config, M.TextConfig):
+        return config.context * D * (8 + 11 * element)
+    N = num_tokens(config)
+    pixels = 3 * config.frames * config.image_size ** 2 * (1 + 4 + element)     # uint8, normalised, for the convolution
+    block = N * (8 * D + element * (3 * D + 2 * config.mlp_width))
+    outputs = 0 if config.pool else N * config.head * (2 * element + 2 * 4)     # both sides, and in float32
+    return pixels + block + outputs
+
+
+def free_memory(device):
+    """Bytes of a GPU that are free, or ours already; of a CPU all that the machine has."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+
+
+def ways_to_train(cfg, share):
+    """[(activations are computed again, images at once, gather_once)] that flags allow, the fastest first: all at once,
+    parts of FEW and more, the same with activations computed again, smaller parts."""
+    agains = [False, True] if cfg.checkpoint_activations is None else [cfg.checkpoint_activations]
+    parts = [share]
+    if hasattr(cfg, 'micro_batch'):
+        parts = [share // n for n in range(1, share + 1) if share % n == 0]
+        parts = [cfg.micro_batch] if cfg.micro_batch else parts
+    ways = [(again, num) for again in agains for num in parts if num >= FEW or num == parts[0]]
+    ways += [(agains[-1], num) for num in parts]
+    return [(again, num, once) for again, num in ways for once in (num < share, False)]
+
+
+def settle_memory(cfg, model, device, world, teacher=None, seen=1.):
+    """Decides how to train in the memory that the processes have at least, and says so; refuses what cannot fit.
+    model: the one to train, also on the meta device; the rest as of training_memory."""
+    share = cfg.batch_size // world
+    local = int(os.environ.get('LOCAL_WORLD_SIZE', world))
+    there = -max_over_processes(-free_memory(device))
+    drawn = cfg.data.partition(':')[0] == 'shapes'
+
+    def needed(again, num, once):
+        memory = training_memory(model, num, device, local if local > 1 else world, again, once, teacher, share, seen,
+                                 drawn)
+        return sum(memory.values())
+
+    ways = ways_to_train(cfg, share)
+    way = next((way for way in ways if needed(*way) <= there), None)
+    if way is None:
+        again, num, _ = min(ways, key=lambda way: needed(*way))
+        hint = ', activations computed again; use' if again else '; use --checkpoint_activations,'
+        raise Refused(f'training needs {needed(again, num, False) / 1e9:.1f} of {there / 1e9:.1f} GB with {num} images '
+                      f'at once{hint} a smaller --batch_size or --micro_batch, more processes')
+
+    again, num, once = way
+    if device.type == 'cuda' or again or num < share:
+        words = ', activations computed again' if again else ''
+        print0(f'memory: {needed(*way) / 1e9:.1f} of {there / 1e9:.1f} GB by plan, with {num} images at once{words}')
+    cfg.checkpoint_activations = again
+    cfg.gather_once = once
+    if hasattr(cfg, 'micro_batch'):
+        cfg.micro_batch = num
 
 
 @torch.no_grad()

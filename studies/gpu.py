@@ -50,7 +50,7 @@ def machine(args):
 
     yield dict(what='torch', value=torch.__version__)
     yield dict(what='CUDA, driver', value=f'{torch.version.cuda}, {driver}')
-    yield dict(what='free memory, GB', value=plan.free_memory(args.device) / 1e9)
+    yield dict(what='free memory, GB', value=run.free_memory(args.device) / 1e9)
     yield dict(what='C compiler', value=shutil.which('gcc') or shutil.which('cc') or 'none: no --compile')
     yield dict(what='large product, TFLOP/s', value=plan.matmul_speed(args.device) / 1e12)
 
@@ -184,8 +184,9 @@ def make_step(args, compiled, checkpointed, Student=M.ViT):
 
     num = 8
     if not args.small:
-        free = plan.free_memory(args.device)
-        room = plan.images_that_fit(free, config, args.device, 1, checkpointed, teacher)
+        model, frozen = plan.on_meta(config), plan.on_meta(teacher)
+        free = run.free_memory(args.device)
+        room = plan.images_that_fit(free, model, args.device, checkpointed=checkpointed, teacher=frozen)
         num = max(8, min(4096, room // 8 * 8))
     return speed.Step(cfg, config, teacher, 1, args.device, Student), num
 

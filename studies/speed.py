@@ -239,7 +239,7 @@ def time_sizes(step, num, larger=True):
 
         # what is held now is the model's; another size has to be worth the time
         held = torch.cuda.memory_allocated(step.device)
-        free = .97 * (plan.free_memory(step.device) + torch.cuda.memory_reserved(step.device))
+        free = .97 * run.free_memory(step.device)
         an_image = (1e9 * row['memory, GB'] - held) / num
         room = int((free - held) / an_image) // 8 * 8
         if room < 1.15 * num:

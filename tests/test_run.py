@@ -1,4 +1,5 @@
 """One claim a test: the machinery of a run, from options to save and resume."""
+import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -619,7 +620,7 @@ def test_log_counts_over_interruptions(tmp_path):
     """Skipped steps and seconds run on; each line has the speed, also in TFLOP/s, and memory."""
     cfg = Config(out_dir=str(tmp_path), steps=9, batch_size=10)
     log = run.Log(cfg, 0, flops=1e6)
-    log.is_finite(torch.tensor(math.nan))
+    log.skipped += 1
     log.write(0, loss=1.)
     log.close()
     log = run.Log(cfg, 1, flops=1e6)
@@ -645,13 +646,39 @@ def test_signals_are_noted_and_obeyed(tmp_path, capsys, number, code):
     assert 'stopped after step 3' in capsys.readouterr().out
 
 
-def test_ten_bad_gradients_end_the_run(tmp_path):
-    """A gradient that is not finite is skipped; ten in a row stop the run, a good one starts the count again."""
-    log = run.Log(Config(out_dir=str(tmp_path), steps=9), 0)
-    assert log.is_finite(torch.tensor(1.))
-    assert not any(log.is_finite(torch.tensor(math.nan)) for _ in range(9)) and log.is_finite(torch.tensor(2.))
-    with pytest.raises(ValueError, match='not finite ten times'):
-        [log.is_finite(torch.tensor(math.inf)) for _ in range(10)]
+class Weight:
+    """One weight of 1, its optimizer and a log: each step adds a gradient of the given norm."""
+
+    def __init__(self, folder, fused=True):
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        kind = torch.optim.AdamW if fused else torch.optim.SGD
+        self.optimizer = kind([self.weight], lr=.1, **dict(fused=True) if fused else {})
+        self.log = run.Log(Config(out_dir=str(folder), steps=99), 0)
+
+    def step(self, norm):
+        self.weight.grad = torch.full((1,), norm)
+        self.log.update(self.optimizer, torch.tensor(norm))
+        return self.weight.item()
+
+
+@pytest.mark.parametrize('fused', [True, False])
+def test_gradients_that_are_not_finite_are_skipped(tmp_path, fused):
+    """The weight stays as it was, the next step moves it, and the log counts one."""
+    one = Weight(tmp_path, fused)
+    before = one.step(1.)
+    assert one.step(math.nan) == before != one.step(1.)
+    one.log.write(2, loss=1.)
+    assert run.read_log(str(tmp_path))[-1]['skipped'] == 1
+
+
+@pytest.mark.parametrize('norms, ends', [([math.inf] * 10 + [1.], True), ([math.nan] * 9 + [1.] + [math.nan] * 9, False)])
+def test_ten_bad_gradients_end_the_run(tmp_path, norms, ends):
+    """Ten in a row, at the next line of the log; a good one starts the count again."""
+    one = Weight(tmp_path)
+    for norm in norms:
+        one.step(norm)
+    with pytest.raises(run.Refused, match='not finite ten times') if ends else contextlib.nullcontext():
+        one.log.write(18, loss=1.)
 
 
 # ---- pictures and costs
@@ -693,21 +720,40 @@ def test_activations_of_g():
     assert run.activation_memory(config, cuda, checkpointed=True) / 1e9 == pytest.approx(.07, abs=5e-3)
 
 
-@pytest.mark.parametrize('world', [1, 8])
-def test_weights_gradients_and_adamw_take_16_bytes_a_parameter(monkeypatch, world):
-    """Of g, shared by the processes; each has the activations of its image besides."""
-    monkeypatch.setattr(run, 'max_over_processes', lambda number: 0)
-    config, cpu = ViTConfig(**SIZES['g']), torch.device('cpu')
-    needed = (16 * 1_011_147_520 / world + run.activation_memory(config, cpu)) / 1e9
-    with pytest.raises(run.Refused, match=f'needs {needed:.1f} of 0.0 GB'):
-        run.check_memory(Config(batch_size=world), config, cpu, world)
+def on_meta(size, **options):
+    with torch.device('meta'):
+        return ViT(ViTConfig(**{**SIZES[size], **options}))
 
 
-def test_too_large_is_refused():
+@pytest.mark.parametrize('shards', [1, 8])
+def test_weights_gradients_and_adamw_take_16_bytes_a_parameter(shards):
+    """Of g, shared by the processes."""
+    memory = run.training_memory(on_meta('g'), 1, torch.device('cpu'), shards)
+    assert sum(memory[name] for name in ('weights', 'gradients', 'AdamW')) == 16 * 1_011_147_520 / shards
+
+
+def test_too_large_is_refused(monkeypatch):
     """A training that cannot fit is one line before it starts; one that fits passes."""
-    run.check_memory(Config(batch_size=1), ViTConfig(**SIZES['pico']), torch.device('cpu'))
-    with pytest.raises(run.Refused, match=r'needs \d+\.\d of \d+\.\d GB with 10000000 images .*micro_batch'):
-        run.check_memory(Config(batch_size=10 ** 7), ViTConfig(**SIZES['g']), torch.device('cpu'))
+    monkeypatch.setattr(run, 'free_memory', lambda device: 4e9)
+    run.settle_memory(Config(batch_size=1), on_meta('pico'), torch.device('cpu'), 1)
+    with pytest.raises(run.Refused, match=r'needs \d+\.\d of \d+\.\d GB with 1 images at once, activations .*micro_batch'):
+        run.settle_memory(Config(batch_size=10), on_meta('g'), torch.device('cpu'), 1)
+
+
+@pytest.mark.parametrize('gigabytes, num, again', [(141, 128, False), (80, 64, False), (40, 32, False), (24, 64, True)])
+def test_memory_decides_how_g_is_trained(monkeypatch, gigabytes, num, again):
+    """All images at once; else parts of 16 and more; else activations are computed again."""
+    monkeypatch.setattr(run, 'free_memory', lambda device: gigabytes * 2 ** 30)
+    cfg = Config(batch_size=128, micro_batch=0)
+    run.settle_memory(cfg, on_meta('g', head=768), torch.device('cuda'), 1)
+    assert (cfg.micro_batch, cfg.checkpoint_activations) == (num, again)
+
+
+def test_a_flag_decides_before_memory(monkeypatch):
+    monkeypatch.setattr(run, 'free_memory', lambda device: 141 * 2 ** 30)
+    cfg = Config(batch_size=128, micro_batch=8, checkpoint_activations=True)
+    run.settle_memory(cfg, on_meta('g', head=768), torch.device('cuda'), 1)
+    assert (cfg.micro_batch, cfg.checkpoint_activations) == (8, True)
 
 
 def test_epochs_become_steps():

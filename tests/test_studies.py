@@ -152,32 +152,43 @@ def test_a_plan_for_a_gpu_needs_none(capsys):
     plan.plan(run.parse_config(plan.Config, mim_pretrain.RECIPES, flags))
     said = capsys.readouterr().out
     assert '542.1 MB an image' in said and 'no days' in said
-    assert '| 40 GB | no |' in said and '| 80 GB | yes |' in said
+    assert '| 40 GB | none |' in said and '| 80 GB | 64 | kept |' in said
 
 
 def memory(num, **more):
     """The plan's for g on a GPU: the sum and its parts."""
-    config = M.ViTConfig(**M.SIZES['g'], head=768)
-    parts = plan.memory_of(config, num, torch.device('cuda'), **more)
+    parts = run.training_memory(G, num, torch.device('cuda'), **more)
     return sum(parts.values()), parts
+
+
+G = plan.on_meta(M.ViTConfig(**M.SIZES['g'], head=768))
 
 
 def test_a_frozen_teacher_has_weights_alone():
     """4 bytes each of ViT-L's 304 million: neither gradients nor AdamW's state, nor activations beside g's."""
-    teacher = plan.default_teacher('g', 16)
+    teacher = plan.on_meta(plan.default_teacher('g', 16))
     assert memory(8, teacher=teacher)[0] - memory(8)[0] == pytest.approx(4 * 304e6, rel=.01)
 
 
 def test_autocast_copies_unsharded_weights():
-    """2 bytes a weight; sharded ones are gathered in bf16 already."""
+    """2 bytes a weight; sharded ones are gathered in bf16 already, two blocks or, for micro-batches, all of them."""
     assert memory(8)[1]['bf16 copies'] == pytest.approx(2 * 1.012e9, rel=.001)
     assert memory(8, shards=8)[1]['bf16 copies'] == 0
+    assert memory(8, shards=8)[1]['gathered'] * 20 == memory(8, shards=8, whole=True)[1]['gathered']
+
+
+def test_frozen_blocks_keep_nothing():
+    """A head alone has gradients and AdamW's state, and no activations of the blocks."""
+    model = plan.on_meta(M.ViTConfig(**M.SIZES['g'], head=768))
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    memory = run.training_memory(model, 8, torch.device('cuda'))
+    assert memory['AdamW'] == 8 * (768 * 1408 + 768) and memory['activations'] < 1e9
 
 
 def test_what_fits_fits():
     """The largest number of images stays below the memory, one more does not."""
-    config = M.ViTConfig(**M.SIZES['g'], head=768)
-    num = plan.images_that_fit(80e9, config, torch.device('cuda'))
+    num = plan.images_that_fit(80e9, G, torch.device('cuda'))
     assert memory(num)[0] <= 80e9 < memory(num + 1)[0]
 
 
