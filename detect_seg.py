@@ -129,13 +129,15 @@ def encode_boxes(boxes, targets, weights):
     size = sides(boxes)
     goal = sides(targets)
     shift = (targets[:, :2] + .5 * goal - boxes[:, :2] - .5 * size) / size
-    return torch.cat((shift, (goal / size).log()), 1) * boxes.new_tensor(weights)
+    weights = M.constant(tuple(weights), boxes.device).to(boxes)
+    return torch.cat((shift, (goal / size).log()), 1) * weights
 
 
 def decode_boxes(boxes, deltas, weights):
     """The inverse of encode_boxes. boxes [n, 4], deltas [n, 4] -> [n, 4]."""
     size = sides(boxes)
-    shift, growth = (deltas / boxes.new_tensor(weights)).split(2, dim=1)
+    weights = M.constant(tuple(weights), boxes.device).to(boxes)
+    shift, growth = (deltas / weights).split(2, dim=1)
     centre = boxes[:, :2] + .5 * size + shift * size
     half = .5 * size * growth.clamp(max=LARGEST_GROWTH).exp()
     return torch.cat((centre - half, centre + half), 1)
@@ -161,29 +163,42 @@ def match(iou, thresholds, labels, low_quality=False):
         index = torch.zeros(iou.shape[1], dtype=torch.long, device=iou.device)
         return index, torch.full_like(index, labels[0])
     best, index = iou.max(0)
-    level = torch.bucketize(best, torch.tensor(thresholds, device=iou.device), right=True)
-    label = index.new_tensor(labels)[level]
+    label = torch.full_like(index, labels[0])
+    for threshold, value in zip(thresholds, labels[1:]):
+        label = torch.where(best >= threshold, value, label)
     if low_quality:
-        label[(iou == iou.max(1, keepdim=True).values).any(0)] = 1
+        label = torch.where((iou == iou.max(1, keepdim=True).values).any(0), 1, label)
     return index, label
 
 
 def sample(labels, num, positive_share, u):
-    """Indices of num boxes with the lowest u [n]: of label 1 at most num * positive_share, and of label 0."""
+    """Asks num boxes with the lowest u [n], of label 1 at most num * positive_share, and of label 0:
+    their labels, -1 of all others [n]; then the indices of all [n], those of 1, of 0 and of -1."""
     order = u.argsort(stable=True)
-    positive = order[labels[order] == 1][:int(num * positive_share)]
-    return positive, order[labels[order] == 0][:num - len(positive)]
+    positive = labels[order] == 1
+    positive &= positive.cumsum(0) <= int(num * positive_share)
+    negative = labels[order] == 0
+    negative &= negative.cumsum(0) <= num - positive.sum()
+
+    # counted, not cut: nothing has to wait for a GPU
+    taken = positive.long() - (~positive & ~negative).long()                # [n], by u
+    asked = torch.empty_like(taken).scatter_(0, order, taken)
+    return asked, order[taken.argsort(descending=True, stable=True)]
+
+
+def float32_below(threshold):
+    """The largest float32 that is not above it: in float32 3 / 10 is above the double .3, as .3 is."""
+    limit = np.float32(threshold)
+    return float(np.nextafter(limit, np.float32(-1)) if float(limit) > threshold else limit)
 
 
 def nms(boxes, scores, threshold, classes=None, block=128):
     """Greedy non-maximum suppression. boxes [n, 4], scores [n], classes [n] -> indices, best first.
     A box stays if no better one that stays, of the same class, overlaps it by an IoU above threshold."""
-    limit = np.float32(threshold)
-    if float(limit) > threshold:            # in float32 3 / 10 is above the double .3, as .3 is
-        limit = np.nextafter(limit, np.float32(-1))
+    limit = float32_below(threshold)
 
     def suppresses(i, j):
-        over = pairwise_iou(boxes[i], boxes[j]) > float(limit)
+        over = pairwise_iou(boxes[i], boxes[j]) > limit
         return over if classes is None else over & (classes[i, None] == classes[j])
 
     left = scores.argsort(descending=True, stable=True)
@@ -201,6 +216,26 @@ def nms(boxes, scores, threshold, classes=None, block=128):
         left = left[block:]
         left = left[~suppresses(kept[-1], left).any(0)]
     return torch.cat(kept)
+
+
+def nms_at_once(levels, there, threshold, rounds=16):
+    """What nms keeps of each level and image of boxes [B, n, 4], best first, that are `there` [B, n].
+    All boxes are judged anew, by those that stayed in the round before. Greedy's choice, and no other,
+    then stays as it is; round k settles those that wait for k others. A GPU is asked every few rounds."""
+    over = []                               # of each level [B, i, j]: i suppresses j
+    for boxes in levels:
+        suppresses = [pairwise_iou(part, part) > float32_below(threshold) for part in boxes]
+        number = torch.bfloat16 if boxes.is_cuda else torch.float32
+        over.append(torch.stack(suppresses).triu_(1).to(number))
+
+    keep = there
+    while True:
+        for _ in range(rounds):
+            before = keep
+            hits = [stay[:, None].to(x) @ x for stay, x in zip(before, over)]       # [B, 1, n]
+            keep = [here & (x[:, 0] == 0) for here, x in zip(there, hits)]
+        if torch.equal(torch.cat(keep, 1), torch.cat(before, 1)):
+            return keep
 
 
 def soft_nms(boxes, scores, threshold=.6, min_score=1e-3, method='linear', sigma=.5):
@@ -245,7 +280,8 @@ def choose_detections(boxes, scores, image_size, threshold=.05, iou=.5, most=100
     if soft is None:
         rows, classes = (scores > threshold).nonzero(as_tuple=True)
         scores = scores[rows, classes]
-        order = nms(boxes[rows], scores, iou, classes)[:most]
+        block = 1024 if boxes.is_cuda else 128      # a GPU is waited for at each
+        order = nms(boxes[rows], scores, iou, classes, block)[:most]
         scores = scores[order]
     else:
         scores = torch.where(scores > threshold, scores, -torch.inf)
@@ -273,14 +309,31 @@ def choose_proposals(logits, deltas, anchors, image_size, before, after, thresho
     return boxes[index], scores[index]
 
 
+@torch.no_grad()
+def choose_all_proposals(logits, deltas, anchors, sizes, before, after, threshold=.7):
+    """choose_proposals of all images at once, for GPUs, only the boxes [m, 4] of each.
+    By level logits [B, n], deltas [B, n, 4], anchors [n, 4]; sizes [(height, width)]."""
+    most = torch.tensor([(width, height) * 2 for height, width in sizes])
+    most = run.send(most, logits[0].device)                                 # [B, 4]
+    boxes, scores = [], []
+    for score, delta, anchor in zip(logits, deltas, anchors):
+        score, index = score.topk(min(before, len(anchor)))                 # [B, k]
+        moves = delta.gather(1, index[..., None].expand(-1, -1, 4))
+        found = decode_boxes(anchor[index].flatten(0, 1), moves.flatten(0, 1), (1., 1., 1., 1.))
+        boxes.append(found.view_as(moves).clamp(min=0).minimum(most[:, None]))
+        scores.append(score)
+    keep = nms_at_once(boxes, [has_area(found) for found in boxes], threshold)
+    scores = [torch.where(*pair, -torch.inf) for pair in zip(keep, scores)]
+    scores, order = torch.cat(scores, 1).sort(descending=True, stable=True)
+    nums = (scores[:, :after] > -torch.inf).sum(1).tolist()
+    return [part[index[:num]] for part, index, num in zip(torch.cat(boxes, 1), order, nums)]
+
+
 def rpn_targets(anchors, targets, u, num=256, positive_share=.5):
     """What one image's proposals learn: labels [n], 1 an object, 0 none, -1 not asked, and the box that
     each anchor should become [n, 4]. anchors [n, 4], targets [m, 4], u [n] uniform numbers."""
     index, label = match(pairwise_iou(targets, anchors), (.3, .7), (0, -1, 1), low_quality=True)
-    positive, negative = sample(label, num, positive_share, u)
-    asked = torch.full_like(label, -1)
-    asked[positive] = 1
-    asked[negative] = 0
+    asked, _ = sample(label, num, positive_share, u)
     return asked, targets[index] if len(targets) else torch.zeros_like(anchors)
 
 
@@ -288,15 +341,14 @@ def rpn_losses(logits, deltas, anchors, labels, goals):
     """Two sums: cross-entropy of the anchors asked, is there an object? L1 of the positive ones' moves.
     logits and labels [B, n]; deltas and goals [B, n, 4]; anchors [n, 4]."""
     # is there an object?
-    asked = labels >= 0
-    objectness = F.binary_cross_entropy_with_logits(
-        logits[asked], labels[asked].to(logits), reduction='sum')
+    losses = F.binary_cross_entropy_with_logits(
+        logits, labels.clamp(min=0).to(logits), reduction='none')
+    objectness = (losses * (labels >= 0)).sum()
 
     # how should the anchor move?
-    positive = labels == 1
-    start = anchors.expand_as(goals)[positive]
-    wanted = encode_boxes(start, goals[positive], (1., 1., 1., 1.))
-    move = F.l1_loss(deltas[positive], wanted, reduction='sum')
+    labels = torch.where(labels == 1, 1, -1).flatten()
+    anchors = anchors.repeat(len(goals), 1)
+    move = box_loss(anchors, deltas.flatten(0, 1), labels, goals.flatten(0, 1), (1., 1., 1., 1.))
     return objectness, move
 
 
@@ -409,12 +461,74 @@ def roi_align(features, boxes, image, out, scale=1., ratio=0, aligned=True):
 
     # how much each cell counts in each bin
     H, W = features.shape[2:]
+    if features.is_cuda:
+        size = M.constant((H, W), features.device).expand(len(boxes), 2)
+        cells = features.float().permute(0, 2, 3, 1).flatten(0, 2)
+        boxes = torch.stack((x1, y1, x2, y2), 1)
+        return gather_boxes(cells, image * H * W, size, boxes, out, ratio)
     y = bin_weights(y1, y2, out, H, ratio)
     x = bin_weights(x1, x2, out, W, ratio)
 
     # bfloat16 would misplace what is interpolated
     with torch.autocast(features.device.type, enabled=False):
         return PoolBoxes.apply(features.float(), image, y, x)
+
+
+def gather_boxes(cells, first, size, boxes, out, ratio=0):
+    """RoIAlign without a loop over boxes, for GPUs: a bin is a weighted sum of cells, a `bag`.
+    cells [N, C]: those of all maps, row by row. Of each box: its map's first cell [R] and
+    (height, width) [R, 2]; the box itself [R, 4], in cells that have their centres at 0, 1, ...
+    -> [R, C, out, out]."""
+    R = len(boxes)
+    device = boxes.device
+    if R == 0:
+        return cells[:0, :, None, None].expand(-1, -1, out, out)
+
+    # axes y and x: how many points a bin has, how many cells these can lie between
+    corners = boxes.view(R, 2, 2).flip(2)                               # [R, 2 corners, 2 axes]
+    start = corners[:, 0]
+    step = (corners[:, 1] - start) / out                                # [R, 2], a bin's sides
+    num = torch.full_like(step, ratio) if ratio else step.ceil().clamp(min=0)
+    share = num.clamp(min=1)
+    reach = ((step - step / share).abs().ceil() + 2).minimum(size)      # [R, 2]
+    area = reach.prod(1)
+    total = out ** 2 * area.double().sum()
+    numbers = torch.stack((num.max().double(), reach.max().double(), total))
+    num_points, num_cells, total = map(int, numbers.tolist())           # the only wait
+
+    # the points, as in bin_weights, and what they give to the cells
+    last = size[:, :, None, None] - 1
+    points = torch.arange(num_points, device=device)
+    bins = start[..., None] + torch.arange(out, device=device) * step[..., None]        # [R, 2, out]
+    offsets = (points + .5) * step[..., None] / share[..., None]        # [R, 2, points]
+    at = bins[..., None] + offsets[:, :, None]                          # [R, 2, out, points]
+    used = (points < num[..., None])[:, :, None] & (at >= -1) & (at <= last + 1)
+    at = at.clamp(min=0).minimum(last)
+    begin = torch.where(used, at, last).amin(3).floor()                 # [R, 2, out]
+    place = begin[..., None] + torch.arange(num_cells, device=device)   # [R, 2, out, cells]
+    distance = (at[..., None] - place[..., None, :]).abs()              # [R, 2, out, points, cells]
+    weights = (1 - distance).clamp_(min=0).mul_(used[..., None]).sum(3) / share[..., None, None]
+    place = place.minimum(last).long()
+
+    # all bags' cells in a row, box by box: which box, which of its bins, which cell under that
+    area = area.long()
+    num = out ** 2 * area                                               # [R], a box's
+    first_of_box = num.cumsum(0) - num
+    n = torch.arange(total, device=device)
+    box = torch.searchsorted(num.cumsum(0), n, right=True)              # [total]
+    n = n - first_of_box[box]
+    bag = n // area[box]
+    n = n % area[box]
+    across = reach[:, 1].long()[box]
+    y = box, 0, bag // out, n // across
+    x = box, 1, bag % out, n % across
+
+    index = first[box] + place[y] * size[:, 1].long()[box] + place[x]
+    weights = weights[y] * weights[x]
+    first_of_bag = first_of_box[:, None] + area[:, None] * torch.arange(out ** 2, device=device)
+    pooled = F.embedding_bag(
+        index, cells, first_of_bag.flatten(), mode='sum', per_sample_weights=weights.to(cells))
+    return pooled.view(R, out, out, -1).permute(0, 3, 1, 2)
 
 
 def box_levels(boxes, strides):
@@ -430,12 +544,27 @@ def pool_boxes(pyramid, strides, boxes, out):
     image = torch.cat([torch.full((len(part),), i, device=part.device) for i, part in enumerate(boxes)])
     boxes = torch.cat(boxes)
     level = box_levels(boxes, strides)
+    if boxes.is_cuda:
+        return pool_on_gpu(pyramid, strides, boxes, image, level, out)
     order, pooled = [], []
     for i, features in enumerate(pyramid):
         here = (level == i).nonzero()[:, 0]
         order.append(here)
         pooled.append(roi_align(features, boxes[here], image[here], out, 1 / strides[i]))
     return torch.cat(pooled)[torch.cat(order).argsort()]
+
+
+def pool_on_gpu(pyramid, strides, boxes, image, level, out):
+    """As pool_boxes, all levels at once. boxes [R, 4]; image and level [R]: of which map each is a part."""
+    cells = torch.cat([x.float().permute(0, 2, 3, 1).flatten(0, 2) for x in pyramid])      # [N, C]
+    sizes = M.constant(tuple(tuple(x.shape[2:]) for x in pyramid), boxes.device)
+    areas = sizes.prod(1)
+    num = len(pyramid[0]) * areas
+    first = (num.cumsum(0) - num)[level] + image * areas[level]
+    scales = M.constant(tuple(1 / stride for stride in strides), boxes.device).float()
+    boxes = boxes.detach().float() * scales[level, None] - .5
+    with torch.autocast(boxes.device.type, enabled=False):
+        return gather_boxes(cells, first, sizes[level], boxes, out)
 
 
 def paste_mask(mask, box, size):
@@ -578,6 +707,24 @@ def federated_classes(labels, weights, num, u):
     return there[:-1]
 
 
+def send_targets(targets, device):
+    """Images' targets with all boxes and labels on the device, which masks need not be."""
+    if targets[0]['boxes'].device == device:
+        return targets
+    nums = [len(target['boxes']) for target in targets]
+    boxes = run.send(torch.cat([target['boxes'] for target in targets]), device).split(nums)
+    labels = run.send(torch.cat([target['labels'] for target in targets]), device).split(nums)
+    return [dict(target, boxes=boxes[i], labels=labels[i]) for i, target in enumerate(targets)]
+
+
+def with_area(boxes):
+    """Of each image's boxes [n, 4] those that have an area."""
+    together = torch.cat(boxes)
+    kept = has_area(together).cpu()
+    nums = [int(part.sum()) for part in kept.split([len(part) for part in boxes])]
+    return together[run.send(kept.nonzero()[:, 0], together.device)].split(nums)
+
+
 def class_loss(logits, labels, sigmoid=False, asked=None):
     """Sum over boxes of the cross-entropy. logits [n, K + 1], labels [n]; K is the background.
     sigmoid: a yes-or-no question for each class, or of the classes `asked` only (bool [K], LVIS)."""
@@ -596,10 +743,10 @@ def class_loss(logits, labels, sigmoid=False, asked=None):
 def box_loss(boxes, deltas, labels, goals, weights):
     """Sum of L1 over the encoded deltas of the boxes that show an object: labels [n] >= 0.
     boxes, deltas and goals [n, 4]; weights [4] as of encode_boxes."""
-    # the background may lie anywhere
-    positive = labels >= 0
-    wanted = encode_boxes(boxes[positive], goals[positive], weights)
-    return F.l1_loss(deltas[positive], wanted, reduction='sum')
+    # the background has nowhere to go; chosen by `where`, as an index would wait for a GPU
+    positive = labels[:, None] >= 0
+    wanted = encode_boxes(boxes, torch.where(positive, goals, boxes), weights)
+    return torch.where(positive, (deltas - wanted).abs(), 0.).sum()
 
 
 def class_mask_loss(logits, labels, goals):
@@ -669,22 +816,25 @@ class Detector(nn.Module):
         logits, deltas = self.proposer(pyramid)    # [B, n], [B, n, 4] each
         grids = [x.shape[2:] for x in pyramid]
         anchors = make_anchors(grids, self.strides, sizes=config.anchor_sizes)
-        anchors = [level.to(device) for level in anchors]    # [n, 4] each
+        anchors = [run.send(level, device) for level in anchors]    # [n, 4] each
 
         # region proposals: a tensor [n, 4] for each image
         which = 0 if draw else 1
-        boxes = []
-        for i, size in enumerate(sizes):
-            found, _ = choose_proposals([x[i] for x in logits], [x[i] for x in deltas],
-                                        anchors, size, config.before[which], config.after[which])
-            boxes.append(found)
+        limits = config.before[which], config.after[which]
+        if device.type == 'cuda':
+            boxes = choose_all_proposals(logits, deltas, anchors, sizes, *limits)
+        else:
+            boxes = []
+            for i, size in enumerate(sizes):
+                found, _ = choose_proposals(
+                    [x[i] for x in logits], [x[i] for x in deltas], anchors, size, *limits)
+                boxes.append(found)
         pyramid = pyramid[:4]
         if draw is None:
             return self.detect(pyramid, boxes, sizes, choose)
 
         # what the proposals and what the heads learn; masks stay where they are
-        targets = [dict(target, boxes=target['boxes'].to(device), labels=target['labels'].to(device))
-                   for target in batch['targets']]
+        targets = send_targets(batch['targets'], device)
         losses = self.proposal_losses(
             torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), targets, draw)
         boxes = self.sample_boxes(boxes, targets, draw)
@@ -708,12 +858,13 @@ class Detector(nn.Module):
         config = self.config
         both = [torch.cat((boxes[i], target['boxes'])) for i, target in enumerate(targets)]
         u = draw('boxes', max(len(part) for part in both))
-        sampled = []
+        sampled, nums = [], []
         for i, part in enumerate(both):
             _, label = match(pairwise_iou(targets[i]['boxes'], part), (.5,), (0, 1))
-            rows = sample(label, config.num_boxes, config.positive_share, u[i, :len(part)])
-            sampled.append(part[torch.cat(rows)])
-        return sampled
+            asked, order = sample(label, config.num_boxes, config.positive_share, u[i, :len(part)])
+            sampled.append(part[order])
+            nums.append((asked >= 0).sum())
+        return [part[:num] for part, num in zip(sampled, torch.stack(nums).tolist())]
 
     def cascade_head(self, number, pyramid, boxes, sizes):
         """One box head on each image's boxes [n, 4]: logits [sum of n, K + 1], deltas [sum of n, 4],
@@ -726,8 +877,10 @@ class Detector(nn.Module):
         # each head moves boxes less far than the one before
         weights = [weight * (1 + number) for weight in (10., 10., 5., 5.)]
         moved = decode_boxes(torch.cat(boxes), deltas.detach(), weights)
-        moved = moved.split([len(part) for part in boxes])
-        return logits, deltas, weights, [clip_boxes(*one) for one in zip(moved, sizes)]
+        nums = [len(part) for part in boxes]
+        most = [[(width, height) * 2] * num for (height, width), num in zip(sizes, nums)]
+        most = run.send(torch.tensor(sum(most, [])).view(-1, 4), moved.device)      # [sum of n, 4]
+        return logits, deltas, weights, moved.clamp(min=0).minimum(most).split(nums)
 
     def region_losses(self, pyramid, boxes, sizes, targets, class_draw):
         """The losses of all heads. The first box head sees `boxes` [n, 4] of each image, the next what the one
@@ -755,20 +908,35 @@ class Detector(nn.Module):
             foreground = torch.where(labels < K, labels, -1)
             loss = box_loss(torch.cat(boxes), deltas, foreground, goals, weights)
             losses[f'boxes_{number}'] = loss, len(labels)
-            boxes = [part[has_area(part)] for part in moved]
+            if number + 1 < len(self.box_heads):
+                boxes = with_area(moved)
         return losses
 
     def mask_loss(self, pyramid, boxes, labelled, targets):
         """Cross-entropy of the masks of each image's boxes [n, 4] that show an object; labelled: which."""
-        shown, labels, goals = [], [], []
-        for part, (classes, _, index), target in zip(boxes, labelled, targets):
-            rows = (classes < self.config.num_classes).nonzero()[:, 0]
-            masks = [target['masks'][i] for i in index[rows].tolist()]
-            shown.append(part[rows])
-            labels.append(classes[rows])
-            goals.append(mask_targets(masks, part[rows].cpu(), 28))
-        labels = torch.cat(labels)
-        goals = torch.cat(goals).to(labels.device)
+        # which boxes show an object, and which of all images': the CPU is told all at once
+        masks, told = [], []
+        for (classes, _, index), target in zip(labelled, targets):
+            told.append(torch.stack((classes, index + len(masks)), 1))
+            masks += target['masks']
+        labels, index = torch.cat(told).unbind(1)
+        together = torch.cat(boxes)
+        told = torch.cat((torch.cat(told).double(), together.double()), 1).cpu()    # [sum of n, 6]
+        shows = told[:, 0] < self.config.num_classes
+        nums = [int(part.sum()) for part in shows.split([len(part) for part in boxes])]
+        rows = run.send(shows.nonzero()[:, 0], together.device)
+        labels = labels[rows]
+        shown = list(together[rows].split(nums))
+
+        # the object's mask in the box; the built-in world's are on the GPU, those of files are not
+        if masks and torch.is_tensor(masks[0]) and masks[0].is_cuda:
+            masks = torch.stack(masks)[:, None]
+            goals = roi_align(masks, together[rows], index[rows], 28)[:, 0] >= .5
+        else:
+            told = told[shows]
+            masks = [masks[i] for i in told[:, 1].int().tolist()]
+            goals = mask_targets(masks, told[:, 2:].to(together.dtype), 28)
+            goals = run.send(goals, together.device)
 
         # every weight needs a gradient in every process: without an object one box that is asked nothing
         if len(labels) == 0:
@@ -1330,10 +1498,15 @@ def assign(cost):
 
 
 def split_labels(labels, num_classes):
-    """labels [H, W] -> the classes that are there [n], and the mask of each, float [n, H, W]."""
-    classes = labels.unique()
-    classes = classes[(classes >= 0) & (classes < num_classes)]
-    return classes, (labels == classes[:, None, None]).float()
+    """labels [B, H, W] -> of each image the classes that are there [n], and their masks, float [n, H, W].
+    The CPU must know n: it is told all images' at once."""
+    none = (labels < 0) | (labels >= num_classes)
+    there = labels.new_zeros(len(labels), num_classes + 1)
+    there.scatter_(1, labels.masked_fill(none, num_classes).flatten(1), 1)
+    image, classes = there[:, :-1].cpu().nonzero(as_tuple=True)
+    nums = image.bincount(minlength=len(labels)).tolist()
+    classes = run.send(classes, labels.device).split(nums)
+    return [(own, (one == own[:, None, None]).float()) for one, own in zip(labels, classes)]
 
 
 def sample_points(maps, points):
@@ -1374,52 +1547,79 @@ def uncertain_points(masks, candidates, others):
     return torch.cat((chosen, others), 1)
 
 
+@torch.no_grad()
+def match_costs(logits, masks, targets, draw, layer, P):
+    """match_cost of each image, at P random points. logits [B, Q, K + 1], masks [B, Q, h, w];
+    targets: split_labels of each image; draw(stream, num) gives [B, num] random numbers."""
+    points = draw(f'match {layer}', P * 2).view(len(logits), P, 2)
+    costs = []
+    for i, (classes, goals) in enumerate(targets):
+        costs.append(match_cost(logits[i], masks[i], classes, goals, points[i:i + 1]))
+    return costs
+
+
+def match_all(costs):
+    """Which query is to find which mask, of all layers and images: costs[layer][image] [Q, n].
+    -> for each layer [4, pairs]: image, query, mask counted over all images, and place within the image.
+    Only a CPU can `assign`: all costs go there at once, and the pairs back."""
+    device = costs[0][0].device
+    flat = torch.cat([cost.flatten() for layer in costs for cost in layer])
+    flat = flat.nan_to_num(1e9, 1e9, -1e9).double().cpu().numpy()
+    layers = []
+    begin = 0
+    for layer in costs:
+        pairs = []
+        first = 0
+        for image, cost in enumerate(layer):
+            queries, columns = assign(flat[begin:begin + cost.numel()].reshape(cost.shape))
+            num = len(queries)
+            pairs.append(np.stack((np.full(num, image), queries, first + columns, np.arange(num))))
+            begin += cost.numel()
+            first += cost.shape[1]
+        layers.append(np.concatenate(pairs, 1))
+    return run.send(torch.from_numpy(np.stack(layers)), device)         # [layers, 4, pairs]
+
+
 def mask_losses(logits, masks, targets, draw, layer, P):
+    """The losses of a layer by itself: pair_losses of the pairs that cost least."""
+    pairs = match_all([match_costs(logits, masks, targets, draw, layer, P)])[0]
+    return pair_losses(logits, masks, targets, pairs, draw, layer, P)
+
+
+def pair_losses(logits, masks, targets, pairs, draw, layer, P):
     """Sums of a layer's losses, [3]: of queries' classes, of P pixels of masks, of masks' overlap.
-    logits [B, Q, K + 1], masks [B, Q, h, w]; targets: split_labels of each image;
-    draw(stream, num) gives [B, num] random numbers. Images without labels do not count."""
+    Arguments as of match_costs; pairs [4, n] as of match_all. Images without labels do not count."""
     B, Q, num_logits = logits.shape
     K = num_logits - 1
+    image, query, wanted, place = pairs
 
-    # random points: to judge all pairs at, and for each mask to learn from
+    # random points for each mask to learn from
     most = max(len(classes) for classes, _ in targets)
     num = P - int(.75 * P)
-    judged = draw(f'match {layer}', P * 2).view(B, P, 2)
     candidates = draw(f'candidates {layer}', most * 3 * P * 2)
-    candidates = candidates.view(B, most, 3 * P, 2)
+    candidates = candidates.view(B, most, 3 * P, 2)[image, place]
     others = draw(f'others {layer}', most * num * 2)
-    others = others.view(B, most, num, 2)
+    others = others.view(B, most, num, 2)[image, place]
 
-    # the queries that are to find a mask, and what they should say
-    labels = torch.full((B, Q), K, device=logits.device)        # the others: nothing
-    known = []
-    chosen = []
-    goals = []
-    for i, (classes, wanted) in enumerate(targets):
-        cost = match_cost(logits[i], masks[i], classes, wanted, judged[i:i + 1])
-        cost = cost.nan_to_num(1e9, 1e9, -1e9).double()
-        pairs = torch.from_numpy(np.stack(assign(cost.cpu().numpy())))
-        queries, columns = pairs.to(logits.device)
-        labels[i, queries] = classes[columns]
-        n = len(queries)
-        if n:
-            known.append(i)
+    # the pixels of these queries, and of the masks they are to find
+    found = masks[image, query]                         # [n, h, w]
+    points = uncertain_points(found, candidates, others)
+    chosen = sample_points(found, points)               # [n, P]
+    goals = torch.cat([goals for _, goals in targets])[wanted]
+    goals = sample_points(goals, points)
 
-        # the pixels of these queries, and of the masks they are to find
-        found = masks[i, queries]
-        points = uncertain_points(found, candidates[i, :n], others[i, :n])
-        chosen.append(sample_points(found, points))
-        goals.append(sample_points(wanted[columns], points))
-    chosen = torch.cat(chosen)                          # [all n, P]
-    goals = torch.cat(goals)
-
-    # classes of all queries, pixels and overlap of those with a mask
+    # what queries should say: the others nothing; in an image without labels they are not asked
+    labels = torch.full((B, Q), K, device=logits.device)
+    labels[image, query] = torch.cat([classes for classes, _ in targets])[wanted]
+    for i, (classes, _) in enumerate(targets):
+        if len(classes) == 0:
+            labels[i] = IGNORED
     weight = torch.ones(K + 1, device=logits.device)
     weight[K] = NO_OBJECT
-    said = logits[known].flatten(0, 1).float()
-    labels = labels[known].flatten()
-    class_loss = F.cross_entropy(said, labels, weight, reduction='sum')
+    said = logits.flatten(0, 1).float()
+    class_loss = F.cross_entropy(said, labels.flatten(), weight, ignore_index=IGNORED, reduction='sum')
 
+    # pixels and overlap of the queries with a mask
     pixels = F.binary_cross_entropy_with_logits(chosen, goals, reduction='none')
     inside = chosen.sigmoid()
     both = (inside * goals).sum(1)
@@ -1492,7 +1692,8 @@ class DeformableAttention(nn.Module):
         """[B, Q, D] to the same. places [Q, 2] or [B, Q, levels, 2]; memory [B, N, D]: maps of sizes."""
         shape = *queries.shape[:2], *self.shape
         offsets = self.offsets(queries).view(*shape, 2)
-        offsets = offsets / offsets.new_tensor([(w, h) for h, w in sizes])[:, None]
+        cells = M.constant(tuple((w, h) for h, w in sizes), offsets.device)     # [levels, 2]
+        offsets = offsets / cells.to(offsets)[:, None]
         if places.ndim == 2:
             places = places[:, None]                                    # the same for all levels
         places = places[..., None, :, None, :] + offsets
@@ -1623,23 +1824,29 @@ class Mask2FormerHead(nn.Module):
         """For each pixel and class the sum over queries of their certainty of both: [B, K, H, W]."""
         logits, masks = self.decoder(*self.pixels(maps))[-1]
         classes = logits.softmax(-1)[..., :-1]
-        scores = torch.einsum('bqk,bqhw->bkhw', classes, masks.sigmoid())
+        with torch.autocast(masks.device.type, enabled=False):      # a sum over queries
+            scores = torch.einsum('bqk,bqhw->bkhw', classes, masks.sigmoid())
         return F.interpolate(scores, size=size, mode='bilinear')
 
     def losses(self, maps, labels, draw):
         """Sums of the losses of all layers' predictions, and what to divide them by: the weights of all
         queries, the number of masks. labels [B, H, W]; draw as in mask_losses."""
-        targets = [split_labels(x, self.config.num_classes) for x in labels]
-        sums = 0
+        targets = split_labels(labels, self.config.num_classes)
+        P = self.config.points
+
+        # products in bfloat16, as when it is judged: the original has float16, and float32 in its pixel
+        # decoder. Here samples, their places, costs and losses are float32, as they need its digits
+        predictions = self.decoder(*self.pixels(maps))
         with torch.autocast(labels.device.type, enabled=False):
-            predictions = self.decoder(*self.pixels(maps))
-            for layer, (logits, masks) in enumerate(predictions):
-                sums = sums + mask_losses(logits, masks, targets, draw, layer, self.config.points)
+            costs = [match_costs(*pair, targets, draw, i, P) for i, pair in enumerate(predictions)]
+            sums = 0
+            for i, pairs in enumerate(match_all(costs)):
+                sums = sums + pair_losses(*predictions[i], targets, pairs, draw, i, P)
 
         # a query without a mask weighs NO_OBJECT, in an image without labels nothing
         Q = self.config.queries
         num = [min(Q, len(classes)) for classes, _ in targets]
-        num = sums.new_tensor(num)                      # masks, [B]
+        num = torch.tensor(num, dtype=sums.dtype)       # masks, [B], the CPU's
         weights = torch.where(num > 0, num + NO_OBJECT * (Q - num), 0)
 
         classes, pixels, dice = sums
@@ -2277,19 +2484,19 @@ def train(cfg):
             group['lr'] = lr * group['lr_scale']
 
         # random numbers are functions of an image's place in the run
-        position = (step * cfg.batch_size + rank * share + torch.arange(share)).to(device)
+        position = run.send(step * cfg.batch_size + rank * share + torch.arange(share), device)
 
         def draw(stream, num):
             return data.uniform(cfg.seed, stream, position, num)        # [B, num]
 
         drop = draw('drop', 2 * len(model.vit.blocks)).unflatten(1, (-1, 2))
-        whole_batch = torch.tensor(step, device=device)
+        whole_batch = torch.full((), step, device=device)
         batch['class_draw'] = data.uniform(cfg.seed, 'classes', whole_batch, K)     # LVIS, [K]
 
         # each loss is a mean over what counts in the global batch; FSDP takes the processes' mean
         losses = model(normalize(model, batch), draw, drop)             # {name: (sum, count)}
         sums = torch.stack([part.float() for part, _ in losses.values()])
-        counts = [torch.as_tensor(count, device=device).float() for _, count in losses.values()]
+        counts = [torch.zeros((), device=device) + count for _, count in losses.values()]
         counts = run.sum_over_processes(torch.stack(counts))
         loss = (sums / counts.clamp(min=1)).sum()
         (loss * world).backward()

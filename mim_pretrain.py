@@ -2,7 +2,7 @@
 Stage 1, masked image modelling: the ViT sees 60% of an image's patches and
 regresses the CLIP features of the other 40%. EVA, arXiv:2211.07636, section 2.2.
 
-    python mim_pretrain.py                                 # laptop, minutes: trains its teacher first
+    python mim_pretrain.py                                 # laptop, minutes
     python mim_pretrain.py --image mine.jpg                # what the trained model makes of any picture
     torchrun --nproc_per_node=8 mim_pretrain.py --size g   # the paper's 1B model
 """
@@ -59,8 +59,10 @@ RECIPES = {  # differences from the defaults. g: the paper; ti to l: EVA-02's; t
 }
 VIT_L_14 = ('https://openaipublic.azureedge.net/clip/models/'      # its SHA-256 is part of the address
             'b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt')
+BUILT_IN = Path(__file__).resolve().parent / 'assets' / 'nano-teacher.pt'
 NUM_CODES = 512         # k-means centres of --target tokens
 NUM_EVAL = 1024         # validation images; the same, with the same masks, for every run of at least as many
+FIRST_PICTURE = 100     # steps until there is something to see
 BANK = 65_536           # training patches: the picture looks for the nearest among them, k-means for its centres
 
 
@@ -378,8 +380,8 @@ def draw_features(path, model, target, images, mask, bank):
 # ---- the loop ---------------------------------------------------------------------------------------------------
 
 def find_teacher(cfg):
-    """The teacher's file: --teacher; else EVA's for b, l and g on real images; else the built-in one, trained at
-    first use by clip_train.py's default command, the same for every size so that their skills compare."""
+    """The teacher's file: --teacher; else EVA's for b, l and g on real images; else the built-in one, the same for
+    every size so that their skills compare: what clip_train.py's default command made, or makes at first use."""
     if cfg.teacher:
         return cfg.teacher
 
@@ -393,6 +395,8 @@ def find_teacher(cfg):
     if on_world and cfg.size in ('l', 'g'):
         print0(f'a rehearsal: {cfg.size} on the built-in world with its small teacher. For real: --data DIR')
 
+    if BUILT_IN.exists():
+        return str(BUILT_IN)
     flags = ['--device', cfg.device] if cfg.device else []
     run.on_first(run.run_stage, 'clip_train.py', 'out/teacher', *flags)
     return 'out/teacher/model.pt'
@@ -543,10 +547,10 @@ def train(cfg, teacher=None):
     most = max(8, cfg.steps * cfg.batch_size)
     val = make_validation(cfg, val_set, target, config.image_size, min(NUM_EVAL, most), device)
 
-    def measure():
+    def measure(num_probe):
         metrics = evaluate(model, target, val)
         encode = run.pooled_features(model)
-        num = min(run.NUM_PROBE, most)
+        num = min(num_probe, most)
         return metrics | run.probe(encode, train_set, val_set, config.image_size, num, cfg, device)
 
     def draw():
@@ -605,12 +609,13 @@ def train(cfg, teacher=None):
             run.save_checkpoint(cfg.out_dir, done, model, optimizer, cfg, constants, about=about)
             if stopping:
                 log.leave(done)
-            log.say(step, **measure())
+            log.say(step, **measure(run.NUM_PROBE // 4))
+        if done < cfg.steps and (done == FIRST_PICTURE or done % cfg.save_every == 0):
             draw()
 
     # what a run leaves, the weights first
     run.save_model(model, f'{cfg.out_dir}/model.pt', **constants)
-    metrics = measure()
+    metrics = measure(run.NUM_PROBE)
     draw()
     cosine_loss = cfg.target in ('clip', 'distill', 'untrained')
     lines = {'position mean': -val.baseline, 'inpainting': -val.inpaint} if cosine_loss else {}

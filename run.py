@@ -124,6 +124,7 @@ FAILED = 1000           # above every signal: what a process tells the others wh
 FORMAT = 2              # of checkpoints; the earliest have no number
 DRAWING = 190           # bytes a pixel that drawing scenes takes for a while (counted)
 RESERVE = 1e9           # bytes of a GPU, for its libraries and for gaps between tensors (assumed)
+SMALL = 1e9             # FLOPs of an image that are too few for several threads
 FEW = 16                # images at once keep a GPU busy: with room for fewer, activations are computed again
 NUM_PROBE = 2048        # training images that fit the probes, and validation images that judge them
 GONE = {  # flags of earlier versions, and what to do now
@@ -284,6 +285,16 @@ def settle_device(cfg, device):
         reads_files = cfg.data.partition(':')[0] != 'shapes'
         cores = os.cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         cfg.workers = min(8, cores) if on_gpu and reads_files else 0
+    if device.type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
+        settle_threads(cfg)
+
+
+def settle_threads(cfg):
+    """A small model's operations are too short to be shared by threads, which would wait for each other at every one
+    and for whatever else the machine does: one thread computes, and another makes the next batches."""
+    if flops_per_image(vit_config(cfg)) < SMALL and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+        print0('threads: one computes, one makes the next batches; OMP_NUM_THREADS=N lets N share each operation')
 
 
 def find_device(name, local_rank, local_world):
@@ -445,7 +456,7 @@ def in_thread(items, stream=None, depth=2):
             if stream:
                 now = torch.cuda.current_stream()
                 now.wait_event(made)                # first the transfer, then what is computed from it
-                for x in item.values():
+                for x in torch.utils._pytree.tree_leaves(item):
                     if torch.is_tensor(x) and x.is_cuda:
                         x.record_stream(now)        # the thread's stream gets it back when we are done
             yield item
@@ -858,7 +869,7 @@ class Log:
         self.device = device
         self.flops = flops              # of an image
         self.in_a_row = 0               # gradients that were not finite
-        self.longest = torch.zeros(())  # of such rows
+        self.longest = torch.zeros((), device=device)       # of such rows
 
         # what an interrupted run left
         for name in ('log.jsonl', 'evals.jsonl'):
@@ -934,7 +945,7 @@ class Log:
     def update(self, optimizer, grad_norm):
         """optimizer.step(), but for gradients that are not finite: fused AdamW passes these over on the device, so
         that nothing waits for their norm. Their counts come back with the log's next line."""
-        skipped = 1. - torch.isfinite(grad_norm).float()
+        skipped = (~torch.isfinite(grad_norm)).to(torch.float32)
         if optimizer.defaults.get('fused'):
             optimizer.found_inf = skipped
             optimizer.step()
@@ -942,7 +953,7 @@ class Log:
             optimizer.step()
         self.skipped += skipped
         self.in_a_row = (self.in_a_row + 1) * skipped
-        self.longest = torch.maximum(self.longest.to(skipped.device), self.in_a_row)
+        self.longest = torch.maximum(self.longest, self.in_a_row)
 
     def append(self, name, **row):
         path = f'{self.cfg.out_dir}/{name}'
@@ -1158,7 +1169,8 @@ def training_memory(model, num, device, shards=1, checkpointed=False, whole=Fals
         kept = sum(activation_memory(tower, device, checkpointed, seen) for tower in towers)
     passing = [passing_memory(tower, device) for tower in towers]
     if teacher is not None:
-        memory['teacher'] = 4 * count_parameters(teacher)
+        is_there = next(teacher.parameters()).is_cuda       # and no longer free
+        memory['teacher'] = 0 if is_there else 4 * count_parameters(teacher)
         frozen = [module.config for module in teacher.modules() if hasattr(module, 'blocks')]
         passing += [passing_memory(tower, device) for tower in frozen]
     memory['activations'] = num * (kept + max(passing))
@@ -1207,9 +1219,9 @@ def passing_memory(config, device):
 
 
 def free_memory(device):
-    """Bytes of a GPU that are free, or ours already; of a CPU all that the machine has."""
+    """Bytes of a GPU that nobody has yet; of a CPU all that the machine has."""
     if device.type == 'cuda':
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        return torch.cuda.mem_get_info(device)[0]
     return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 

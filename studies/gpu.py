@@ -159,6 +159,19 @@ def torchrun(args):
         'memory, GB': first[-1]['memory_gb']}
 
 
+def rehearsal(args):
+    """What a cluster is asked for, on one GPU: torchrun, all options by the recipe, a save on the way."""
+    flags = ['--size', args.size, '--steps', '4', '--batch_size', '256', '--save_every', '2', '--log_every', '1']
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '1']
+    process, out_dir = start(args, 'mim_pretrain.py', flags, launcher=launcher)
+    log = wait(process, out_dir)
+    said = Path(f'{out_dir}.log').read_text()
+    planned = re.search(r'^memory: .*', said, re.M)
+    yield {
+        'steps': len(log), 'first loss': log[0]['loss'], 'last loss': log[-1]['loss'], 'images/s': typical(log),
+        'memory, GB': log[-1]['memory_gb'], 'said': planned[0] if planned else ''}
+
+
 def stage(args, script, *flags):
     """Twenty steps of a stage."""
     flags = [*flags, '--size', 's', '--steps', '20', '--log_every', '4']
@@ -202,7 +215,15 @@ def train(args, compiled, checkpointed):
         if 'images/s' in row:
             reached = row['images/s'] * run.training_flops(step.vit.config, step.target.teacher.config)
             row |= {'TFLOP/s': reached / 1e12, 'share of the product': reached / product}
+            row['memory by plan, GB'] = planned_memory(step, row['images at once'], checkpointed) / 1e9
         yield row
+
+
+def planned_memory(step, num, checkpointed):
+    """Without what a step does without: batches ahead, drawing."""
+    models = plan.on_meta(step.vit.config), plan.on_meta(step.target.teacher.config)
+    memory = run.training_memory(models[0], num, step.device, checkpointed=checkpointed, teacher=models[1])
+    return sum(memory.values()) - memory.get('reserve', 0)
 
 
 def ran_before(args, num):
@@ -267,21 +288,22 @@ def profile(args):
 # ---- the items, their minutes, and what is kept of them ---------------------------------------------------------
 
 ITEMS = {  # name: (share of the minutes, what runs, its arguments)
-    'machine':                   (.04, machine),
+    'machine':                   (.03, machine),
     'attention':                 (.03, attention),
     'nano teacher':              (.06, beside_cpu, CLIP_APART, 'clip_train.py'),
     'nano EVA':                  (.07, beside_cpu, MIM_APART, 'mim_pretrain.py', *TEACHER),
     'torchrun':                  (.10, torchrun),
-    'g, compiled':               (.13, train, True, False),
-    'g':                         (.06, train, False, False),
-    'g, compiled, checkpointed': (.12, train, True, True),
-    'g, checkpointed':           (.06, train, False, True),
+    'g, compiled':               (.10, train, True, False),
+    'g':                         (.05, train, False, False),
+    'g, compiled, checkpointed': (.09, train, True, True),
+    'g, checkpointed':           (.05, train, False, True),
     'timm':                      (.06, train_peer),
     'kernels':                   (.05, profile),
     'windows':                   (.07, stage, 'detect_seg.py', '--window', '8', '--batch_size', '4'),
     'mask2former':               (.07, stage, 'detect_seg.py', '--head', 'mask2former', '--batch_size', '4'),
     'clip':                      (.04, stage, 'clip_train.py'),
     'finetune':                  (.04, stage, 'finetune.py', '--init', 'scratch'),
+    'rehearsal':                 (.09, rehearsal),
 }
 
 

@@ -73,6 +73,69 @@ def test_nms_is_greedy():
     assert D.nms(boxes, scores, .4, block=16).tolist() == kept
 
 
+@pytest.mark.parametrize('rounds', [1, 16])
+def test_nms_of_all_images_at_once_is_greedy(rounds):
+    """In each image and level what nms keeps of the boxes that are there, also in a chain where every box but the
+    first overlaps the one before."""
+    chain = torch.arange(100.)[:, None] * torch.tensor([4., 0., 4., 0.]) + torch.tensor([0., 0., 10., 10.])
+    boxes = torch.stack((chain, random_boxes(100, 100, 10, 60, 'at once')))
+    there = data.uniform(0, 'there', torch.arange(2), 100) < torch.tensor([[2.], [.8]])
+    best_first = torch.arange(100, 0, -1)
+    for kept, part, rows in zip(D.nms_at_once([boxes], [there], .3, rounds)[0], boxes, there):
+        rows = rows.nonzero()[:, 0]
+        expected = rows[D.nms(part[rows], best_first[rows], .3)]
+        assert torch.equal(kept.nonzero()[:, 0], expected)
+
+
+def test_proposals_of_all_images_at_once_are_those_of_each():
+    """The same boxes, in the same order, whatever an image's size."""
+    grids, sizes = [(16, 16), (8, 8)], [(64, 64), (40, 64), (64, 3)]
+    anchors = D.make_anchors(grids, [4, 8])
+    logits = [data.uniform(0, 'logits', torch.arange(3), len(level)) for level in anchors]
+    deltas = [data.uniform(0, 'deltas', torch.arange(3), 4 * len(level)).view(3, -1, 4) - .5 for level in anchors]
+    found = D.choose_all_proposals(logits, deltas, anchors, sizes, 200, 100)
+    for i, boxes in enumerate(found):
+        alone, _ = D.choose_proposals([x[i] for x in logits], [x[i] for x in deltas], anchors, sizes[i], 200, 100)
+        assert torch.equal(boxes, alone)
+
+
+def gathered(features, boxes, image, out, ratio):
+    """roi_align's numbers, aligned, by the way for GPUs, on any device."""
+    H, W = features.shape[2:]
+    cells = features.permute(0, 2, 3, 1).flatten(0, 2)
+    size = torch.tensor((H, W)).expand(len(boxes), 2)
+    return D.gather_boxes(cells, image * H * W, size, boxes - .5, out, ratio)
+
+
+@pytest.mark.parametrize('out, ratio', [(7, 0), (7, 2), (14, 0)])
+def test_gathering_cells_is_roi_align(out, ratio):
+    """Values and gradients of boxes of all sizes, tiny, without area, huge, outside, or turned round."""
+    special = torch.tensor([[5, 5, 5, 5], [-90, -90, 200, 190], [50, 60, 70, 80], [0, 0, .01, 20], [9, 9, 7, 4],
+                            [0, 0, 33, 20], [2, 2, 2 + out, 2 + 2 * out]], dtype=torch.float32)
+    boxes = torch.cat((special, random_boxes(30, 20, .1, 20, 'roi')))
+    image = torch.arange(len(boxes)) % 2
+    features = data.uniform(0, 'map', torch.arange(2), 3 * 20 * 33).view(2, 3, 20, 33).requires_grad_()
+    ours = gathered(features, boxes, image, out, ratio)
+    theirs = D.roi_align(features, boxes, image, out, ratio=ratio)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    weights = data.uniform(0, 'weights', torch.arange(len(boxes)), theirs[0].numel()).view_as(theirs)
+    gradients = [torch.autograd.grad(x, features, weights)[0] for x in (ours, theirs)]
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-5)
+
+
+def test_boxes_are_pooled_from_all_levels_at_once():
+    """As one level after another, on the CPU, does it: from maps whose sides are not each other's half, too."""
+    strides = [1, 2, 4, 8]
+    pyramid = [data.uniform(0, f'level {n}', torch.arange(2), 3 * n * (n + 1)).view(2, 3, n, n + 1)
+               for n in (80, 40, 20, 10)]
+    boxes = torch.cat([random_boxes(20, 80, 1, side, f'pool {side}') for side in (8, 30, 80)])
+    image = torch.arange(60) // 30
+    level = D.box_levels(boxes, strides)
+    assert level.unique().tolist() == [0, 1, 2]
+    ours = D.pool_on_gpu(pyramid, strides, boxes, image, level, 7)
+    torch.testing.assert_close(ours, D.pool_boxes(pyramid, strides, list(boxes.split(30)), 7), atol=1e-5, rtol=1e-5)
+
+
 def test_soft_nms_treats_classes_apart():
     """All classes at once, or one after the other."""
     boxes, scores = random_boxes(40, 50, 10, 40, 'soft'), data.uniform(0, 'soft scores', torch.arange(3), 40)

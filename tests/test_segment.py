@@ -85,7 +85,7 @@ def test_matching_finds_the_masks_that_are_there():
     """Queries that say the truth, in another order, are each given theirs; with a class exchanged they lose."""
     labels = torch.zeros(1, 16, 16, dtype=torch.long)
     labels[:, :, 8:], labels[:, 8:] = 3, 2
-    classes, goals = D.split_labels(labels[0], 4)
+    [(classes, goals)] = D.split_labels(labels, 4)
     assert classes.tolist() == [0, 2, 3]
     masks = torch.cat([goals[[2, 0, 1]], torch.zeros(1, 16, 16)])[None] * 8 - 4             # the fourth finds nothing
     logits = F.one_hot(torch.tensor([[3, 0, 2, 4]]), 5) * 20.
@@ -126,6 +126,21 @@ def assert_near(ours, gradient, name):
     """To a 1e-9 of its largest part: sums in another order, in float64."""
     assert gradient.dtype == torch.float64
     torch.testing.assert_close(ours, gradient, atol=1e-9 * gradient.abs().max().item() + 1e-12, rtol=0, msg=name)
+
+
+def test_masks_are_learnt_with_the_types_they_are_judged_with():
+    """Under autocast, as on a GPU: what makes the masks computes in bfloat16 both times, the losses are float32."""
+    model = segmenter('mask2former')
+    images = uniform(2, 3, 32, 32)
+    labels = torch.arange(3).repeat_interleave(11)[:32].expand(2, 32, 32)
+    seen = []
+    for part in (model.head.pixels.finest, model.head.decoder.mask):
+        part.register_forward_hook(lambda part, inputs, output: seen.append(output.dtype))
+    with torch.autocast('cpu', torch.bfloat16):
+        losses = model(dict(images=images, labels=labels), lambda stream, num: uniform(2, num, stream=stream))
+        scores = model(dict(images=images))
+    assert set(seen) == {torch.bfloat16} and len(seen) == 8
+    assert scores.dtype == losses['pixels'][0].dtype == torch.float32
 
 
 @pytest.mark.parametrize('head', ['linear', 'mask2former'])
