@@ -1141,10 +1141,10 @@ def peak_memory(device):
 
 
 def training_memory(model, num, device, shards=1, checkpointed=False, whole=False, teacher=None, share=0, seen=1.,
-                    drawn=False):
+                    drawn=False, beside=0.):
     """{what: bytes} that training a model takes on each of `shards` devices, num images at once. model, teacher: on
     any device, also meta; of `device` only the type counts. whole: see gather_once. share: images of each device's
-    part of a batch; seen: share of the patches; drawn: by the built-in world."""
+    part of a batch; seen: share of the patches; drawn: by the built-in world; beside: bytes an image of other parts."""
     half = device.type == 'cuda'        # autocast computes in bf16
     element = 2 if half else 4
     towers = [module.config for module in model.modules() if hasattr(module, 'blocks')]
@@ -1173,7 +1173,7 @@ def training_memory(model, num, device, shards=1, checkpointed=False, whole=Fals
         memory['teacher'] = 0 if is_there else 4 * count_parameters(teacher)
         frozen = [module.config for module in teacher.modules() if hasattr(module, 'blocks')]
         passing += [passing_memory(tower, device) for tower in frozen]
-    memory['activations'] = num * (kept + max(passing))
+    memory['activations'] = num * (kept + beside + max(passing))
 
     # this batch and the next two, and drawing them beside the training
     if half:
@@ -1238,7 +1238,7 @@ def ways_to_train(cfg, share):
     return [(again, num, once) for again, num in ways for once in (num < share, False)]
 
 
-def settle_memory(cfg, model, device, world, teacher=None, seen=1.):
+def settle_memory(cfg, model, device, world, teacher=None, seen=1., beside=0.):
     """Decides how to train in the memory that the processes have at least, and says so; refuses what cannot fit.
     model: the one to train, also on the meta device; the rest as of training_memory."""
     share = cfg.batch_size // world
@@ -1248,7 +1248,7 @@ def settle_memory(cfg, model, device, world, teacher=None, seen=1.):
 
     def needed(again, num, once):
         memory = training_memory(model, num, device, local if local > 1 else world, again, once, teacher, share, seen,
-                                 drawn)
+                                 drawn, beside)
         return sum(memory.values())
 
     ways = ways_to_train(cfg, share)

@@ -22,6 +22,7 @@ import model as M                   # noqa: E402
 import run                          # noqa: E402
 
 REACHED = .5        # assumed share of what one large matrix product reaches; EVA's own run: .15. gpu.py measures ours
+A_MACHINE = 8           # devices, over which weights are sharded
 CARDS = 24, 40, 80, 141     # what GPUs have; what makers call GB is 2^30 bytes
 
 
@@ -109,7 +110,7 @@ def plan(cfg):
     share = math.ceil(cfg.batch_size / cfg.devices)
     num = cfg.micro_batch or share
     again = bool(cfg.checkpoint_activations)
-    options = dict(shards=cfg.devices, teacher=on_meta(teacher), share=share,
+    options = dict(shards=min(cfg.devices, A_MACHINE), teacher=on_meta(teacher), share=share,
                    drawn=cfg.data.partition(':')[0] == 'shapes')
     memory = run.training_memory(model, num, device, checkpointed=again, **options)
     print(f'on each of {cfg.devices} devices ({device.type}), {num} images at once:')
