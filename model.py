@@ -25,6 +25,8 @@ import torch.nn.functional as F
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 class Refused(ValueError):
@@ -42,18 +44,27 @@ SIZES = {  # parameters without a head. The built-in teacher is a nano too; with
     'l':     dict(width=1024, depth=24, heads=16, mlp_width=4096, patch_size=14, image_size=224),  # 303M
     'g':     dict(width=1408, depth=40, heads=16, mlp_width=6144, patch_size=14, image_size=224),  # 1B, EVA
 }
+EVA02_SIZES = {  # an MLP of int(8/3 width), rotary positions; from b on a norm in the MLP. nano and micro are ours
+    'nano':  dict(width=64,   depth=4,  heads=2,  mlp_width=170,  patch_size=4,  image_size=32),   # 207K
+    'micro': dict(width=96,   depth=6,  heads=3,  mlp_width=256,  patch_size=4,  image_size=32),   # 682K
+    'ti':    dict(width=192,  depth=12, heads=3,  mlp_width=512,  patch_size=14, image_size=224),  # 5.5M
+    's':     dict(width=384,  depth=12, heads=6,  mlp_width=1024, patch_size=14, image_size=224),  # 22M
+    'b':     dict(width=768,  depth=12, heads=12, mlp_width=2048, patch_size=14, image_size=224, mlp_norm=True),
+    'l':     dict(width=1024, depth=24, heads=16, mlp_width=2730, patch_size=14, image_size=224, mlp_norm=True),
+}
 SMALL = SIZES['ti']['width']     # up to this width ViTs are our own sizes and start in our own way
-TOKENS = ('pos_embed', 'class_token', 'mask_token')     # learnt inputs: they do not decay, and are no layer's
+TOKENS = ('pos_embed', 'class_token', 'registers', 'mask_token')    # learnt inputs: no decay, and no layer's
 LIMITS = {  # of the numbers in configs, others' are 0 to 2^20: a file may say anything, and what it says is built
     'width': (1, 2 ** 14), 'mlp_width': (1, 2 ** 17), 'embed': (1, 2 ** 17), 'vocab': (2, 2 ** 22), 'depth': (0, 256),
     'heads': (1, 1024), 'patch_size': (1, 1024), 'image_size': (1, 8192), 'frames': (1, 1024), 'tokens': (1, 2 ** 18),
     'context': (2, 2 ** 14), 'global_every': (1, 256), 'layer_scale': (-1e3, 1e3), 'drop_path': (0, .999),
     'mean': (-1e3, 1e3), 'std': (1e-3, 1e3), 'num_classes': (1, 2 ** 20), 'channels': (1, 2 ** 14),
-    'stages': (1, 16), 'layers': (0, 64), 'groups': (1, 1024),
+    'stages': (1, 16), 'layers': (0, 64), 'groups': (1, 1024), 'registers': (0, 1024), 'periods': (1e-6, 1e6),
 }
 WORDS = {  # what strings may be there
-    'act': ('gelu', 'quick_gelu', 'swiglu'), 'pool': ('class', 'mean', 'map'), 'rope': ('index',),
-    'head': ('linear', 'mask2former'),
+    'act': ('gelu', 'quick_gelu', 'gelu_tanh', 'swiglu'), 'pool': ('class', 'mean', 'map'),
+    'rope': ('index', 'columns', 'unit'), 'biases': ('', 'qv', 'qkv'),
+    'resize': ('bicubic', 'antialias', 'offset', 'bilinear'), 'head': ('linear', 'mask2former'),
 }
 
 
@@ -112,15 +123,22 @@ class ViTConfig:
     std: tuple = CLIP_STD
 
     eps: float = 1e-6                 # LayerNorm's; OpenAI's towers have 1e-5
-    act: str = 'gelu'                 # 'quick_gelu' is OpenAI's, 'swiglu' EVA-02's
+    act: str = 'gelu'                 # 'quick_gelu' is OpenAI's, 'gelu_tanh' SigLIP's, 'swiglu' EVA-02's
+    biases: str = 'qv'                # of queries, keys and values those that have one
     patch_bias: bool = True           # OpenAI's towers have none
     pre_norm: bool = False            # a norm before the blocks, OpenAI's
     post_norm: bool = False           # x + norm(attention(x)), not x + attention(norm(x)): EVA-02-CLIP-E's
     attn_norm: bool = False           # a norm before attention's projection, EVA-02-CLIP's
     mlp_norm: bool = False            # a norm before fc2, EVA-02's
     layer_scale: float | None = None  # first value of a learnt gain for each channel of a branch
-    rope: str | int | None = None     # EVA-02's rotary positions: 'index' counts rows, a number stretches grids to it
+    rope: str | int | None = None     # rotary positions: EVA-02's 'index' counts rows, a number stretches grids to it,
+    periods: tuple = ()               # PE's 'columns', DINOv3's 'unit' square, which may have periods of its own
+    pos_embed: bool = True            # a learnt table of positions
     align_corners: bool = False       # see resize_positions
+    resize: str = 'bicubic'           # and there
+    class_token: bool = True          # SigLIP has none
+    registers: int = 0                # more learnt tokens, without positions, after the class token
+    last_norm: bool = True            # PE-Spatial has none
 
     window: int = 0                   # ViTDet's: a window of so many patches a side sees itself only,
     global_every: int = 4             # but in each global_every-th block
@@ -138,11 +156,28 @@ class ViTConfig:
             raise Refused('rotary positions count over the whole image; they do not go with --window')
         if (self.window or self.rel_pos) and self.pool != 'map':
             raise Refused("windows and learnt distances need pool='map', which has no class token")
+        if self.pool == 'class' and not self.class_token:
+            raise Refused("this ViT has no class token; use pool='mean'")
+        if self.frames > 1 and not self.pos_embed:
+            raise Refused('this ViT has no table of positions, which clips of several frames need')
+        if self.periods and 4 * len(self.periods) != self.width // self.heads:
+            raise Refused(f'{len(self.periods)} periods do not fit heads of {self.width // self.heads} channels')
+
+
+def config_of(size, arch='eva'):
+    """A size's options of ViTConfig: EVA's, or EVA-02's with arch='eva02'."""
+    rows = dict(eva=SIZES, eva02=EVA02_SIZES)
+    if arch not in rows:
+        raise Refused(f'arch {arch!r} is not known; use {" or ".join(rows)}')
+    if size not in rows[arch]:
+        raise Refused(f'arch {arch} has no size {size!r}; it has {", ".join(rows[arch])}')
+    common = dict(act='swiglu', rope='index') if arch == 'eva02' else {}
+    return {**rows[arch][size], **common}
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, [B, N, D] to [B, N, D], without a key bias: softmax cancels what it would add,
-    one number to all logits of a query. With rotary positions it would matter; such files are refused."""
+    """Multi-head self-attention, [B, N, D] to [B, N, D]. Keys need no bias: softmax cancels what it would add,
+    one number to all logits of a query. With rotary positions it matters; PE has one there."""
 
     def __init__(self, config, causal=False, window=0):
         super().__init__()
@@ -152,8 +187,13 @@ class Attention(nn.Module):
         self.window = window
 
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.q_bias = self.k_bias = self.v_bias = None
+        if config.biases:
+            self.q_bias = nn.Parameter(torch.zeros(width))
+            self.v_bias = nn.Parameter(torch.zeros(width))
+        if config.biases == 'qkv':
+            self.k_bias = nn.Parameter(torch.zeros(width))
+        self.rotate = rotate_halves if config.rope == 'unit' else rotate
         self.norm = nn.LayerNorm(width, config.eps) if config.attn_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
@@ -174,13 +214,16 @@ class Attention(nn.Module):
             grid = (self.window, self.window)
 
         B, N, D = x.shape
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        bias = None
+        if self.q_bias is not None:
+            k_bias = torch.zeros_like(self.q_bias) if self.k_bias is None else self.k_bias
+            bias = torch.cat((self.q_bias, k_bias, self.v_bias))
         qkv = F.linear(x, self.qkv.weight, bias)
         qkv = qkv.view(B, N, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                 # each [B, heads, N, head_dim]
         if rotary is not None:
-            q = rotate(q, rotary)
-            k = rotate(k, rotary)
+            q = self.rotate(q, rotary)
+            k = self.rotate(k, rotary)
 
         # what is added to the scaled logits [B, heads, N, N]
         logits = None
@@ -207,7 +250,11 @@ def swiglu(x):
     return F.silu(gate) * x
 
 
-ACTIVATIONS = {'gelu': F.gelu, 'quick_gelu': quick_gelu, 'swiglu': swiglu}
+def gelu_tanh(x):
+    return F.gelu(x, approximate='tanh')
+
+
+ACTIVATIONS = {'gelu': F.gelu, 'quick_gelu': quick_gelu, 'gelu_tanh': gelu_tanh, 'swiglu': swiglu}
 
 
 class Mlp(nn.Module):
@@ -278,14 +325,21 @@ class ViT(nn.Module):
         self.image_size = config.image_size
         self.width = config.head or config.width    # of patch_features
 
-        # patches and positions
+        # tokens before the patches: the class token, then registers; ViTDet's maps have none
         width = config.width
         is_map = config.pool == 'map'
+        self.class_token = self.registers = None
+        if config.class_token and not is_map:
+            self.class_token = nn.Parameter(torch.zeros(1, 1, width))
+        if config.registers and not is_map:
+            self.registers = nn.Parameter(torch.zeros(1, config.registers, width))
+        self.num_before = 0 if is_map else config.class_token + config.registers
+
+        # patches and positions; the table's first row is the class token's, also where there is none
         num_tokens = 1 + config.frames * self.grid ** 2
         self.patch_embed = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=config.patch_bias)
-        self.class_token = None if is_map else nn.Parameter(torch.zeros(1, 1, width))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if config.mask_token else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, width)) if config.pos_embed else None
         self.pre_norm = nn.LayerNorm(width, config.eps) if config.pre_norm else nn.Identity()
 
         # blocks: the rate of dropped paths rises from 0, and each global_every-th has no windows
@@ -296,7 +350,8 @@ class ViT(nn.Module):
             self.blocks.append(Block(config, window=window))
 
         # the end
-        self.norm = nn.Identity() if is_map else nn.LayerNorm(width, config.eps)
+        has_norm = config.last_norm and not is_map
+        self.norm = nn.LayerNorm(width, config.eps) if has_norm else nn.Identity()
         self.head = nn.Linear(width, config.head, config.head_bias) if config.head else nn.Identity()
 
     @property
@@ -311,7 +366,7 @@ class ViT(nn.Module):
         return images.float().sub(mean).div_(std)
 
     def tokens(self, images, mask=None, keep=None, drop=None, between=None):
-        """Tokens before the last norm, the class token first if there is one: [B, 1+N, D].
+        """Tokens before the last norm, num_before of them before the patches, mostly a class token: [B, 1+N, D].
         images [B, 3, H, W] normalised, or clips [B, T, 3, H, W].
         mask [B, N] bool: True puts the mask token there; keep [B, n]: patches to pass on, then [B, 1+n, D].
         drop [B, depth, 2] in [0, 1): a branch is dropped below its layer's rate.
@@ -325,9 +380,8 @@ class ViT(nn.Module):
         rotary = None
         if self.config.rope:
             head_dim = self.config.width // self.config.heads
-            rotary = rotary_positions(grid, head_dim, self.config.rope, keep, images.device)
-            if self.class_token is None:    # its row comes first
-                rotary = rotary[..., 1:, :]
+            rotary = rotary_positions(grid, head_dim, self.config.rope, keep, images.device,
+                                      self.num_before, self.config.periods)
         multipliers = [(None, None)] * len(self.blocks)
         if drop is not None and self.config.drop_path:
             rates = constant(self.drop_rates, drop.device)[:, None]
@@ -347,16 +401,22 @@ class ViT(nn.Module):
             x = torch.where(mask[:, :, None], self.mask_token.to(x.dtype), x)
 
         # a clip's positions are not resized
-        positions = self.pos_embed                                 # [1, 1+N, D]
-        if self.config.frames == 1:
-            positions = resize_positions(positions, grid, self.config.align_corners)
-        x = x + positions[:, 1:]
+        first = self.class_token
+        if self.pos_embed is not None:
+            positions = self.pos_embed                             # [1, 1+N, D]
+            if self.config.frames == 1:
+                positions = resize_positions(positions, grid, self.config.align_corners, self.config.resize)
+            x = x + positions[:, 1:]
+            if first is not None:
+                first = first + positions[:, :1]
         if keep is not None:
             index = keep[:, :, None].expand(-1, -1, x.shape[2])
             x = x.gather(1, index)                                 # [B, n, D]
 
-        if self.class_token is not None:
-            first = self.class_token + positions[:, :1]
+        # the class token with its position, registers without
+        if self.registers is not None:
+            x = torch.cat((self.registers.expand(len(x), -1, -1), x), dim=1)
+        if first is not None:
             x = torch.cat((first.expand(len(x), -1, -1), x), dim=1)
         return self.pre_norm(x)
 
@@ -374,9 +434,9 @@ class ViT(nn.Module):
         if self.pool == 'class':
             x = x[:, 0]
         elif self.pool == 'mean':
-            x = x[:, 1:].mean(dim=1)    # before the norm: EVA's fc_norm
+            x = x[:, self.num_before:].mean(dim=1)    # before the norm: EVA's fc_norm
         else:
-            x = x[:, 1:]
+            x = x[:, self.num_before:]
         return self.head(self.norm(x))
 
     def patch_features(self, images, layer=0):
@@ -385,11 +445,11 @@ class ViT(nn.Module):
         kept = {}
 
         def between(i, x):
-            kept[i] = x[:, 1:]
+            kept[i] = x[:, self.num_before:]
             return x
 
         x = self.tokens(images, between=between if layer else None)
-        return kept[layer] if layer else self.head(self.norm(x[:, 1:]))
+        return kept[layer] if layer else self.head(self.norm(x[:, self.num_before:]))
 
 
 @functools.lru_cache
@@ -407,14 +467,22 @@ def check_grid(height, width, patch_size):
     return height // patch_size, width // patch_size
 
 
-def resize_positions(pos_embed, grid, align_corners=False):
+def resize_positions(pos_embed, grid, align_corners=False, resize='bicubic'):
     """Position table [1, 1+n, D] for another grid (h, w): [1, 1+h*w, D]. The class token's row stays.
-    Bicubic, in float32, as EVA does it. One EVA-CLIP package aligns corners in OpenAI's tables."""
+    Bicubic, in float32, as EVA does it. One EVA-CLIP package aligns corners in OpenAI's tables. PE is bilinear;
+    DINOv2 has 'antialias' with registers, without them factors that are .1 of a row too large, 'offset'."""
     side = math.isqrt(pos_embed.shape[1] - 1)
     if (side, side) == tuple(grid):
         return pos_embed
     table = pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)     # [1, D, n, n]
-    table = F.interpolate(table, size=tuple(grid), mode='bicubic', align_corners=align_corners)
+    options = dict(size=tuple(grid), mode='bicubic', align_corners=align_corners)
+    if resize == 'offset':
+        options.update(size=None, scale_factor=((grid[0] + .1) / side, (grid[1] + .1) / side))
+    elif resize == 'antialias':
+        options.update(antialias=True)
+    elif resize == 'bilinear':
+        options.update(mode='bilinear')
+    table = F.interpolate(table, **options)
     table = table.flatten(2).transpose(1, 2).to(pos_embed.dtype)                        # [1, h*w, D]
     return torch.cat((pos_embed[:, :1], table), dim=1)
 
@@ -431,21 +499,34 @@ def resize_patches(kernel, patch_size):
     return F.interpolate(kernel.float(), (patch_size, patch_size), mode='bicubic').to(kernel.dtype)
 
 
-def rotary_positions(grid, head_dim, rope, keep=None, device=None):
-    """Cosines and sines [2, 1+N, head_dim/2] of the angles by which pairs of channels turn
-    (arXiv:2303.11331): half of them with the patch's row, half with its column; the class token's not.
-    grid (h, w), rope as in ViTConfig; with keep [B, n] those of the kept patches, [2, B, 1, 1+n, head_dim/2]."""
-    stretch = (1, 1) if rope == 'index' else (rope / grid[0], rope / grid[1])
-    rows = torch.arange(grid[0], device=device) * stretch[0]
-    columns = torch.arange(grid[1], device=device) * stretch[1]
-
+def rotary_positions(grid, head_dim, rope, keep=None, device=None, num_before=1, periods=()):
+    """Cosines and sines [2, 1+N, head_dim/2] of the angles by which pairs of channels turn (arXiv:2303.11331):
+    half of them with the patch's row, half with its column; those of num_before tokens before the patches not.
+    grid (h, w), rope and periods as in ViTConfig; with keep [B, n] for the kept patches, [2, B, 1, 1+n, head_dim/2]."""
     half = head_dim // 2
+    rows = torch.arange(grid[0], device=device)
+    columns = torch.arange(grid[1], device=device)
     frequencies = 10000 ** (-torch.arange(0, half, 2, device=device) / half)     # [head_dim/4]
+    if rope == 'columns':       # from 1, as the class token is at 0
+        rows = rows + 1
+        columns = columns + 1
+    elif rope == 'unit':        # patches' centres from -1 to 1
+        rows = (2 * rows + 1) / grid[0] - 1
+        columns = (2 * columns + 1) / grid[1] - 1
+        frequencies = 2 * math.pi * 100 ** (-torch.arange(0, half, 2, device=device) / half)
+        if periods:
+            frequencies = 2 * math.pi / constant(periods, device)
+    elif rope != 'index':
+        rows = rows * (rope / grid[0])
+        columns = columns * (rope / grid[1])
+
     by_row = (rows[:, None] * frequencies).repeat_interleave(grid[1], 0)         # [N, head_dim/4]
     by_column = (columns[:, None] * frequencies).repeat(grid[0], 1)
-    angles = F.pad(torch.cat((by_row, by_column), dim=1), (0, 0, 1, 0))          # [1+N, head_dim/2]
+    angles = (by_column, by_row) if rope == 'columns' else (by_row, by_column)
+    angles = F.pad(torch.cat(angles, dim=1), (0, 0, num_before, 0))              # [1+N, head_dim/2]
     if keep is not None:
-        angles = angles[F.pad(keep + 1, (1, 0))][:, None]                        # [B, 1, 1+n, head_dim/2]
+        index = F.pad(keep + num_before, (num_before, 0))                        # the first row is not turned
+        angles = angles[index][:, None]                                          # [B, 1, 1+n, head_dim/2]
     return torch.stack((angles.cos(), angles.sin()))
 
 
@@ -454,6 +535,13 @@ def rotate(x, rotary):
     cos, sin = rotary
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
+
+
+def rotate_halves(x, rotary):
+    """Turns each channel of x [B, heads, 1+N, head_dim] with the one half a head further: DINOv3's."""
+    cos, sin = rotary
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 def split_windows(x, grid, window):
@@ -583,8 +671,8 @@ def sincos_positions(width, grid):
 @torch.no_grad()
 def init_weights(model, seed=0, gain=0):
     """First values of a ViT or a CLIP on the CPU, a function of the seed; returns the model.
-    gain: a ViT's standard deviation times the root of its width, before it is cut; 0 takes EVA's.
-    Small ViTs learn positions from sin-cos ones on, which is not in the paper."""
+    gain: a ViT's standard deviation times the root of its width, before it is cut; 0 takes EVA's, or EVA-02's
+    in pre-training with SwiGLU. Small ViTs of EVA learn positions from sin-cos ones on, which is not in the paper."""
     generator = torch.Generator().manual_seed(seed)
     is_clip = isinstance(model, CLIP)
     towers = [part for part in model.modules() if isinstance(part, (ViT, TextTower))]
@@ -592,6 +680,9 @@ def init_weights(model, seed=0, gain=0):
         config = tower.config
         width = config.width
         has_sincos = isinstance(tower, ViT) and width <= SMALL and width % 4 == 0
+        if config.act == 'swiglu' and not (config.pool or gain or is_clip):
+            init_eva02(tower, generator)
+            continue
 
         # standard deviations: EVA's .015 for g and .02 else are .56 / sqrt(width), which small ones follow
         std = .015 if width == SIZES['g']['width'] else .02
@@ -622,17 +713,49 @@ def init_weights(model, seed=0, gain=0):
                     layer = int(name.split('.')[1]) + 1
                     std = std / (2 * layer) ** .5
 
-                # cut at one std, so that .0081 comes out of .015: erf(1 / sqrt(2)) = .683
-                weight.uniform_(-0.6826895, 0.6826895, generator=generator)
-                weight.erfinv_().mul_(2 ** .5 * std)
+                cut_normal(weight, std, generator)
     if is_clip:
         model.logit_scale.fill_(math.log(1 / 0.07))
     return model
 
 
+def cut_normal(weight, std, generator):
+    """A normal cut at one std, so that .0081 comes out of .015: erf(1 / sqrt(2)) = .683."""
+    weight.uniform_(-0.6826895, 0.6826895, generator=generator)
+    weight.erfinv_().mul_(2 ** .5 * std)
+
+
+def init_eva02(vit, generator):
+    """EVA-02's first values for pre-training: Xavier's, which do not fall with the depth. With a norm in the MLP
+    q, k, v and both halves of fc1 are matrices of their own, and some grow with the depth."""
+    gain = math.log(2 * vit.config.depth) ** .5 if vit.config.mlp_norm else 1
+    for name, weight in vit.named_parameters():
+        if name.startswith('patch_embed'):
+            fan_in = vit.patch_embed.weight[0].numel()
+            bound = fan_in ** -.5                          # a convolution's bias, not zero in EVA-02
+            if weight.ndim > 1:
+                bound = (6 / (fan_in + len(weight))) ** .5
+            weight.uniform_(-bound, bound, generator=generator)
+        elif 'gamma' in name:
+            weight.fill_(vit.config.layer_scale)
+        elif weight.ndim == 1:
+            weight.fill_(name.endswith('weight'))          # norms 1, biases 0
+        elif weight.ndim == 3:
+            cut_normal(weight, .02, generator)             # tokens and positions
+        else:
+            num = dict(qkv=3, fc1=2).get(name.split('.')[-2], 1) if vit.config.mlp_norm else 1
+            pieces = weight.chunk(num)
+            for piece in pieces:
+                piece.normal_(0, (2 / sum(piece.shape)) ** .5, generator=generator)
+            if 'attn.qkv' in name:
+                pieces[-1].mul_(gain)                      # of the values; of a fused matrix gain is 1
+            elif 'attn.proj' in name or 'mlp' in name:
+                weight.mul_(gain)
+
+
 # What a released tensor is called here, a line each: its name, our name, and what is done to it. A * is a part of a
-# name without dots. Several names on a side hold the rows of one tensor in turn: 'concat' joins theirs, 'split' cuts
-# them, where '-' is the key bias. 'squeeze': theirs lacks dimensions of 1. `save` reads the tables backwards.
+# name without dots, ** any. Several names on a side hold the rows of one tensor in turn: 'concat' joins theirs,
+# 'split' cuts them, where '-' is the key bias. 'squeeze': theirs lacks dimensions of 1. `save` reads tables backwards.
 
 def same(*names):
     return [(name, name, 'same') for name in names]
@@ -652,9 +775,9 @@ EVA_QKV = EVA_BIASES + same('blocks.*.attn.qkv.weight')
 GELU_MLP = same('blocks.*.mlp.fc1.*', 'blocks.*.mlp.fc2.*', 'blocks.*.gamma_1', 'blocks.*.gamma_2')
 EVA01 = EVA + EVA_QKV + GELU_MLP
 
-EVA_L = EVA + GELU_MLP + same('blocks.*.attn.qkv.weight') + [
-    ('blocks.*.attn.qkv.bias', 'blocks.*.attn.q_bias - blocks.*.attn.v_bias', 'split'),
-    *[(name, '-', 'drop') for name in 'mask_token decoder_* decoder_*.* decoder_*.*.*.* decoder_*.*.*.*.*'.split()]]
+QKV = same('blocks.*.attn.qkv.weight') + [
+    ('blocks.*.attn.qkv.bias', 'blocks.*.attn.q_bias - blocks.*.attn.v_bias', 'split')]
+EVA_L = EVA + GELU_MLP + QKV + [('mask_token', '-', 'drop'), ('decoder_**', '-', 'drop')]
 
 THREE_PROJECTIONS = [('blocks.*.attn.q_proj.weight blocks.*.attn.k_proj.weight blocks.*.attn.v_proj.weight',
                       'blocks.*.attn.qkv.weight', 'concat')]
@@ -667,6 +790,31 @@ EVA02_SMALL = EVA + EVA_QKV + ROTARY_TABLES + under('blocks.*.mlp.', 'blocks.*.m
 EVA02_TIMM = EVA + THREE_PROJECTIONS + under('blocks.*.', 'blocks.*.', [
     *same('attn.norm.*', 'mlp.norm.*', 'mlp.fc2.*'), ('attn.q_proj.bias', 'attn.q_bias', 'same'),
     ('attn.v_proj.bias', 'attn.v_bias', 'same'), ('mlp.fc1_g.* mlp.fc1_x.*', 'mlp.fc1.*', 'concat')])
+
+# DINOv3 and DINOv2 under their own and timm's names
+DINO = EVA + QKV + EVA_BIASES + GELU_MLP + same('norm.*') + under('blocks.*.', 'blocks.*.', [
+    ('attn.qkv.bias_mask', '-', 'drop'), ('ls*.gamma', 'gamma_*', 'same'), ('mlp.w12.*', 'mlp.fc1.*', 'same'),
+    ('mlp.w1.* mlp.w2.*', 'mlp.fc1.*', 'concat'), ('mlp.fc1_g.* mlp.fc1_x.*', 'mlp.fc1.*', 'concat'),
+    ('mlp.w3.*', 'mlp.fc2.*', 'same')]) + [
+    (name, 'registers', 'same') for name in ('storage_tokens', 'register_tokens', 'reg_token')] + [
+    ('rope_embed.periods', 'periods', 'same'), ('local_cls_norm.*', '-', 'drop')]
+HF_DINO_BLOCKS = [
+    ('attention.q_proj.weight attention.k_proj.weight attention.v_proj.weight', 'attn.qkv.weight', 'concat'),
+    ('attention.q_proj.bias', 'attn.q_bias', 'same'), ('attention.v_proj.bias', 'attn.v_bias', 'same'),
+    ('attention.o_proj.*', 'attn.proj.*', 'same'),
+    ('attention.attention.query.weight attention.attention.key.weight attention.attention.value.weight',
+     'attn.qkv.weight', 'concat'),
+    ('attention.attention.query.bias attention.attention.key.bias attention.attention.value.bias',
+     'attn.q_bias - attn.v_bias', 'split'),
+    ('attention.output.dense.*', 'attn.proj.*', 'same'), ('layer_scale*.lambda1', 'gamma_*', 'same'),
+    ('mlp.gate_proj.* mlp.up_proj.*', 'mlp.fc1.*', 'concat'), ('mlp.up_proj.*', 'mlp.fc1.*', 'same'),
+    ('mlp.down_proj.*', 'mlp.fc2.*', 'same'), ('mlp.weights_in.*', 'mlp.fc1.*', 'same'),
+    ('mlp.weights_out.*', 'mlp.fc2.*', 'same'), *same('norm*.*', 'mlp.fc*.*')]
+HF_DINO = under('embeddings.', '', [
+    ('cls_token', 'class_token', 'same'), ('register_tokens', 'registers', 'same'), *same('mask_token'),
+    ('position_embeddings', 'pos_embed', 'same'), ('patch_embeddings.projection.*', 'patch_embed.*', 'same'),
+    ('patch_embeddings.*', 'patch_embed.*', 'same')]) + [*same('norm.*'), ('layernorm.*', 'norm.*', 'same')]
+HF_DINO += under('layer.*.', 'blocks.*.', HF_DINO_BLOCKS) + under('encoder.layer.*.', 'blocks.*.', HF_DINO_BLOCKS)
 
 OPENAI_BLOCKS = under('transformer.resblocks.*.', 'blocks.*.', [
     ('attn.in_proj_weight', 'attn.qkv.weight', 'same'),
@@ -700,6 +848,20 @@ HF_TEXT = HF_BLOCKS + [
 HF_CLIP = under('vision_model.', 'visual.', HF_VISION) + under('text_model.', 'text.', HF_TEXT) + LOGIT_SCALE + [
     (f'{tower}_projection.weight', f'{tower}.head.weight', 'same') for tower in ('visual', 'text')]
 
+# of SigLIP and PE the image tower, without what pools its tokens
+SIGLIP = HF_VISION + [('embeddings.patch_embedding.bias', 'patch_embed.bias', 'same'), ('head.**', '-', 'drop')]
+SIGLIP_TIMM = EVA + QKV + GELU_MLP + same('norm.*') + [('attn_pool.**', '-', 'drop')]
+SIGLIP_TEXT = [(name, '-', 'drop') for name in ('text_model.**', 'text.**', 'logit_scale', 'logit_bias')]
+PE_BIASES = 'blocks.*.attn.q_bias blocks.*.attn.k_bias blocks.*.attn.v_bias'
+PE = [('transformer.resblocks.*.attn.in_proj_bias', PE_BIASES, 'split'),
+      ('transformer.resblocks.*.ls_*.gamma', 'blocks.*.gamma_*', 'same'),
+      ('attn_pool.**', '-', 'drop'), ('proj', '-', 'drop')] + OPENAI_VISION
+PE_TIMM = EVA + GELU_MLP + same('norm.*', 'blocks.*.attn.qkv.weight') + [
+    ('blocks.*.attn.qkv.bias', PE_BIASES, 'split'), ('norm_pre.*', 'pre_norm.*', 'same'),
+    ('attn_pool.**', '-', 'drop'), ('head.*', '-', 'drop')]
+PE_TEXT = [(name, '-', 'drop') for name in ('transformer.**', 'token_embedding.weight', 'positional_embedding',
+                                            'ln_final.*', 'text_projection', 'logit_scale')]
+
 EVA_ENDS = {  # what EVA's ViTs end with: a tensor that tells, the pooling, its rules
     'MIM':                     ('lm_head.weight', None, same('norm.*') + [('lm_head.*', 'head.*', 'same')]),
     'classifier, mean patch':  ('fc_norm.weight', 'mean', [('fc_norm.*', 'norm.*', 'same')] + same('head.*')),
@@ -718,12 +880,36 @@ def eva_families(name, mark, rules):
     return families
 
 
+HEADS = {1280: 16, 1408: 16, 1664: 16, 1792: 16}       # by width, where they are not 64 wide
 QUICK = dict(act='quick_gelu', eps=1e-5)
+DINOV3_OPTIONS = dict(IMAGENET, pool=None, heads={4096: 32}, eps=1e-5, rope='unit', pos_embed=False)
+DINOV2_OPTIONS = dict(IMAGENET, pool=None, heads={}, rope=None, resize='offset')
+SIGLIP_OPTIONS = dict(HALF, pool=None, heads={1152: 16, 1536: 16}, act='gelu_tanh')
+PE_OPTIONS = dict(HALF, pool=None, heads={1536: 16}, eps=1e-5, rope='columns', resize='bilinear')
 FAMILIES = {  # a family's files are the first to have these tensors; its table; what its tensors do not show
+    'DINOv3 of satellite images': (
+        ('local_cls_norm.weight', 'blocks.0.attn.qkv.bias', 'blocks.0.ls1.gamma'), DINO,
+        dict(DINOV3_OPTIONS, mean=(0.430, 0.411, 0.296), std=(0.213, 0.156, 0.143))),
+    'DINOv3': (('rope_embed.periods', 'blocks.0.ls1.gamma'), DINO, DINOV3_OPTIONS),
+    'DINOv3 timm': (('reg_token', 'blocks.0.gamma_1'), DINO, DINOV3_OPTIONS),
+    'Hugging Face DINOv3': (('layer.0.layer_scale1.lambda1',), HF_DINO, DINOV3_OPTIONS),
+    'DINOv2': (('pos_embed', 'blocks.0.ls1.gamma'), DINO, DINOV2_OPTIONS),
+    'Hugging Face DINOv2': (('encoder.layer.0.layer_scale1.lambda1',), HF_DINO, DINOV2_OPTIONS),
+    'SigLIP': (('vision_model.embeddings.patch_embedding.bias',),
+               under('vision_model.', '', SIGLIP) + SIGLIP_TEXT, SIGLIP_OPTIONS),
+    'SigLIP, vision tower': (('embeddings.patch_embedding.bias',), SIGLIP, SIGLIP_OPTIONS),
+    'PE-Core timm': (('visual.norm_pre.weight', 'visual.attn_pool.latent'),
+                     under('visual.', '', PE_TIMM) + SIGLIP_TEXT + PE_TEXT, PE_OPTIONS),
+    'PE-Core timm, vision tower': (('norm_pre.weight', 'attn_pool.latent'), PE_TIMM, PE_OPTIONS),
+    'SigLIP timm': (('visual.attn_pool.latent',), under('visual.', '', SIGLIP_TIMM) + SIGLIP_TEXT, SIGLIP_OPTIONS),
+    'SigLIP timm, vision tower': (('attn_pool.latent', 'blocks.0.attn.qkv.bias'), SIGLIP_TIMM, SIGLIP_OPTIONS),
+    'PE-Core': (('visual.attn_pool.probe',), under('visual.', '', PE) + PE_TEXT, PE_OPTIONS),
+    'PE-Core, vision tower': (('attn_pool.probe',), PE, PE_OPTIONS),
     'OpenAI CLIP': (('visual.class_embedding', 'ln_final.weight'), OPENAI_CLIP, QUICK),
     'OpenCLIP, custom text': (('visual.class_embedding', 'text.ln_final.weight'), OPENCLIP, dict(eps=1e-5)),
     'Hugging Face CLIP': (('vision_model.pre_layrnorm.weight', 'visual_projection.weight'), HF_CLIP, QUICK),
     'OpenAI CLIP, vision tower': (('class_embedding', 'ln_post.weight'), OPENAI_VISION, QUICK),
+    'PE-Spatial or PE-Lang': (('ln_pre.weight', 'conv1.weight'), PE, dict(PE_OPTIONS, last_norm=False)),
     **eva_families('EVA-02', 'blocks.0.mlp.w1.weight', EVA02),
     **eva_families('EVA-02 small', 'blocks.0.mlp.w12.weight', EVA02_SMALL),
     **eva_families('EVA-02 timm', 'blocks.0.mlp.fc1_g.weight', EVA02_TIMM),
@@ -732,10 +918,16 @@ FAMILIES = {  # a family's files are the first to have these tensors; its table;
 }
 
 
+@functools.lru_cache(maxsize=None)
+def expression(pattern):
+    """The regular expression of a pattern in the tables."""
+    return re.compile(re.escape(pattern).replace(r'\*\*', '(.+)').replace(r'\*', '([^.]+)'))
+
+
 def rename(name, pattern, target):
     """name in the target's form, or None where the pattern does not fit."""
-    match = re.fullmatch(re.escape(pattern).replace(r'\*', '([^.]+)'), name)
-    return match and target.replace('*', '{}').format(*match.groups())
+    match = expression(pattern).fullmatch(name)
+    return match and target.replace('**', '*').replace('*', '{}').format(*match.groups())
 
 
 def original_name(name, rules):
@@ -796,8 +988,11 @@ def family_of(state):
         if state.keys() >= set(marks):
             return family
     some = ', '.join(list(state)[:3]) or 'none'
-    raise Refused(f'tensors of no known model ({some}, ...); known are nanoEVA, OpenAI CLIP, OpenCLIP, '
-                  'Hugging Face CLIP, EVA-01, EVA-L, EVA-02 and their CLIPs')
+    has_words = any(re.search('token_embed|word_embed', name) for name in state)
+    if has_words and not any(name.startswith('vis') for name in state):
+        raise Refused(f'a text tower ({some}, ...); give the file of an image tower, or of both')
+    raise Refused(f'tensors of no known model ({some}, ...); known are nanoEVA, OpenAI CLIP, OpenCLIP, Hugging Face '
+                  'CLIP, EVA-01, EVA-L, EVA-02 and their CLIPs, DINOv2, DINOv3, SigLIP, SigLIP 2, PE')
 
 
 def count_layers(state, prefix=''):
@@ -805,28 +1000,56 @@ def count_layers(state, prefix=''):
     return 1 + max(layers, default=-1)
 
 
-def vit_config(state, prefix='', act='gelu', eps=1e-6, pool='class'):
-    """The options that a ViT's tensors under our names show, and two that they do not: heads are 64 wide but in the
-    largest models, which have 16; EVA-02-CLIP-E, whose MLP is the widest, has its norms after its branches."""
+def vit_config(state, prefix='', pool='class', heads=HEADS, **options):
+    """The options that a ViT's tensors under our names show, and two that they do not: heads are 64 wide but at the
+    widths in heads; EVA-02-CLIP-E, whose MLP is the widest, has its norms after its branches. options: the rest."""
     shapes = {name[len(prefix):]: tensor.shape for name, tensor in state.items() if name.startswith(prefix)}
-    width = shapes['class_token'][-1]
+    width = shapes['patch_embed.weight'][0]
     mlp_width = shapes['blocks.0.mlp.fc2.weight'][1]
     patch_size = shapes['patch_embed.weight'][-1]
     head = shapes.get('head.weight', (0,))[0]
-    heads = 16 if width in (1280, 1408, 1664, 1792) else max(1, width // 64)
+    registers = shapes.get('registers', (0, 0))[-2]
+
+    # a table of a square number of rows has none for a class token; 224 pixels where there is no table
+    has_table = options.get('pos_embed', True)
+    rows = shapes['pos_embed'][-2] if has_table else 1 + (224 // patch_size) ** 2
+    side = math.isqrt(rows)
+    biases = 'qv' if 'blocks.0.attn.q_bias' in shapes else ''
+    if 'blocks.0.attn.k_bias' in shapes:
+        biases = 'qkv'
 
     # rows count 0, 1, 2 in MIM and are stretched to 16 elsewhere
+    act = 'gelu'
     rope = None
     if shapes['blocks.0.mlp.fc1.weight'][0] == 2 * mlp_width:
         act = 'swiglu'
         rope = 16 if pool else 'index'
-    return dict(
-        width=width, depth=count_layers(shapes), heads=heads, mlp_width=mlp_width, patch_size=patch_size,
-        image_size=patch_size * math.isqrt(shapes['pos_embed'][-2] - 1), pool=pool, eps=eps, act=act, rope=rope,
+    shown = dict(
+        width=width, depth=count_layers(shapes), heads=heads.get(width, max(1, width // 64)), mlp_width=mlp_width,
+        patch_size=patch_size, image_size=patch_size * side, pool=pool, act=act, rope=rope,
         head=head, head_bias='head.bias' in shapes or not head, post_norm=mlp_width > 8 * width,
         mask_token='mask_token' in shapes, layer_scale=1. if 'blocks.0.gamma_1' in shapes else None,
-        patch_bias='patch_embed.bias' in shapes, pre_norm='pre_norm.weight' in shapes,
-        attn_norm='blocks.0.attn.norm.weight' in shapes, mlp_norm='blocks.0.mlp.norm.weight' in shapes)
+        patch_bias='patch_embed.bias' in shapes, pre_norm='pre_norm.weight' in shapes, biases=biases,
+        attn_norm='blocks.0.attn.norm.weight' in shapes, mlp_norm='blocks.0.mlp.norm.weight' in shapes,
+        class_token='class_token' in shapes or rows != side ** 2, registers=registers)
+    return {**shown, **options}
+
+
+def fit_positions(config, ours, periods):
+    """Makes what a released ViT knows of positions ours: its table, how it is resized, its rotary periods."""
+    # a row for the class token: there is none, or timm has added it to the token, in files with registers
+    table = ours.get('pos_embed')
+    if table is not None and math.isqrt(table.shape[-2]) ** 2 == table.shape[-2]:
+        if config['registers'] or not config['class_token']:
+            ours['pos_embed'] = F.pad(table, (0, 0, 1, 0))
+    if config.get('resize') == 'offset' and config['registers']:
+        config['resize'] = 'antialias'
+
+    # DINOv3's are rounded to bfloat16 in its own files; Hugging Face and timm compute them anew
+    if periods is not None:
+        config['heads'] = config['width'] // (4 * len(periods))
+        if not periods.is_meta:
+            config['periods'] = periods.float().tolist()
 
 
 def read_family(state, changes):
@@ -834,6 +1057,7 @@ def read_family(state, changes):
     family = family_of(state)
     _, rules, options = FAMILIES[family]
     ours, key_biases, dropped = translate(state, rules)
+    periods = ours.pop('periods', None)
     try:
         if LOGIT_SCALE[0] in rules:
             vocab, width = ours['text.token_embed.weight'].shape
@@ -844,13 +1068,15 @@ def read_family(state, changes):
             config = dict(vision=vision, text=text)
         else:
             config = vision = vit_config(ours, **options)
+            fit_positions(vision, ours, periods)
     except KeyError as error:
         original = original_name(error.args[0], rules) or original_name('visual.' + error.args[0], rules)
         raise Refused(f'weights of {family} miss {original}') from None
-    except (IndexError, TypeError, ValueError):
+    except (IndexError, TypeError, ValueError, ZeroDivisionError):
         raise Refused(f'weights of {family} lack a dimension') from None
+    is_masked = any(name + '_mask' in dropped for name in key_biases)       # by DINOv3
     for name, bias in key_biases.items():
-        if vision['rope'] and not name.startswith('text.') and bias.any():
+        if vision['rope'] and not is_masked and not name.startswith('text.') and bias.any():
             raise Refused(f'{name} has key biases; under rotary positions they matter, this ViT has none')
 
     notes = [f'{family} weights']
@@ -858,7 +1084,7 @@ def read_family(state, changes):
     if options.get('act') == 'quick_gelu' and not is_told:
         notes.append("QuickGELU supposed, OpenAI's; LAION's need vision=dict(act='gelu'), text=dict(act='gelu')")
     if key_biases:
-        notes.append(f'{len(key_biases)} key biases dropped, which softmax cancels')
+        notes.append(f'{len(key_biases)} key biases dropped, which {"a mask" if is_masked else "softmax"} cancels')
     if dropped:
         notes.append(f'{len(dropped)} tensors dropped, of which {dropped[0]}')
     if os.environ.get('RANK', '0') == '0':
@@ -934,6 +1160,8 @@ def changed(model, state, changes):
     config = asdict(model.config)
     for name, value in changes.items():
         config[name] = {**config.get(name, {}), **value} if isinstance(value, dict) else value
+    if config.get('rope') == 'index' and config['frames'] == 1 and config['pool'] and 'rope' not in changes:
+        config['rope'] = model.grid     # after pre-training EVA-02 stretches other grids to that of pre-training
     other = on_meta(type(model), config)
     prefix = 'visual.' if isinstance(model, CLIP) else ''
     before = getattr(model, 'visual', model).config
@@ -941,9 +1169,9 @@ def changed(model, state, changes):
 
     positions = prefix + 'pos_embed'
     kernel = prefix + 'patch_embed.weight'
-    if before.frames == 1:
+    if before.frames == 1 and before.pos_embed:
         grid = check_grid(after.image_size, after.image_size, after.patch_size)
-        state[positions] = resize_positions(state[positions], grid, after.align_corners)
+        state[positions] = resize_positions(state[positions], grid, after.align_corners, after.resize)
     if before.frames != after.frames:
         state[positions] = repeat_positions(state[positions], before.frames, after.frames)
     if before.patch_size != after.patch_size:
@@ -956,7 +1184,7 @@ def changed(model, state, changes):
 
     # these start afresh where they do not fit; on the meta device, where all others are, that costs nothing
     own = other.state_dict()
-    optional = re.compile(prefix + r'(class_token|mask_token|norm\.|head\.|.*\.rel_pos_)')
+    optional = re.compile(prefix + r'(class_token|registers|mask_token|norm\.|head\.|.*\.rel_pos_|.*\.attn\.norm\.)')
     unfit = [name for name, x in state.items() if name not in own or own[name].shape != x.shape]
     state = {name: x for name, x in state.items() if name not in unfit or not optional.match(name)}
     fresh = {name: torch.empty(x.shape) for name, x in own.items() if optional.match(name) and name not in state}
@@ -1219,10 +1447,11 @@ def unwrap(held):
         if isinstance(held.get(wrapper), dict):
             held = held[wrapper]
     state = {str(name).replace('_orig_mod.', ''): x for name, x in held.items() if torch.is_tensor(x)}
+    state = {name.replace('visual.trunk.', 'visual.'): x for name, x in state.items()}      # timm in OpenCLIP
     for prefix in ('module.', 'visual.'):
         if all(name.startswith(prefix) for name in state):
             state = {name[len(prefix):]: tensor for name, tensor in state.items()}
-    return {name.replace('visual.trunk.', 'visual.'): x for name, x in state.items()}     # timm in OpenCLIP
+    return state
 
 
 def check_file(path, most=2 ** 50):

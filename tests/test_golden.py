@@ -261,13 +261,13 @@ def test_torchscript_archive(path):
 
 # ---- the released sizes
 
-NOT_YET = ('dinov', 'transformers.', 'PE-')       # teachers of families that model.py does not read
+TEACHERS = ('dinov', 'transformers.', 'PE-')      # of the teachers' listing, which test_teachers.py reads
 
 
 def listing_tests():
     paths = [param.values[0] for param in fixtures('keys*.json.gz') if param.values[0]]
     listings = [(path, name) for path in paths for name in json.load(gzip.open(path))]
-    listings = [(path, name) for path, name in listings if not name.startswith(NOT_YET) or 'teachers' not in path]
+    listings = [(path, name) for path, name in listings if not name.startswith(TEACHERS) or 'teachers' not in path]
     if not listings:
         return [pytest.param(None, None, id='keys.json.gz', marks=pytest.mark.skip(reason=f'not in {FOLDERS}'))]
     return [pytest.param(path, name, id=f'{os.path.basename(path)}-{name}') for path, name in listings]
