@@ -30,10 +30,11 @@ def computing_in_double():
 
 
 def forget_tensors():
-    """Empties the caches of our functions: what they hold is of the other dtype."""
+    """Empties the caches of our functions: what they hold is of the other dtype. But for world_tables: it is float32
+    whatever the default, and takes half a second."""
     for name in {'model', 'data', 'detect_seg'} & sys.modules.keys():
-        for value in vars(sys.modules[name]).values():
-            if hasattr(value, 'cache_clear'):
+        for key, value in vars(sys.modules[name]).items():
+            if hasattr(value, 'cache_clear') and key != 'world_tables':
                 value.cache_clear()
 
 

@@ -19,6 +19,13 @@ from clip_train import contrastive_loss
 from test_commands import refusal
 
 
+@pytest.fixture(autouse=True)
+def few_captions(monkeypatch):
+    """A vocabulary is learnt from 200 captions of the world: from all of them it takes a second."""
+    some_captions = data.World.some_captions
+    monkeypatch.setattr(data.World, 'some_captions', lambda world, num: some_captions(world, min(num, 200)))
+
+
 def tiny_clip(tokenizer, seed=0, text_width=16):
     """An untrained CLIP that knows a vocabulary."""
     vision = M.ViTConfig(**M.SIZES['pico'], head=16, pool='mean', mask_token=False)

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import clip_train
+import data
 import detect_seg
 import finetune
 import mim_pretrain
@@ -103,21 +104,18 @@ def test_no_pixels_are_the_sizes_own(stage, name):
 @pytest.mark.parametrize('stage, flags, expected', [
     (mim_pretrain, ['--image_size', '2'], 'multiple of 4'),
     (mim_pretrain, ['--image_size', '8192', '--patch_size', '1'], 'tokens'),
-    (mim_pretrain, ['--image_size', '1024'], 'training needs'),
     (mim_pretrain, ['--batch_size', '6', '--micro_batch', '4'], 'multiple of 4'),
     (mim_pretrain, ['--steps', '10', '--cooldown', '20'], '--cooldown 20'),
     (mim_pretrain, ['--target', 'pixels', '--target_layer', '3'], '--target_layer'),
     (mim_pretrain, ['--target_layer', '100', '--teacher', TEACHER], '--target_layer 100'),
     (mim_pretrain, ['--mask_ratio', '0'], '--mask_ratio'),
     (clip_train, ['--image_size', '30'], 'use 28 or 32'),
-    (clip_train, ['--batch_size', '1000000'], 'training needs'),
     (clip_train, ['--words', 'a dog'], '--words'),
     (clip_train, ['--text_lr', '1', '--lr', '0'], '--text_lr'),
     (finetune, ['--init', 'scratch', '--image_size', '2'], 'multiple of 4'),
     (finetune, ['--init', 'scratch', '--frames', '1024', '--image_size', '1024'], 'tokens'),
     (finetune, ['--init', 'scratch', '--mapping', 'names.txt'], '--mapping'),
     (finetune, ['--init', 'scratch', '--cutmix', '1e-30'], '--cutmix'),
-    (finetune, ['--init', 'scratch', '--batch_size', '1000000'], 'training needs'),
     (detect_seg, ['--image_size', '4'], 'multiple of 8'),
     (detect_seg, ['--patch_size', '2', '--image_size', '64'], 'patch_size 2 is not a multiple of 4'),
     (detect_seg, ['--window', '250'], 'window'),
@@ -131,6 +129,16 @@ def test_options_that_do_not_go_together_are_one_line(monkeypatch, capsys, tmp_p
     """Each alone is within its bounds."""
     monkeypatch.chdir(tmp_path)
     assert expected in refusal(monkeypatch, capsys, stage, '--size', 'pico', *flags)
+
+
+@pytest.mark.parametrize('stage, flags', [(mim_pretrain, ['--teacher', TEACHER]), (clip_train, []),
+                                          (finetune, ['--init', 'scratch'])])
+def test_a_training_that_cannot_fit_is_one_line(monkeypatch, capsys, tmp_path, stage, flags):
+    """Where there is a megabyte: before any step."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, 'free_memory', lambda device: 1e6)
+    monkeypatch.setattr(data.World, 'some_captions', lambda world, num: ['two blue rings'])
+    assert 'training needs' in refusal(monkeypatch, capsys, stage, '--size', 'pico', '--device', 'cpu', *flags)
 
 
 def test_a_teacher_that_is_not_one_is_refused(monkeypatch, capsys, tmp_path):
@@ -164,7 +172,8 @@ def test_an_unwritable_out_dir_is_refused(monkeypatch, capsys, tmp_path):
 
 def test_plan_counts_the_papers_parameters(tmp_path):
     """The real command, with neither data nor teacher."""
-    command = [sys.executable, os.path.join(ROOT, 'studies', 'plan.py'), '--size', 'g']
+    flags = ['--size', 'g', '--devices', '128', '--micro_batch', '32']
+    command = [sys.executable, os.path.join(ROOT, 'studies', 'plan.py'), *flags]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and '1,012,229,632' in done.stdout and not os.listdir(tmp_path)
 

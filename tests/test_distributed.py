@@ -20,7 +20,7 @@ import finetune
 import mim_pretrain
 import model as M
 import run
-from conftest import computing_in_double
+from conftest import TESTS, computing_in_double
 
 STEPS = 30
 STOPS = {1: 4, 2: 9}        # the run that goes on with 1, 2 and 4 processes is stopped after these steps
@@ -74,19 +74,31 @@ def unequal_masks(kind, index, grid, mask_ratio, seed=0):
     return data.uniform(seed, 'unequal', index, grid * grid) < (.1 + .1 * (index % 7))[:, None]
 
 
-def gradients(stage, folder, *flags):
+def gradients(stage, cfg):
     """{name: whole gradient} of the first step."""
     found, original = {}, run.clip_gradients
 
     def keep(model, largest_norm):
         for name, weight in model.named_parameters():
             grad = weight.grad.full_tensor() if hasattr(weight.grad, 'full_tensor') else weight.grad
-            found[name] = grad.clone()
+            found.setdefault(name, grad.clone())
         return original(model, largest_norm)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, 'clip_gradients', keep)
-        stage.train(config(stage, folder, '--steps', '1', *flags))
+        stage.train(cfg)
     return found
+
+
+def mim_gradients(folder, *flags):
+    return gradients(mim_pretrain, config(mim_pretrain, folder, '--steps', '1', *flags))
+
+
+def clip_gradients(folder):
+    """Three steps with all that EVA-CLIP-g+ adds to CLIP: LAMB, dropped tokens and paths, rates by layer and tower."""
+    cfg = config(clip_train, folder, '--steps', '3', '--warmup_steps', '1', '--optimizer', 'lamb', '--lr', '.05',
+                 '--text_lr', '.02', '--layer_decay', '.9', '--drop_tokens', '.5', '--drop_path', '.5')
+    cfg.text_layer_decay = .8
+    return gradients(clip_train, cfg)
 
 
 def stop_after(patch, step):
@@ -173,11 +185,10 @@ def damage(folder, how):
 def work(folder, world):
     """Everything that `world` processes show, as one dict."""
     torch.manual_seed(run.get_rank())                         # nothing may depend on torch's own generator
-    found = dict(mim=gradients(mim_pretrain, folder / f'mim-{world}'),
-                 clip=gradients(clip_train, folder / f'clip-{world}'))
+    found = dict(mim=mim_gradients(folder / f'mim-{world}'), clip=clip_gradients(folder / f'clip-{world}'))
     if world == 2:
-        found['mim, micro'] = gradients(mim_pretrain, folder / 'micro', '--micro_batch', '2')
-        found['mim, again'] = gradients(mim_pretrain, folder / 'again', '--checkpoint_activations')
+        found['mim, micro'] = mim_gradients(folder / 'micro', '--micro_batch', '2')
+        found['mim, again'] = mim_gradients(folder / 'again', '--checkpoint_activations')
         found['damaged'] = {how: damage(folder, how) for how in ('missing', 'truncated', 'metadata', 'run')}
         found['too many'] = refusal(lambda: mim_pretrain.train(config(mim_pretrain, folder / 'x', '--batch_size', '3')))
         found['teacher'] = first_trains_the_teacher(folder)
@@ -203,6 +214,7 @@ def first_trains_the_teacher(folder):
     cfg.teacher = ''
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, 'run_stage', train_at_once)
+        patch.setattr(mim_pretrain, 'BUILT_IN', folder / 'nothing')
         path = mim_pretrain.find_teacher(cfg)
     return path, trainers.read_text()
 
@@ -242,10 +254,12 @@ def launch(world, folder, what):
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['test_distributed'])
+    context.set_forkserver_preload(['preloaded'])
     processes = [context.Process(target=process, args=(rank, world, port, folder, what)) for rank in range(world)]
-    for one in processes:
-        one.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PYTHONPATH', TESTS, prepend=os.pathsep)       # where the server that forks looks for it
+        for one in processes:
+            one.start()
     return processes
 
 
@@ -295,6 +309,17 @@ def test_gradients_are_those_of_one_process(shown, stage, world):
     """Of the global batch: its rows have unequal numbers of hidden patches, and dropped paths; its pairs contrast
     across processes."""
     assert close(shown[0][world][stage], shown[0][1][stage]) == []
+
+
+@pytest.mark.parametrize('world', [2, 4])
+def test_lambs_steps_are_those_of_one_process(shown, world):
+    """Contrast across processes, samples' own patches and paths, lengths of sharded matrices: losses and weights."""
+    one, several = (shown[1] / f'clip-{n}' for n in (1, world))
+    assert len(losses(one)) == 3
+    torch.testing.assert_close(losses(several), losses(one), atol=1e-9, rtol=0)
+    one, several = (torch.load(folder / 'model.pt')['state_dict'] for folder in (one, several))
+    for name in one:
+        torch.testing.assert_close(several[name], one[name], atol=1e-9, rtol=1e-9, msg=lambda text: f'{name}: {text}')
 
 
 @pytest.mark.parametrize('how', ['mim, micro', 'mim, again'])
@@ -370,13 +395,13 @@ def test_samples_do_not_depend_on_processes_and_workers(tmp_path):
     for n in range(12):
         noise = torch.randint(0, 256, (40, 40, 3), dtype=torch.uint8).numpy()
         Image.fromarray(noise).save(tmp_path / f'{n}.png')
-    dataset, cfg = data.open_data(str(tmp_path)), config(mim_pretrain, tmp_path / 'x')
+    dataset, cfg, cpu = data.open_data(str(tmp_path)), config(mim_pretrain, tmp_path / 'x'), torch.device('cpu')
 
     def steps(world, workers):
         parts = []
         for rank in range(world):
-            batches = data.batches(dataset, 8, 32, 2, 5, 0, torch.device('cpu'), workers, rank=rank, world=world)
-            parts.append(list(mim_pretrain.add_masks(batches, cfg, 8, 4, 2, rank, world)))
+            batches = data.batches(dataset, 8, 32, 2, 5, 0, cpu, workers, rank=rank, world=world)
+            parts.append(list(mim_pretrain.add_masks(batches, cfg, 8, 4, 2, rank, world, cpu)))
         return {name: torch.stack([torch.cat([part[name] for part in step]) for step in zip(*parts)])
                 for name in ('index', 'images', 'mask', 'drop')}
     expected = steps(1, 0)

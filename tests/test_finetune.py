@@ -550,8 +550,8 @@ def test_a_run_goes_on_with_other_samples_and_says_so(tmp_path, capsys):
 def test_data_that_vanish_end_a_run_that_is_saved(tmp_path, monkeypatch, double):
     """Its folder goes after the second step: both are in a checkpoint, and with the folder back the losses are those
     of a run left alone."""
-    flags = ['--data', class_folders(tmp_path / 'data'), '--init', 'scratch', '--steps', 5, '--batch_size', 4]
-    flags += ['--log_every', 1]
+    flags = ['--data', class_folders(tmp_path / 'data'), '--init', 'scratch', '--steps', 9, '--batch_size', 4]
+    flags += ['--log_every', 1]             # more steps than batches are made ahead
     finetune.train(config(*flags, '--out_dir', tmp_path / 'whole'))
     write = run.Log.write
 

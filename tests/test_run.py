@@ -219,7 +219,7 @@ def test_compiled_blocks_compute_the_same(monkeypatch, double):
 
 @pytest.mark.parametrize('script, code', [('import sys; sys.exit(2)', 2), (
     'import os, signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); os.kill(os.getppid(), 15); '
-    'time.sleep(60)', 143)])
+    '[time.sleep(.1) for _ in range(600)]', 143)])
 def test_another_stage_ends_us_as_it_ended(tmp_path, script, code):
     """With its exit code; a SIGTERM to us goes on to it, and we leave when it has."""
     (tmp_path / 'stage.py').write_text(script)
