@@ -1188,7 +1188,8 @@ def num_tokens(config):
     """Of a tower's sequence."""
     if isinstance(config, M.TextConfig):
         return config.context
-    return 1 + config.frames * (config.image_size // config.patch_size) ** 2
+    before = config.class_token + config.registers
+    return before + config.frames * (config.image_size // config.patch_size) ** 2
 
 
 def activation_memory(config, device, checkpointed=False, seen=1.):
@@ -1297,7 +1298,7 @@ def linear_probe(train_x, train_y, test_x, test_y, ridge=1e-3):
 
 def pooled_features(model):
     """images uint8 [B, 3, H, W] -> mean of the last patch tokens [B, D]; no loss trains the class token."""
-    return lambda images: model.features(model.normalize(images))[:, 1:].mean(1)
+    return lambda images: model.features(model.normalize(images))[:, model.num_before:].mean(1)
 
 
 @torch.no_grad()

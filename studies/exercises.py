@@ -19,7 +19,7 @@ EXERCISES = {  # name: flags, lines (file, what it starts with, what to write in
     'mask ratio': ('--mask_ratio .75', []),
     'MSE': ('', [('mim_pretrain.py', '    losses = -F.cosine_similarity(predictions, targets, dim=-1)', MSE)]),
     'another teacher layer': ('--target_layer 4', []),
-    'a new size': ('--size deep', [('model.py', "    'micro': dict(", SIZE + "    'micro': dict("),
+    'a new size': ('--size deep', [('model.py', "    'mini':  dict(", SIZE + "    'mini':  dict("),
                                    ('mim_pretrain.py', "    'micro': dict(", RECIPE + "    'micro': dict(")]),
     'a new shape': ('', [('data.py', "    'heart':     lambda x, y, r, a: heart(1.2 * x, .15 - 1.2 * y),", HOUSE)]),
     'pixels as target': ('--target pixels', []),

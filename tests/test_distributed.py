@@ -235,7 +235,8 @@ def die_while_saving(folder, world):
 
 def process(rank, world, port, folder, what):
     """What one of `world` processes runs, with torchrun's variables."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+    local = 2 if world == 4 else world          # four are as on two machines of two
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank % local), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(local),
                       MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     for number, name in ((1, 'stdout'), (2, 'stderr')):
         os.dup2(os.open(folder / f'{name}-{rank}', os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
