@@ -9,6 +9,7 @@ what makes masked prediction worth scaling: scenes of independent objects stop r
 """
 import contextlib
 import functools
+import gc
 import glob
 import gzip
 import hashlib
@@ -20,6 +21,7 @@ import math
 import os
 import re
 import signal
+import stat
 import tarfile
 import threading
 import warnings
@@ -77,6 +79,30 @@ def first_three(names):     # of a list that may be long
     return ', '.join(names[:3]) + ', ...' * (len(names) > 3)
 
 
+@contextlib.contextmanager
+def without_gc():
+    """Meanwhile Python looks for no cycles: among a million new objects that takes as long as making them.
+    Afterwards they count as its oldest, those it looks through least often."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.unfreeze()           # to the oldest
+        if was_on:
+            gc.enable()
+
+
+def file_size(path):
+    """Bytes of a file; None: there is none."""
+    try:
+        held = os.stat(path)
+    except (OSError, ValueError):           # a name may have a zero byte
+        return None
+    return held.st_size if stat.S_ISREG(held.st_mode) else None
+
+
 def natural(name):
     """The key that sorts numbers in names as numbers: frame2 before frame10."""
     padded = re.sub('[0-9]+', lambda digits: digits[0].zfill(20), name)
@@ -104,7 +130,7 @@ def hash64(x):
 
 def uniform(seed, stream, index, num):
     """num multiples of 2^-24 in [0, 1) for each entry of index, [*index.shape, num]. stream: 'crop', ..."""
-    key = hash64(torch.tensor((seed << 32) + zlib.crc32(stream.encode()), device=index.device))
+    key = hash64(torch.tensor((seed << 32) + zlib.crc32(stream.encode())))      # one number: no device waits for it
     steps = torch.arange(1, num + 1, device=index.device) * -0x61c8864680b583eb
     x = hash64(hash64(index + key).unsqueeze(-1) + steps)
     return ((x >> 40) & 0xffffff).float() * 2 ** -24
@@ -1129,6 +1155,14 @@ def find_splits(path):
     return base, found
 
 
+def leads_up(folder, name):     # whether it is a link to its folder or to one above
+    place = os.path.join(folder, name)
+    if not os.path.islink(place):
+        return False
+    here = os.path.realpath(folder) + os.sep
+    return here.startswith(os.path.realpath(place) + os.sep)
+
+
 def list_files(root, skip=()):
     """-> (paths of images below root, with '/', in natural order; those of .txt files, without suffix; those
     of pictures that are not read). Hidden ones do not count, nor folders in skip. Refused where a folder
@@ -1140,12 +1174,9 @@ def list_files(root, skip=()):
     texts = set()
     unread = []
     for folder, inner, names in os.walk(root, onerror=refuse, followlinks=True):
-        here = os.path.realpath(folder) + os.sep
         inner[:] = [name for name in inner if name[0] != '.']
         inner[:] = [name for name in inner if os.path.join(folder, name) not in skip]
-        # a link may lead to a folder above it
-        inner[:] = [name for name in inner
-                    if not here.startswith(os.path.realpath(os.path.join(folder, name)) + os.sep)]
+        inner[:] = [name for name in inner if not leads_up(folder, name)]
         place = f'{os.path.relpath(folder, root)}/'.removeprefix('./')
         for name in names:
             if name.lower().endswith(SUFFIXES) and name[0] != '.':
@@ -1204,9 +1235,8 @@ class Files:
 
     def contents(self):
         """What tells data from others with files of the same names: here the sizes of these."""
-        paths = map(self.image, range(len(self.paths)))
-        sizes = [os.path.getsize(path) for path in paths if os.path.isfile(path)]
-        return repr(sizes).encode()
+        sizes = [file_size(self.image(i)) for i in range(len(self.paths))]
+        return repr([size for size in sizes if size is not None]).encode()
 
     def index(self, position, seed):  # which samples stand at these positions [B] of a run
         return sample_index(position, len(self), seed).tolist()
@@ -1304,8 +1334,7 @@ class Folder(Files):
         if captions:
             for name in files:
                 stem = os.path.splitext(name)[0]
-                path = os.path.join(self.root, stem + '.txt')
-                if stem in texts and os.path.isfile(path) and os.path.getsize(path):
+                if stem in texts and file_size(os.path.join(self.root, stem + '.txt')):
                     self.texts.add(name)
             files = self.only(files, self.texts | class_of.keys(), 'caption')
 
@@ -1444,12 +1473,32 @@ class Clips(Folder):
         return torch.stack(views)
 
 
+PLAIN_HEADER = re.compile(      # of a member of a tar: its name, size, checksum and kind; other fields as most have them
+    rb'(.{100})(?:[0-7]{7}\0){3}([0-7]{11})\0[0-7]{11}\0([0-7]{6})\0 ([0x]).{172}[0-7\0]{16}\0', re.DOTALL)
+
+
+class Member(tarfile.TarInfo):
+    """A member of a tar, read faster: of a plain header no more than is used here."""
+    @classmethod
+    def frombuf(cls, header, encoding, errors):
+        found = PLAIN_HEADER.match(header)
+        if found:
+            name, size, checksum, kind = found.groups()
+            if int(checksum, 8) == sum(header) - sum(header[148:156]) + 8 * ord(' '):     # without its own
+                member = cls(name.partition(b'\0')[0].decode(encoding, errors))
+                member.size = int(size, 8)
+                member.type = kind
+                return member
+        return super().frombuf(header, encoding, errors)
+
+
 def tar_members(path):
     """Yields (name, offset, size) of each file in a tar. Damage raises errors of many kinds."""
     check_file(path)
     end = os.path.getsize(path)
-    with tarfile.open(path, 'r:') as archive:
+    with tarfile.open(path, 'r:', tarinfo=Member) as archive:
         for member in archive:
+            archive.members.clear()         # it would keep all
             if archive.offset <= member.offset or member.size < 0:      # it would go round for ever
                 raise tarfile.ReadError('a negative size')
             is_whole = member.isfile() and not member.issparse()
@@ -1498,9 +1547,10 @@ class Shards(Folder):
             place = os.path.relpath(path, root)
             try:
                 for name, offset, size in tar_members(path):
-                    base, _, suffix = os.path.basename(name).partition('.')
+                    folder, name = os.path.split(name)
+                    base, _, suffix = name.partition('.')
                     what = 'image' if base and f'.{suffix.lower()}' in SUFFIXES else suffix
-                    key = os.path.join(place, os.path.dirname(name).lstrip('/'), base)
+                    key = os.path.join(place, folder.lstrip('/'), base)
                     if base and what == suffix and suffix.lower().endswith(SUFFIXES + UNREAD):
                         reason = 'members have two endings, of which the first counts: no pictures'
                         self.broken.add((reason, f'{key}.{suffix}'))
@@ -1535,7 +1585,7 @@ class Shards(Folder):
         return {name for name, row in members.items() if 'txt' in row or 'json' in row}
 
     def read(self, shard, offset, size, most):
-        with open(self.shards[shard], 'rb') as file:
+        with open(self.shards[shard], 'rb', buffering=0) as file:     # no more than is asked for
             file.seek(offset)
             return file.read(min(size, most))
 
@@ -1697,15 +1747,19 @@ def is_lvis(truth):         # a json's categories have LVIS's frequencies
 
 def whole(value):
     """The whole number that a json holds, also as '64' or 64.0; None: it holds none."""
+    if type(value) is int:                                  # True is none
+        return value
     if isinstance(value, str) and value.isdecimal() and len(value) < 20:
         return int(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    return value if type(value) is int else None            # True is none
+    return None
 
 
 def read_id(value):
     """A whole number or a text; None: neither."""
+    if type(value) is int:
+        return value
     number = whole(value)
     return value if number is None and isinstance(value, str) else number
 
@@ -1714,11 +1768,14 @@ def id_order(name):         # the key that sorts ids: numbers before texts
     return isinstance(name, str), name
 
 
+REAL = frozenset((int, float))
+
+
 def are_numbers(values, low=-2 ** 31, high=2 ** 31):
     """Whether all are finite numbers from low to high; True is none."""
-    if not {int, float}.issuperset(map(type, values)):
+    if not REAL.issuperset(map(type, values)):
         return False
-    return low <= min(values) and max(values) <= high and all(map(math.isfinite, values))
+    return low <= min(values) and max(values) <= high and math.isfinite(sum(values))    # min passes over NaN
 
 
 def read_coco(spec, split):
@@ -1802,20 +1859,22 @@ def object_trouble(row, size, label_of):
     box = row.get('bbox')
     if not isinstance(box, list) or len(box) != 4 or not are_numbers(box):
         return 'annotations have no box of four numbers'
+    height, width = size
     x, y, w, h = box
-    left = max(0, x)
-    top = max(0, y)
-    right = min(size[1], x + w)
-    bottom = min(size[0], y + h)
+    left = x if x > 0 else 0
+    top = y if y > 0 else 0
+    right = x + w if x + w < width else width
+    bottom = y + h if y + h < height else height
     if left >= right or top >= bottom:
         return 'boxes have no area within their image'
     row['box'] = [left, top, right, bottom]
 
     # what is judged
-    if not are_numbers([row.get('area')], 0, 1e10):
+    area = row.get('area')
+    if type(area) not in REAL or not 0 <= area <= 1e10:
         row['area'] = w * h
     is_crowd = row.get('iscrowd') or 0
-    row['iscrowd'] = int(is_crowd) if is_crowd is True else whole(is_crowd)
+    row['iscrowd'] = 1 if is_crowd is True else whole(is_crowd)
     if row['iscrowd'] not in (0, 1):
         return 'annotations have an iscrowd that is neither 0 nor 1'
 
@@ -1825,18 +1884,19 @@ def object_trouble(row, size, label_of):
         mask = [mask]                       # a single polygon's numbers
     row['segmentation'] = mask
     if isinstance(mask, list):
-        return polygon_trouble(mask, max(size))
+        return polygon_trouble(mask, max(height, width))
     return run_trouble(mask, size)
 
 
 def polygon_trouble(parts, side):
     """What is wrong with the polygons of an object in an image with this longer side, or ''."""
+    num = 0
     for part in parts:
         if not isinstance(part, list) or len(part) < 6 or len(part) % 2:
             return 'polygons have no three points'
         if not are_numbers(part, -side, 2 * side):
             return 'polygons are no numbers or lie far outside of their image'
-    num = sum(map(len, parts)) / 2
+        num += len(part) / 2
     if num * 3 > LONGEST_OUTLINE and sum(map(outline, parts)) > LONGEST_OUTLINE * side:
         return 'polygons have endless outlines'
     return ''
@@ -1874,6 +1934,7 @@ class Instances(Files):
 
     def __init__(self, spec, split='train', images='', scale_jitter=(1., 1.), classes=None):
         path, held = read_coco(spec, split)
+        self.path = path
         self.scale_jitter = scale_jitter
         self.broken = set()
 
@@ -1994,8 +2055,11 @@ class Instances(Files):
         return rows
 
     def contents(self):
-        objects = [(row['category_id'], row['box']) for rows in self.rows.values() for row in rows]
-        return super().contents() + repr(objects).encode()
+        digest = hashlib.blake2b()
+        with open(self.path, 'rb') as file:
+            for part in iter(functools.partial(file.read, 2 ** 20), b''):
+                digest.update(part)
+        return super().contents() + digest.digest()
 
     def frequencies(self):      # in how many images each class is [K]
         counts = torch.zeros(len(self.classes))
@@ -2414,6 +2478,7 @@ def open_world(kind, spec, split, names=None, **options):
     return world
 
 
+@without_gc()
 def open_data(spec, split='train', frames=0, views=Views(), captions=False, labels=False):
     """--data -> World, Shards or Folder; with frames, clips. split: train, val or test. With captions,
     or labels, samples without one are left out, and a set without any is refused."""
@@ -2449,6 +2514,7 @@ def expand(spec):               # 'x/{00..11}.tar' -> the twelve paths
     return [spec[:found.start()] + number + spec[found.end():] for number in numbers]
 
 
+@without_gc()
 def open_instances(spec, split, images='', scale_jitter=(1., 1.), vocabulary='coarse', classes=None):
     """--data -> WorldInstances or Instances. classes: whose numbers labels are; if None the data's own."""
     check_scale_jitter(scale_jitter)
@@ -2456,6 +2522,7 @@ def open_instances(spec, split, images='', scale_jitter=(1., 1.), vocabulary='co
     return world or Instances(spec, split, images, scale_jitter, classes)
 
 
+@without_gc()
 def open_maps(spec, split, classes='', scale_jitter=(.5, 2.), image_size=0, names=None):
     """--data of label maps -> WorldMaps, of image_size, or LabelMaps. classes: a file that names the values.
     names: of the classes whose numbers labels are; if None the data's own."""

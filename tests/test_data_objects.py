@@ -102,6 +102,15 @@ def row(image=0, box=(2, 3, 10, 8), category=3, **fields):
     return dict(image_id=10 + image, category_id=category, bbox=list(box), iscrowd=0, **fields)
 
 
+def test_outlines_are_part_of_what_a_checkpoint_remembers(tmp_path):
+    """Also where boxes are the same."""
+    found = []
+    for corner in (10, 9):
+        write_json(tmp_path, [row(segmentation=[[2, 3, corner, 3, 2, 8]])])
+        found.append(data.open_instances(str(tmp_path), 'train').identity())
+    assert found[0] != found[1]
+
+
 def test_categories_with_gaps_are_numbered_in_order(tmp_path):
     """Ids 3 and 7 are labels 0 and 1."""
     dataset = data.open_instances(write_json(tmp_path, [row(), row(category=7)]), 'val')

@@ -771,6 +771,22 @@ def make_shard(path, members):
             archive.addfile(info, io.BytesIO(content))
 
 
+@pytest.mark.parametrize('form', [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_of_a_tar_are_where_tarfile_finds_them(tmp_path, form):
+    """Of plain headers, and of those that are not: long names, times with fractions, owners of more than 7 digits."""
+    names = ['0.jpg', 'folder/1.txt', 'caf\u00e9.cls', 'x' * 96 + '.jpg', f'{"d" * 60}/{"e" * 60}.jpg']
+    with tarfile.open(tmp_path / 'a.tar', 'w', format=form) as archive:
+        for n, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size = 700 * n
+            info.mtime = 1700000000.5 if form == tarfile.PAX_FORMAT else 1700000000
+            info.uid = 0 if form == tarfile.USTAR_FORMAT else 8 ** 7 * (n % 2)
+            archive.addfile(info, io.BytesIO(bytes(info.size)))
+    with tarfile.open(tmp_path / 'a.tar') as archive:
+        expected = [(member.name, member.offset_data, member.size) for member in archive]
+    assert list(data.tar_members(tmp_path / 'a.tar')) == expected and [name for name, *_ in expected] == names
+
+
 def shard_members(first, num):
     """num samples as image datasets have them: image, caption, class."""
     return {f'{i:05}.{suffix}': content for i in range(first, first + num)
