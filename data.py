@@ -1655,8 +1655,8 @@ def mask_area(runs):
     return int(runs[1::2].sum())
 
 
-def fill_polygon(points, size):
-    """A polygon [n, 2] (x, y) as bool [H, W], bit for bit as COCO's tools fill it: the outline is walked in
+def polygon_runs(points, size):
+    """Run lengths of a polygon [n, 2] (x, y), bit for bit as COCO's tools fill it: the outline is walked in
     fifths of a pixel, and the fill changes where it passes the middle of a column."""
     height, width = size
     here = (5 * np.reshape(points, (-1, 2)).astype(np.float64) + .5).astype(np.int64)       # truncates, as C
@@ -1681,8 +1681,13 @@ def fill_polygon(points, size):
     y = np.minimum(y[turn], y[turn + 1])
     middle = (x % 5 == 2) & (x >= 0) & (x < 5 * width)
     row = np.clip(-((2 - y[middle]) // 5), 0, height)               # the first pixel whose middle is below
-    times = np.bincount(x[middle] // 5 * height + row, minlength=height * width)[:height * width]
-    return (times.astype(np.uint8).cumsum(dtype=np.uint8) % 2 == 1).reshape(width, height).T
+    place, times = np.unique(x[middle] // 5 * height + row, return_counts=True)
+    place = place[(times % 2 == 1) & (place < height * width)]      # twice is not at all
+    return np.diff(place, prepend=0, append=height * width)
+
+
+def fill_polygon(points, size):     # bool [H, W]
+    return decode_mask(polygon_runs(points, size), size)
 
 
 def paint_polygons(polygons, size):
@@ -1694,6 +1699,8 @@ def paint_polygons(polygons, size):
 
 
 def fill_polygons(polygons, size):  # its run lengths
+    if len(polygons) == 1:          # most have one part
+        return polygon_runs(polygons[0], size)
     return encode_mask(paint_polygons(polygons, size))
 
 

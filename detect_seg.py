@@ -100,6 +100,7 @@ LINEAR_RATE = 10.           # times --lr, of a linear head: it starts from nothi
 SAID = 'box_ap', 'box_ap50', 'mask_ap', 'mask_ap50', 'miou', 'pixel_accuracy'       # during a run
 IMAGENET_MEAN = .485, .456, .406        # the released models'
 IMAGENET_STD = .229, .224, .225
+HEAD_BYTES = {'boxes': 80, 'linear': 0, 'mask2former': 35}      # a number of the pyramid, as measured on a GPU
 LARGEST_GROWTH = math.log(1000 / 16)    # of a box's side in one step: a wild prediction must not overflow
 STRIDE = 512 / 896          # of the windows that an image is tested in, as a share of their side
 NO_OBJECT = .1              # weight of a query that should find nothing, beside one that should find a mask
@@ -1110,18 +1111,26 @@ def divide(shared, area_a, area_b, crowd):
     return np.divide(shared, union, out=np.zeros_like(shared), where=shared > 0)
 
 
+def runs_of_ones(masks):
+    """Of a list of masks as run lengths: where each run of ones begins and ends, [R, 2], and whose it is, [R]."""
+    edges = [runs[:len(runs) // 2 * 2].cumsum() for runs in masks]      # begins, ends, begins, ends, ...
+    owner = np.repeat(np.arange(len(masks)), [len(places) // 2 for places in edges])
+    return np.concatenate(edges).reshape(-1, 2), owner
+
+
 def overlap_masks(a, b, crowd):
     """As overlap_boxes, of lists of run lengths. An object's pixels before a place are a polygon through the
     ends of its runs: what a detection's run shares with it is the difference of two interpolations."""
     shared = np.zeros((len(a), len(b)))
+    if shared.size == 0:
+        return shared
+    places, owner = runs_of_ones(a)
     for j, theirs in enumerate(b):
         ends = np.cumsum(theirs)
         before = np.cumsum(theirs * (np.arange(len(theirs)) % 2))
-        for i, ours in enumerate(a):
-            places = np.cumsum(ours[:len(ours) // 2 * 2])           # a run of ones begins, ends, ...
-            inside = np.interp(places, ends, before)
-            shared[i, j] = (inside[1::2] - inside[::2]).sum()
-    area_a = np.array([data.mask_area(runs) for runs in a])
+        inside = np.interp(places, ends, before)                        # [R, 2]
+        shared[:, j] = np.bincount(owner, inside[:, 1] - inside[:, 0], len(a))
+    area_a = np.bincount(owner, places[:, 1] - places[:, 0], len(a))
     return divide(shared, area_a, np.array([data.mask_area(runs) for runs in b]), crowd)
 
 
@@ -1129,22 +1138,35 @@ def match_detections(iou, ignored, crowd):
     """Which detections, best first, find an object, and one that is ignored: bool [n, A areas, T IoUs] each.
     Each takes the best that is left, the last of equals, an ignored one if no other fits; crowds are not used up.
     iou [n, m], ignored bool [A, m], crowd bool [m]."""
-    n, m = iou.shape
-    found = np.zeros((n, len(ignored), len(COCO_IOUS)), dtype=bool)
+    # bit t of a number is about the t-th IoU: is the overlap enough, is the object free, ...
+    thresholds = np.minimum(COCO_IOUS, 1 - 1e-10)
+    every = (1 << len(thresholds)) - 1
+    enough = (1 << thresholds.searchsorted(iou, side='right')) - 1      # [n, m]
+    order = iou.argsort(1, kind='stable')[:, ::-1]                      # best first, of equals the last
+    free = np.full(ignored.shape, every).tolist()
+    found = np.zeros((len(iou), len(ignored)), dtype=int)
     void = np.zeros_like(found)
-    free = np.ones((*found.shape[1:], m), dtype=bool)
-    thresholds = np.minimum(COCO_IOUS, 1 - 1e-10)[:, None]
-    for i in np.flatnonzero((iou >= COCO_IOUS[0]).any(1)):
-        fits = free & (iou[i] >= thresholds)                            # [A, T, m]
-        counting = fits & ~ignored[:, None]
-        counts = counting.any(2)                                        # [A, T]
-        fits = np.where(counts[..., None], counting, fits)
-        found[i] = fits.any(2)
-        void[i] = found[i] & ~counts
-        best = m - 1 - np.where(fits, iou[i], -1)[..., ::-1].argmax(2)  # [A, T], the last of equals
-        taken = found[i][..., None] & (np.arange(m) == best[..., None])
-        free &= ~taken | crowd
-    return found, void
+
+    ignored = ignored.tolist()
+    crowd = crowd.tolist()
+    for i in np.flatnonzero(enough.any(1)):
+        fits = enough[i].tolist()
+        objects = [j for j in order[i].tolist() if fits[j]]
+        for a in range(len(ignored)):
+            left = every                                                # IoUs at which nothing is found yet
+            for j in sorted(objects, key=ignored[a].__getitem__):
+                taken = left & free[a][j] & fits[j]
+                left -= taken
+                if not crowd[j]:
+                    free[a][j] -= taken
+                if ignored[a][j]:
+                    void[i, a] |= taken
+            found[i, a] = every - left
+
+    bits = np.arange(len(thresholds))
+    found = found[..., None] >> bits & 1                                # [n, A, T]
+    void = void[..., None] >> bits & 1
+    return found.astype(bool), void.astype(bool)
 
 
 def group(rows, *fields):
@@ -1302,6 +1324,7 @@ def find(model, batch, originals, choose):
     found = model(normalize(model, batch), choose=choose)
     results = []
     for part, size, original in zip(found, batch['sizes'], originals):
+        part = {name: x.cpu() for name, x in part.items()}      # else a GPU is waited for at each mask
         part = to_original(part, size, original)
         masks = zip(part['masks'], part['boxes'])
         results.append(dict(part, pasted=[paste_mask(mask, box, original) >= .5 for mask, box in masks]))
@@ -1316,7 +1339,7 @@ def result_rows(found, image):
     for (x1, y1, x2, y2), k, score, mask_score, mask in zip(*columns, found['pasted']):
         rows.append(dict(
             image_id=image, category_id=k, bbox=[x1, y1, x2 - x1, y2 - y1], score=score,
-            segmentation=dict(counts=data.encode_mask(mask.cpu())), mask_score=mask_score))
+            segmentation=dict(counts=data.encode_mask(mask)), mask_score=mask_score))
     return rows
 
 
@@ -1967,7 +1990,7 @@ class Adapter(nn.Module):
             if layer not in begins:
                 return x
             quarter = begins.index(layer)
-            patches = x[:, 1:]
+            patches = x[:, vit.num_before:]
             if quarter > 0:
                 after.append(patches)
                 last = 6 if quarter == 4 else quarter
@@ -1975,7 +1998,7 @@ class Adapter(nn.Module):
                     beside = extract(beside, cells, patches, (h, w), sizes)
             if quarter < 4:
                 patches = self.injectors[quarter](patches, centres, beside, sizes)
-            return torch.cat((x[:, :1], patches), 1)
+            return torch.cat((x[:, :vit.num_before], patches), 1)
 
         vit.tokens(images, drop=drop, between=between)
         finer, *maps = to_maps(beside, sizes)
@@ -2064,7 +2087,7 @@ class Segmenter(nn.Module):
 
         tokens = self.vit.features(images, drop=drop)
         grid = [n // self.vit.patch_size for n in images.shape[2:]]
-        last = to_maps(tokens[:, 1:], [grid])[0]        # [B, D, h, w]
+        last = to_maps(tokens[:, self.vit.num_before:], [grid])[0]        # [B, D, h, w]
         return self.pyramid(last)[:4] if self.pyramid else [last]
 
     def forward(self, batch, draw=None, drop=None):
@@ -2458,7 +2481,9 @@ def train(cfg):
     run.introduce(train_set, val_set)
     model = build(cfg, train_set)
     if not cfg.freeze:
-        run.settle_memory(cfg, model, device, world)
+        cells = 21.3 * model.vit.grid ** 2          # of the pyramid: 16 + 4 + 1 + 1/4 + 1/16 times the patches
+        heads = HEAD_BYTES[cfg.head] * cells * cfg.channels
+        run.settle_memory(cfg, model, device, world, beside=heads)
     model = run.to_device(model, cfg, device, mesh)
     optimizer = run.make_optimizer(model, cfg, cfg.layer_decay)
     for group in optimizer.param_groups:

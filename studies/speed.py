@@ -4,11 +4,16 @@ How fast it is, on random weights: where a step's time goes, and what is slow be
     python studies/speed.py --size s             # stage 1; takes the flags of mim_pretrain.py
     python studies/speed.py --stage detect       # RoIAlign, NMS, average precision, training steps
     python studies/speed.py --stage segment      # matching, training steps
+    python studies/speed.py --stage peers        # beside timm, OpenCLIP, torchvision, COCO's tools, SciPy: what there is
 
 On a CPU: one core, in that core's own seconds, because others use the machine too. A GPU has its own: gpu.py.
 """
+import contextlib
 import dataclasses
 import gc
+import importlib.metadata
+import io
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,9 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'studies')]
+import clip_train                   # noqa: E402
 import data                         # noqa: E402
 import detect_seg                   # noqa: E402
 import mim_pretrain                 # noqa: E402
@@ -31,7 +38,7 @@ import run                          # noqa: E402
 
 @dataclass
 class Config(mim_pretrain.Config):
-    stage: str = run.option('pretrain', 'what is timed', choices=('pretrain', 'detect', 'segment'))
+    stage: str = run.option('pretrain', 'what is timed', choices=('pretrain', 'detect', 'segment', 'peers'))
 
 
 def main(cfg):
@@ -40,6 +47,8 @@ def main(cfg):
     torch.set_num_threads(1)        # what is repeated a thousand times is too small to share
     if cfg.stage == 'detect':
         return time_detection()
+    if cfg.stage == 'peers':
+        return time_peers()
     time_segmentation()
 
 
@@ -239,7 +248,7 @@ def time_sizes(step, num, larger=True):
 
         # what is held now is the model's; another size has to be worth the time
         held = torch.cuda.memory_allocated(step.device)
-        free = .97 * run.free_memory(step.device)
+        free = .97 * (run.free_memory(step.device) + torch.cuda.memory_reserved(step.device))
         an_image = (1e9 * row['memory, GB'] - held) / num
         room = int((free - held) / an_image) // 8 * 8
         if room < 1.15 * num:
@@ -332,12 +341,16 @@ def time_detection():
 
 # ---- segmentation -----------------------------------------------------------------------------------------------
 
-def time_segmentation():
-    """The assignment of 200 queries to 100 masks, and training steps of each head."""
+def assignment_costs():
     u = data.uniform(0, 'assign', torch.arange(200), 101).double().numpy()
     costs = {'uniform costs': u[:, :100], 'full of ties': np.floor(9 * u[:, :100])}
     costs['the worst, where all rows want the same columns'] = u[:, :1] * u[0, 1:]
-    for name, cost in costs.items():
+    return costs
+
+
+def time_segmentation():
+    """The assignment of 200 queries to 100 masks, and training steps of each head."""
+    for name, cost in assignment_costs().items():
         taken = best_of(lambda: detect_seg.assign(cost), 5)
         print(f'{1e3 * taken:8.1f} ms  assignment of 200 x 100, {name}')
 
@@ -345,6 +358,207 @@ def time_segmentation():
         for flags in ('linear --freeze', 'mask2former', 'mask2former --adapter'):
             taken = step_seconds('--size', size, '--head', *flags.split())
             print(f'{taken:8.2f} s   training step of {size}, 8 images, {flags}', flush=True)
+
+
+# ---- peers ------------------------------------------------------------------------------------------------------
+# A function per pair yields rows: what is done, a function of ours that does it, the peer, one of its own.
+
+def compare_training():
+    """Steps of a ViT that predicts features of each patch: masks, loss, gradients and AdamW as in stage 1."""
+    from timm.models.vision_transformer import VisionTransformer
+    device = torch.device('cpu')
+    for size, num in dict(ti=4, s=4, b=2).items():
+        cfg = mim_pretrain.Config(size=size, device='cpu')
+        config = M.ViTConfig(**dict(M.SIZES[size], image_size=224, patch_size=14, head=64))
+        step = Step(cfg, config, dataclasses.replace(config, depth=1), num, device)
+        step.teacher()
+        theirs = VisionTransformer(
+            img_size=224, patch_size=14, embed_dim=config.width, depth=config.depth, num_heads=config.heads,
+            mlp_ratio=config.mlp_width / config.width, num_classes=64, global_pool='')
+        adamw = torch.optim.AdamW(theirs.parameters(), lr=cfg.lr, fused=True)
+
+        def our_step():
+            step.model()
+            step.optimizer()
+
+        def their_step():
+            predictions = theirs(step.vit.normalize(step.images))[:, 1:]        # without the class token
+            mim_pretrain.mim_loss(predictions, step.targets, step.mask, step.mask.sum()).backward()
+            torch.nn.utils.clip_grad_norm_(theirs.parameters(), cfg.grad_clip)
+            adamw.step()
+            adamw.zero_grad(set_to_none=True)
+        yield f'training step of {size}, 224 px, patch 14, {num} images', our_step, version('timm'), their_step
+
+
+def sentences(num):
+    """Of Python's own documentation."""
+    from pydoc_data.topics import topics
+    found = re.split(r'(?<=[.!?])\s+', ' '.join(topics.values()))
+    found = [' '.join(text.split()) for text in found if 20 < len(text) < 200]
+    return found[:num]
+
+
+def compare_clip():
+    """Training steps of OpenAI's kind of CLIP, with captions that fill all 77 tokens: ours would cut shorter ones."""
+    import open_clip
+    size = dict(width=192, heads=3)
+    vision = M.ViTConfig(
+        **size, depth=12, mlp_width=768, patch_size=14, image_size=112, head=128, head_bias=False, pool='class',
+        mask_token=False, biases='qkv', patch_bias=False, pre_norm=True, eps=1e-5)
+    clip = M.init_weights(M.CLIP(M.CLIPConfig(vision, dict(**size, depth=6, vocab=49_408, embed=128))))
+    theirs = open_clip.CLIP(
+        128, dict(layers=12, width=192, patch_size=14, image_size=112), dict(**size, layers=6))
+    images = torch.randn(16, 3, 112, 112)
+    text = open_clip.tokenize([9 * caption for caption in sentences(16)])
+
+    def step(model, loss):
+        adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+        def learn():
+            loss(*model(images, text)).backward()
+            adamw.step()
+            adamw.zero_grad(set_to_none=True)
+        return learn
+    our_step = step(clip, clip_train.contrastive_loss)
+    their_step = step(theirs, open_clip.ClipLoss())
+    yield 'CLIP step, ti at 112 px, text of 6 layers, 16 pairs', our_step, version('open_clip_torch'), their_step
+
+
+def compare_tokenizers(num=2000):
+    import open_clip
+    table = Path(open_clip.__file__).parent / 'bpe_simple_vocab_16e6.txt.gz'
+    ours = data.Tokenizer.from_file(table)
+    theirs = open_clip.SimpleTokenizer()
+    empty = dict(theirs.cache)
+    captions = sentences(num)
+
+    def our_first():
+        ours.encode.cache_clear()
+        ours(captions)
+
+    def their_first():
+        theirs.cache = dict(empty)
+        theirs(captions)
+    peer = version('open_clip_torch')
+    yield f'{num:,} captions to ids, words first seen', our_first, peer, their_first
+    yield 'the same again', lambda: ours(captions), peer, lambda: theirs(captions)
+
+
+def compare_reading(num=32):
+    """JPEGs of smooth noise: decode, random crop to 224, flip, normalise."""
+    from torchvision.transforms import v2
+    seen = v2.Compose([
+        v2.RandomResizedCrop(224, (.2, 1), interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(),
+        v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(M.CLIP_MEAN, M.CLIP_STD)])
+    vit = M.ViT(M.ViTConfig(**M.SIZES['pico']))
+    position = torch.arange(num)
+    noise = data.uniform(0, 'pictures', position, 3 * 38 * 50).view(num, 3, 38, 50)
+    pixels = torch.nn.functional.interpolate(255 * noise, (375, 500), mode='bicubic').clamp(0, 255).byte()
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [f'{folder}/{n}.jpg' for n in range(num)]
+        for image, path in zip(pixels, paths):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, quality=95)
+        dataset = data.Folder(folder)           # its training images, not all
+        position = position[:len(dataset)]
+        paths = [dataset.image(i) for i in dataset.index(position, 0)]
+
+        def our_reading():
+            vit.normalize(dataset.batch(position, 224)['images'])
+
+        def their_reading():
+            torch.stack([seen(Image.open(path).convert('RGB')) for path in paths])
+        yield f'{len(paths)} JPEGs of 500 x 375 to crops of 224', our_reading, version('torchvision'), their_reading
+
+
+def compare_pooling():
+    """NMS and RoIAlign, which torchvision has compiled."""
+    from torchvision import ops
+    peer = version('torchvision')
+    boxes = random_boxes(8000, 1024, 16, 800, 'boxes')
+    scores = data.uniform(0, 'scores', torch.arange(8000), 1)[:, 0]
+    features = random_pyramid(strides=(8,))[0]
+    few = boxes[:512]
+    image = torch.zeros(512, dtype=torch.long)
+    yield ('NMS of 8,000 boxes', lambda: detect_seg.nms(boxes, scores, .5),
+           peer, lambda: ops.nms(boxes, scores, .5))
+    yield ('RoIAlign 7 x 7, 512 boxes, 256 channels', lambda: detect_seg.roi_align(features, few, image, 7, 1 / 8),
+           peer, lambda: ops.roi_align(features, [few], 7, 1 / 8, aligned=True))
+
+
+def compare_pycocotools():
+    from pycocotools import coco, cocoeval, mask
+    yield from compare_coco(coco.COCO, cocoeval.COCOeval, mask, version('pycocotools'))
+
+
+def compare_faster_coco_eval():
+    from faster_coco_eval import COCO, COCOeval_faster, mask
+    yield from compare_coco(COCO, COCOeval_faster, mask, version('faster-coco-eval'))
+
+
+def compare_coco(COCO, COCOeval, mask, peer):
+    """Average precision; masks as run lengths, compressed for the peer; its index of the json counts."""
+    truth, results = world_truth()
+    size = truth['images'][0]['height'], truth['images'][0]['width']        # all scenes'
+
+    def compress(row, **more):
+        counts = dict(size=size, counts=[int(n) for n in row['segmentation']['counts']])
+        return dict(row, segmentation=mask.frPyObjects(counts, *size), **more)
+    annotations = [compress(row, iscrowd=0) for row in truth['annotations']]
+    found = [compress(row) for row in results]
+
+    for kind, what, other in (('bbox', 'boxes', 'segmentation'), ('segm', 'masks', 'bbox')):
+        rows = [{name: value for name, value in row.items() if name != other} for row in found]
+
+        def evaluate():
+            with contextlib.redirect_stdout(io.StringIO()):
+                known = COCO()
+                known.dataset = dict(truth, annotations=annotations)
+                known.createIndex()
+                judge = COCOeval(known, known.loadRes([dict(row) for row in rows]), kind)
+                judge.evaluate()
+                judge.accumulate()
+                judge.summarize()
+        yield (f'COCO {what}, 500 scenes, {len(rows):,} detections',
+               lambda: detect_seg.average_precision(truth, results, kind), peer, evaluate)
+
+
+def compare_assignment():
+    from scipy.optimize import linear_sum_assignment
+    peer = version('scipy')
+    for name, cost in assignment_costs().items():
+        yield (f'assignment of 200 x 100, {name}', lambda: detect_seg.assign(cost),
+               peer, lambda: linear_sum_assignment(cost))
+
+
+PEERS = (compare_training, compare_clip, compare_tokenizers, compare_reading, compare_pooling, compare_pycocotools,
+         compare_faster_coco_eval, compare_assignment)
+
+
+def version(package):
+    return f'{package} {importlib.metadata.version(package)}'
+
+
+def beside(ours, theirs, rounds=5):
+    """Medians of the core's seconds, in turn because machines drift. The first of each warms up."""
+    ours()
+    theirs()
+    pairs = [(core_seconds(ours), core_seconds(theirs)) for _ in range(rounds)]
+    return median([first for first, _ in pairs]), median([second for _, second in pairs])
+
+
+def time_peers(peers=PEERS):
+    """A table, and a line with those that are not there."""
+    print('| what | ours, s | peer | its, s | ours / its |\n|---|---|---|---|---|')
+    left_out = []
+    for compare in peers:
+        try:
+            for what, ours, peer, theirs in compare():
+                first, second = beside(ours, theirs)
+                print(f'| {what} | {first:.3g} | {peer} | {second:.3g} | {first / second:.2f} |', flush=True)
+        except (ImportError, RuntimeError) as error:        # torchvision without its operators raises the second
+            left_out.append(f'{compare.__name__} ({str(error).partition(". ")[0]})')
+    if left_out:
+        print(f'left out: {", ".join(left_out)}')
 
 
 if __name__ == '__main__':

@@ -14,6 +14,7 @@ import detect_seg as D
 import model as M
 import run
 from test_data_objects import rename, row, write_json
+from test_distributed import config as quick
 from test_distributed import finish, gradients, launch, small
 
 
@@ -141,6 +142,25 @@ def test_soft_nms_treats_classes_apart():
     boxes, scores = random_boxes(40, 50, 10, 40, 'soft'), data.uniform(0, 'soft scores', torch.arange(3), 40)
     together = D.soft_nms(boxes, scores)
     assert torch.equal(together, torch.cat([D.soft_nms(boxes, row[None]) for row in scores]))
+
+
+def test_detections_take_the_best_object_left():
+    """As one would write it down, for every area and IoU, where objects tie, are ignored, or crowds."""
+    u = data.uniform(0, 'matching', torch.arange(60), 12).numpy()
+    iou = np.round(8 * u[:, :10]) / 8           # many are equal
+    crowd = np.arange(10) % 5 == 0
+    ignored = (data.uniform(0, 'ignored', torch.arange(4), 10).numpy() < .4) | crowd
+    found, void = D.match_detections(iou, ignored, crowd)
+    for a, passed in enumerate(ignored):
+        for t, threshold in enumerate(D.COCO_IOUS):
+            free = set(range(10))
+            for i, row in enumerate(iou):
+                fits = [j for j in free if row[j] >= min(threshold, 1 - 1e-10)]
+                best = max(fits, key=lambda j: (not passed[j], row[j], j), default=None)
+                assert found[i, a, t] == (best is not None)
+                assert void[i, a, t] == (best is not None and passed[best])
+                if best is not None and not crowd[best]:
+                    free.remove(best)
 
 
 def test_finding_everything_is_an_ap_of_one():
@@ -492,8 +512,8 @@ def first_gradients(folder, world):
     """Of the first step, on images of which every second has no boxes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(D.BOXES, 'pico', TINY)
-        return gradients(D, folder / f'run-{world}', '--batch_size', '2', '--data', str(folder / 'data'),
-                         '--scale_jitter', '1,1')
+        return gradients(D, quick(D, folder / f'run-{world}', '--batch_size', '2', '--data', str(folder / 'data'),
+                                  '--scale_jitter', '1,1', '--steps', '1'))
 
 
 def test_two_processes_of_which_one_sees_no_boxes(tmp_path, double):

@@ -15,6 +15,7 @@ import detect_seg as D
 import model as M
 import run
 from test_data_objects import write_maps
+from test_distributed import config as quick
 from test_distributed import finish, gradients, launch, nothing, small
 
 TINY = dict(D.MAPS['pico'], image_size=32, patch_size=8, batch_size=2, steps=2, channels=32, queries=5, layers=(1, 2),
@@ -366,8 +367,8 @@ def first_gradients(folder, world):
         use_tiny(patch)
         hurry(patch)
         patch.setitem(M.SIZES, 'pico', dict(M.SIZES['pico'], depth=4))
-        return gradients(D, folder / f'run-{world}', '--batch_size', '2', '--data', str(folder / 'data'), '--head',
-                         'mask2former', '--adapter')
+        return gradients(D, quick(D, folder / f'run-{world}', '--batch_size', '2', '--data', str(folder / 'data'),
+                                  '--head', 'mask2former', '--adapter', '--steps', '1'))
 
 
 def test_two_processes_of_which_one_sees_no_class(tmp_path, double):
