@@ -78,6 +78,7 @@ def option(default, help, choices=None, low=0, high=1e12, below=None):
 class Run:
     """What every stage honours. Fields without option(...) are a recipe's constants, no flags."""
     size: str = option('nano', 'row of RECIPES: a row of SIZES in model.py, or one of its recipes, as g-560')
+    arch: str = option('eva', 'blocks of a model that starts from random weights', choices=('eva', 'eva02'))
     data: str = option('shapes', 'the built-in world (shapes:unique=N,fine=N,objects=N), a folder or .tar')
     init: str = option('', 'file to start from instead of random weights')
     out_dir: str = option('', 'where results go; out/<stage>-<size> if empty')
@@ -124,7 +125,7 @@ FAILED = 1000           # above every signal: what a process tells the others wh
 FORMAT = 2              # of checkpoints; the earliest have no number
 DRAWING = 190           # bytes a pixel that drawing scenes takes for a while (counted)
 RESERVE = 1e9           # bytes of a GPU, for its libraries and for gaps between tensors (assumed)
-SMALL = 1e9             # FLOPs of an image that are too few for several threads
+SMALL = 5e7             # FLOPs of an image of pico and nano: too few for several threads
 FEW = 16                # images at once keep a GPU busy: with room for fewer, activations are computed again
 NUM_PROBE = 2048        # training images that fit the probes, and validation images that judge them
 GONE = {  # flags of earlier versions, and what to do now
@@ -1102,9 +1103,10 @@ def draw_sheet(path, columns, tile=128, names={}):
 # ---- costs of a model, worth of its frozen features --------------------------------------------------
 
 def vit_config(cfg, **options):
-    """The ViT of a run: its size's row with the image and patch size asked for."""
+    """The ViT of a run: its row of SIZES with the image and patch size asked for."""
     asked = {name: getattr(cfg, name) for name in ('image_size', 'patch_size') if getattr(cfg, name)}
-    return M.ViTConfig(**{**M.SIZES[cfg.size.partition('-')[0]], **asked, **options})
+    row = M.config_of(cfg.size.partition('-')[0], cfg.arch)
+    return M.ViTConfig(**{**row, **asked, **options})
 
 
 def refuse_clips(vit, path):
@@ -1122,7 +1124,8 @@ def flops_per_image(config):
     D = config.width
     N = config.frames * (config.image_size // config.patch_size) ** 2
     patches = 2 * N * D * 3 * config.patch_size ** 2
-    linear = 2 * (1 + N) * (4 * D ** 2 + 2 * D * config.mlp_width)      # qkv, proj, fc1, fc2
+    mlp = (3 if config.act == 'swiglu' else 2) * D * config.mlp_width   # fc1 and fc2, SwiGLU's gate
+    linear = 2 * (1 + N) * (4 * D ** 2 + mlp)                           # with qkv and proj
     attention = 4 * (1 + N) ** 2 * D                                    # scores, and the sum of values
     head = 2 * (1 if config.pool else N) * D * config.head
     return patches + config.depth * (linear + attention) + head
