@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,69 @@ def test_a_thread_makes_batches_ahead():
     assert [next(stream)['n'] for _ in range(4)] == [1, 2, 3, 4]
     with pytest.raises(ValueError, match='of the reader'):
         next(stream)
+
+
+CUDA = torch.device('cuda')
+CPU = torch.device('cpu')
+
+
+def settled(device=CUDA, **options):
+    cfg = Config(**options)
+    run.settle_device(cfg, device)
+    return cfg
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Two threads on two cores, as where nobody said anything; afterwards what it was."""
+    before = torch.get_num_threads()
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    monkeypatch.setattr(os, 'cpu_count', lambda: 2)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_blocks_are_compiled_where_a_compiler_is(monkeypatch, capsys):
+    """On a GPU; without a C compiler not, which is said, and refused if it was asked for."""
+    monkeypatch.setattr(run.shutil, 'which', lambda name: '/usr/bin/' + name)
+    assert settled().compile and not settled(eval=True).compile and not settled(CPU).compile
+    monkeypatch.setattr(run.shutil, 'which', lambda name: None)
+    monkeypatch.delenv('CC', raising=False)
+    assert not settled().compile and 'install gcc' in capsys.readouterr().out
+    with pytest.raises(run.Refused, match='--compile needs a C compiler'):
+        settled(compile=True)
+
+
+@pytest.mark.parametrize('device, data, given, num', [
+    (CUDA, 'photos', None, 8), (CUDA, 'shapes:unique=9', None, 0), (CPU, 'photos', None, 0), (CUDA, 'photos', 3, 3)])
+def test_several_processes_read_files_for_a_gpu(monkeypatch, device, data, given, num):
+    monkeypatch.setattr(os, 'cpu_count', lambda: 16)
+    assert settled(device, data=data, workers=given, compile=False).workers == num
+
+
+@pytest.mark.parametrize('size, num', [('nano', 1), ('micro', 2)])
+def test_small_models_compute_in_one_thread(threads, size, num):
+    settled(CPU, size=size)
+    assert torch.get_num_threads() == num
+
+
+def test_a_variable_decides_before_size(threads, monkeypatch):
+    monkeypatch.setenv('OMP_NUM_THREADS', '2')
+    settled(CPU, size='nano')
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize('num', [1, 2])
+def test_where_one_thread_computes_another_prepares(threads, num):
+    """The next batches; where several compute, the loop's own does."""
+    torch.set_num_threads(num)
+
+    def prepare(batch):
+        return dict(batch, thread=threading.current_thread())
+    batches = run.ahead([dict(n=0), dict(n=1)], CPU, prepare)
+    found = [(batch['n'], batch['thread'] is threading.current_thread()) for batch in batches]
+    assert found == [(0, num == 2), (1, num == 2)]
 
 
 def test_compiled_blocks_compute_the_same(monkeypatch, double):
