@@ -91,11 +91,12 @@ class Run:
     seed: int = option(0, 'of weights, order, crops and masks', high=127)   # each owns 2^33 of 2^40 scenes
     device: str = option('', 'cuda, mps or cpu; the best there is if empty')
     compile: bool = option(None, 'torch.compile the blocks; decided by the device if not given')
-    checkpoint_activations: bool = option(None, 'compute activations again for the gradients: a third more work, '
-                                          'less memory; decided by the memory there is if not given')
+    checkpoint_activations: bool = option(None, 'compute activations again for the gradients, a third more '
+                                          'work; decided by the memory there is if not given')
     save_every: int = option(500, 'steps between checkpoints', low=1)
     log_every: int = option(10, 'steps between lines of log.jsonl', low=1)
-    workers: int = option(None, 'processes that read images, 0: this one; decided by the device if not given', high=512)
+    workers: int = option(None, 'processes that read images, 0: this one; decided by the device if not given',
+                          high=512)
     eval: bool = option(False, 'only evaluate --init')
     image: str = option('', 'only apply --init to this picture')
     drop_path: float = option(0., 'chance that the last block skips a branch; grows with depth', high=.999)
@@ -110,7 +111,7 @@ class Run:
     betas: tuple = (.9, .98)            # AdamW's
     eps: float = 1e-6                   # AdamW's
     grad_clip: float = 1e9              # largest global gradient norm
-    gather_once: bool = False           # sharded weights stay whole through a step's micro-batches, if there is room
+    gather_once: bool = False           # sharded weights stay whole through a step, if there is room
 
 
 cpu_group = None        # the processes' gloo group, for what may take long: a teacher, a checkpoint
@@ -260,8 +261,8 @@ def setup(cfg):
 
 
 def make_mesh(device, world):
-    """Over which processes weights are sharded: those of a machine, and each machine has all of them, so that only
-    gradients travel between machines. One machine, or machines of one process: over all."""
+    """Over which processes weights are sharded: those of a machine, and each machine has all of them, so
+    that only gradients travel between machines. One machine, or machines of one process: over all."""
     local = int(os.environ['LOCAL_WORLD_SIZE'])
     if 1 < local < world and world % local == 0:
         names = 'machines', 'processes'
@@ -291,11 +292,11 @@ def settle_device(cfg, device):
 
 
 def settle_threads(cfg):
-    """A small model's operations are too short to be shared by threads, which would wait for each other at every one
-    and for whatever else the machine does: one thread computes, and another makes the next batches."""
+    """A small model's operations are too short to be shared by threads, which would wait for each other at
+    each, and for whatever else the machine does: one computes, another makes the next batches."""
     if flops_per_image(vit_config(cfg)) < SMALL and torch.get_num_threads() > 1:
         torch.set_num_threads(1)
-        print0('threads: one computes, one makes the next batches; OMP_NUM_THREADS=N lets N share each operation')
+        print0('threads: one computes, one makes the next batches; OMP_NUM_THREADS=N decides otherwise')
 
 
 def find_device(name, local_rank, local_world):
@@ -366,7 +367,7 @@ def to_device(model, cfg, device, mesh=None):
     """Moves a model; in place, its blocks are compiled, made to compute activations again, and sharded. From
     then on it computes in bf16 on cuda, wherever it is called: in training, evaluation, pictures and probes."""
     model.to(device)
-    if cfg.compile:                 # training, evaluation, teacher: the same code in more ways than torch expects
+    if cfg.compile:         # training, evaluation, teacher: the same code in more ways than torch expects
         torch._dynamo.config.recompile_limit = 64
 
     # bf16 halves what is gathered; gradients are summed, and the residual stream stays, in float32
@@ -392,8 +393,8 @@ def to_device(model, cfg, device, mesh=None):
 
 
 def accumulate(model, cfg, is_last):
-    """Before each of a step's micro-batches: gradients are summed over the processes at the last, and weights stay
-    gathered until then, where there is memory for both."""
+    """Before each of a step's micro-batches: gradients are summed over the processes at the last, and
+    weights stay gathered until then, where there is memory for both."""
     if isinstance(model, fsdp.FSDPModule):
         at_once = is_last or not cfg.gather_once
         model.set_requires_gradient_sync(at_once)
@@ -429,8 +430,8 @@ def send(tensor, device):
 
 
 def ahead(batches, device, prepare=lambda batch: batch):
-    """The same batches after prepare(batch). A thread makes the next two meanwhile: on cuda on a stream of its own,
-    but does not prepare them, for which the GPU would have to stop; on CPUs where one thread computes."""
+    """The same batches after prepare(batch). A thread makes the next two meanwhile: on cuda on a stream of
+    its own, but the loop's prepares them, as a GPU has no time to spare; on CPUs where one computes."""
     if device.type == 'cuda':
         return map(prepare, in_thread(batches, torch.cuda.Stream(device)))
     batches = map(prepare, batches)
@@ -944,8 +945,8 @@ class Log:
         return (step + 1) % self.cfg.log_every == 0 or step + 1 == self.cfg.steps
 
     def update(self, optimizer, grad_norm):
-        """optimizer.step(), but for gradients that are not finite: fused AdamW passes these over on the device, so
-        that nothing waits for their norm. Their counts come back with the log's next line."""
+        """optimizer.step(), but for gradients that are not finite: fused AdamW passes these over on the
+        device, so that nothing waits for their norm. Their counts come back with the log's next line."""
         skipped = (~torch.isfinite(grad_norm)).to(torch.float32)
         if optimizer.defaults.get('fused'):
             optimizer.found_inf = skipped
@@ -1143,48 +1144,60 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
-def training_memory(model, num, device, shards=1, checkpointed=False, whole=False, teacher=None, share=0, seen=1.,
-                    drawn=False, beside=0.):
-    """{what: bytes} that training a model takes on each of `shards` devices, num images at once. model, teacher: on
-    any device, also meta; of `device` only the type counts. whole: see gather_once. share: images of each device's
-    part of a batch; seen: share of the patches; drawn: by the built-in world; beside: bytes an image of other parts."""
-    half = device.type == 'cuda'        # autocast computes in bf16
-    element = 2 if half else 4
-    towers = [module.config for module in model.modules() if hasattr(module, 'blocks')]
-    parameters = count_parameters(model)
-    learning = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+@dataclasses.dataclass
+class Memory:
+    """What training takes on each device. Models and device need not be here: sizes and type count."""
+    model: torch.nn.Module
+    device: torch.device
+    shards: int = 1                     # devices over which weights are divided
+    teacher: torch.nn.Module = None     # frozen
+    share: int = 0                      # images of a device's part of a batch
+    drawn: bool = False                 # whether the built-in world draws them
+    seen: float = 1.                    # share of the patches that a tower sees
+    beside: float = 0.                  # bytes an image of what is no tower
 
-    # sharded weights are gathered two blocks at a time, in bf16 already; else autocast keeps bf16 copies of all
-    gathered = 0
-    copies = 2 * parameters if half else 0
-    if shards > 1:
-        copies = 0
-        gathered = 2 * (element + 4) * parameters / sum(tower.depth for tower in towers)
-        if whole:
-            gathered = (element + 4) * parameters       # gradients are summed in float32
-    memory = {'weights': 4 * parameters / shards, 'gradients': 4 * learning / shards, 'AdamW': 8 * learning / shards,
-              'bf16 copies': copies, 'gathered': gathered}
+    def parts(self, num, again=False, once=False):
+        """{what: bytes} with num images at once. again: activations are computed again; once: see
+        gather_once."""
+        half = self.device.type == 'cuda'       # autocast computes in bf16
+        element = 2 if half else 4
+        towers = towers_of(self.model)
+        weights = count_parameters(self.model)
+        learning = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
 
-    # a frozen teacher is whole everywhere; it is done before the student's activations are there
-    kept = 0
-    if any(weight.requires_grad for module in model.modules() if hasattr(module, 'blocks')
-           for weight in module.blocks.parameters()):
-        kept = sum(activation_memory(tower, device, checkpointed, seen) for tower in towers)
-    passing = [passing_memory(tower, device) for tower in towers]
-    if teacher is not None:
-        is_there = next(teacher.parameters()).is_cuda       # and no longer free
-        memory['teacher'] = 0 if is_there else 4 * count_parameters(teacher)
-        frozen = [module.config for module in teacher.modules() if hasattr(module, 'blocks')]
-        passing += [passing_memory(tower, device) for tower in frozen]
-    memory['activations'] = num * (kept + beside + max(passing))
+        # sharded weights are gathered in bf16 already, two blocks at a time; else autocast keeps bf16
+        # copies of all. Gradients are summed in float32
+        copies = 2 * weights if half and self.shards == 1 else 0
+        gathered = 0
+        if self.shards > 1:
+            depth = sum(len(tower.blocks) for tower in towers)
+            gathered = (element + 4) * weights * (1 if once else 2 / depth)
 
-    # this batch and the next two, and drawing them beside the training
-    if half:
-        pixels = share * towers[0].image_size ** 2
-        memory['batches'] = 3 * 3 * pixels
-        memory['drawing'] = DRAWING * min(pixels, data.AT_ONCE) if drawn else 0
-        memory['reserve'] = RESERVE
-    return memory
+        # kept for the gradients, and passing: the teacher is done before the student begins
+        learns = any(weight.requires_grad for tower in towers for weight in tower.blocks.parameters())
+        kept = sum(activation_memory(tower.config, self.device, again, self.seen) for tower in towers)
+        passing = [passing_memory(tower.config, self.device) for tower in towers]
+        teacher = 0
+        if self.teacher is not None:
+            passing += [passing_memory(tower.config, self.device) for tower in towers_of(self.teacher)]
+            on_gpu = any(weight.is_cuda for weight in self.teacher.parameters())
+            teacher = 0 if on_gpu else 4 * count_parameters(self.teacher)       # there already
+
+        # on a GPU three batches, one of them being drawn beside the training
+        pixels = self.share * towers[0].config.image_size ** 2 if half else 0
+        drawing = DRAWING * min(pixels, data.AT_ONCE) if self.drawn else 0
+        return {
+            'weights': 4 * weights / self.shards, 'gradients': 4 * learning / self.shards,
+            'AdamW': 8 * learning / self.shards, 'bf16 copies': copies, 'gathered': gathered,
+            'teacher': teacher, 'activations': num * (kept * learns + self.beside + max(passing)),
+            'batches': 3 * 3 * pixels, 'drawing': drawing, 'reserve': RESERVE * half}
+
+    def total(self, num, again=False, once=False):
+        return sum(self.parts(num, again, once).values())
+
+
+def towers_of(model):
+    return [module for module in model.modules() if isinstance(module, (M.ViT, M.TextTower))]
 
 
 def num_tokens(config):
@@ -1209,16 +1222,17 @@ def activation_memory(config, device, checkpointed=False, seen=1.):
 
 
 def passing_memory(config, device):
-    """Bytes an image that are not kept for the gradients: what a ViT is made of, the block that is at work, and
-    predictions and targets on their way through the loss. Of a text tower the block alone."""
+    """Bytes an image that are not kept for the gradients: what a ViT is made of, the block that is at
+    work, predictions and targets on their way through the loss. Of a text tower the block alone."""
     D = config.width
     element = 2 if device.type == 'cuda' else 4
     if isinstance(config, M.TextConfig):
         return config.context * D * (8 + 11 * element)
     N = num_tokens(config)
-    pixels = 3 * config.frames * config.image_size ** 2 * (1 + 4 + element)     # uint8, normalised, for the convolution
+    pixels = 3 * config.frames * config.image_size ** 2
+    pixels *= 1 + 4 + element               # uint8, normalised, for the convolution
     block = N * (8 * D + element * (3 * D + 2 * config.mlp_width))
-    outputs = 0 if config.pool else N * config.head * (2 * element + 2 * 4)     # both sides, and in float32
+    outputs = 0 if config.pool else N * config.head * 2 * (element + 4)         # and in float32
     return pixels + block + outputs
 
 
@@ -1230,43 +1244,43 @@ def free_memory(device):
 
 
 def ways_to_train(cfg, share):
-    """[(activations are computed again, images at once, gather_once)] that flags allow, the fastest first: all at once,
-    parts of FEW and more, the same with activations computed again, smaller parts."""
-    agains = [False, True] if cfg.checkpoint_activations is None else [cfg.checkpoint_activations]
-    parts = [share]
+    """[(images at once, activations computed again, gather_once)] that flags allow, the fastest first: all
+    at once, parts of FEW and more; the same with activations computed again; smaller parts."""
+    agains = [False, True]
+    if cfg.checkpoint_activations is not None:
+        agains = [cfg.checkpoint_activations]
+    nums = [share]
     if hasattr(cfg, 'micro_batch'):
-        parts = [share // n for n in range(1, share + 1) if share % n == 0]
-        parts = [cfg.micro_batch] if cfg.micro_batch else parts
-    ways = [(again, num) for again in agains for num in parts if num >= FEW or num == parts[0]]
-    ways += [(agains[-1], num) for num in parts]
-    return [(again, num, once) for again, num in ways for once in (num < share, False)]
+        nums = [share // n for n in range(1, share + 1) if share % n == 0]
+        nums = [cfg.micro_batch] if cfg.micro_batch else nums
+
+    ways = [(num, again) for again in agains for num in nums if num >= FEW or num == nums[0]]
+    ways += [(num, agains[-1]) for num in nums if num < FEW]
+    return [(num, again, once) for num, again in ways for once in (num < share, False)]
 
 
-def settle_memory(cfg, model, device, world, teacher=None, seen=1., beside=0.):
-    """Decides how to train in the memory that the processes have at least, and says so; refuses what cannot fit.
-    model: the one to train, also on the meta device; the rest as of training_memory."""
+def settle_memory(cfg, model, device, world, **more):
+    """Decides how to train in the memory that the processes have at least, and says so; refuses what
+    cannot fit. model: the one to train, on any device or meta; more: fields of Memory."""
     share = cfg.batch_size // world
-    local = int(os.environ.get('LOCAL_WORLD_SIZE', world))
-    there = -max_over_processes(-free_memory(device))
+    local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    shards = local if local > 1 else world
     drawn = cfg.data.partition(':')[0] == 'shapes'
-
-    def needed(again, num, once):
-        memory = training_memory(model, num, device, local if local > 1 else world, again, once, teacher, share, seen,
-                                 drawn, beside)
-        return sum(memory.values())
+    memory = Memory(model, device, shards, share=share, drawn=drawn, **more)
+    there = -max_over_processes(-free_memory(device))
 
     ways = ways_to_train(cfg, share)
-    way = next((way for way in ways if needed(*way) <= there), None)
-    if way is None:
-        again, num, _ = min(ways, key=lambda way: needed(*way))
-        hint = ', activations computed again; use' if again else '; use --checkpoint_activations,'
-        raise Refused(f'training needs {needed(again, num, False) / 1e9:.1f} of {there / 1e9:.1f} GB with {num} images '
-                      f'at once{hint} a smaller --batch_size or --micro_batch, more processes')
-
-    again, num, once = way
+    fitting = [way for way in ways if memory.total(*way) <= there]
+    num, again, once = way = (fitting or [min(ways, key=lambda way: memory.total(*way))])[0]
+    words = f'{memory.total(*way) / 1e9:.1f} of {there / 1e9:.1f} GB with {num} images at once'
+    if again:
+        words += ', activations computed again'
+    if not fitting:
+        hint = '' if again else '--checkpoint_activations, '
+        raise Refused(f'training needs {words}; use {hint}a smaller --batch_size or --micro_batch, more processes')
     if device.type == 'cuda' or again or num < share:
-        words = ', activations computed again' if again else ''
-        print0(f'memory: {needed(*way) / 1e9:.1f} of {there / 1e9:.1f} GB by plan, with {num} images at once{words}')
+        print0(f'memory by plan: {words}')
+
     cfg.checkpoint_activations = again
     cfg.gather_once = once
     if hasattr(cfg, 'micro_batch'):

@@ -167,7 +167,7 @@ def rehearsal(args):
     process, out_dir = start(args, 'mim_pretrain.py', flags, launcher=launcher)
     log = wait(process, out_dir)
     said = Path(f'{out_dir}.log').read_text()
-    planned = re.search(r'^memory: .*', said, re.M)
+    planned = re.search(r'^memory by plan.*', said, re.M)
     yield {
         'steps': len(log), 'first loss': log[0]['loss'], 'last loss': log[-1]['loss'], 'images/s': typical(log),
         'memory, GB': log[-1]['memory_gb'], 'said': planned[0] if planned else ''}
@@ -198,9 +198,8 @@ def make_step(args, compiled, checkpointed, Student=M.ViT):
 
     num = 8
     if not args.small:
-        model, frozen = plan.on_meta(config), plan.on_meta(teacher)
-        free = run.free_memory(args.device)
-        room = plan.images_that_fit(free, model, args.device, checkpointed=checkpointed, teacher=frozen)
+        memory = run.Memory(plan.on_meta(config), args.device, teacher=plan.on_meta(teacher))
+        room = plan.images_that_fit(run.free_memory(args.device), memory, checkpointed)
         num = max(8, min(MOST, room // 8 * 8))
     return speed.Step(cfg, config, teacher, 1, args.device, Student), num
 
@@ -222,9 +221,9 @@ def train(args, compiled, checkpointed):
 
 def planned_memory(step, num, checkpointed):
     """Without what a step does without: batches ahead, drawing."""
-    models = plan.on_meta(step.vit.config), plan.on_meta(step.target.teacher.config)
-    memory = run.training_memory(models[0], num, step.device, checkpointed=checkpointed, teacher=models[1])
-    return sum(memory.values()) - memory.get('reserve', 0)
+    teacher = plan.on_meta(step.target.teacher.config)
+    memory = run.Memory(plan.on_meta(step.vit.config), step.device, teacher=teacher)
+    return memory.total(num, checkpointed) - memory.parts(num)['reserve']
 
 
 def ran_before(args, num):

@@ -46,11 +46,10 @@ def on_meta(config):
         return M.ViT(config)
 
 
-def images_that_fit(memory, model, device, **options):
-    """How many images at once a device with so many bytes has room for; options as of run.training_memory."""
-    fixed = sum(run.training_memory(model, 0, device, **options).values())
-    with_one = sum(run.training_memory(model, 1, device, **options).values())
-    return max(0, int((memory - fixed) / (with_one - fixed)))
+def images_that_fit(free, memory, again=False):
+    """How many images at once so many free bytes have room for, by a run.Memory."""
+    fixed = memory.total(0, again)
+    return max(0, int((free - fixed) / (memory.total(1, again) - fixed)))
 
 
 @functools.cache
@@ -109,18 +108,18 @@ def plan(cfg):
     # one device
     share = math.ceil(cfg.batch_size / cfg.devices)
     num = cfg.micro_batch or share
-    again = bool(cfg.checkpoint_activations)
-    options = dict(shards=min(cfg.devices, A_MACHINE), teacher=on_meta(teacher), share=share,
-                   drawn=cfg.data.partition(':')[0] == 'shapes')
-    memory = run.training_memory(model, num, device, checkpointed=again, **options)
+    shards = min(cfg.devices, A_MACHINE)
+    drawn = cfg.data.partition(':')[0] == 'shapes'
+    memory = run.Memory(model, device, shards, on_meta(teacher), share, drawn)
+    parts = memory.parts(num, cfg.checkpoint_activations)
     print(f'on each of {cfg.devices} devices ({device.type}), {num} images at once:')
-    for name, size in memory.items():
+    for name, size in parts.items():
         print(f'{name:<20} {size / 1e9:.4g} GB')
     kept = run.activation_memory(config, device)
     print(f'  kept                       {kept / 1e6:.4g} MB an image')
     computed_again = run.activation_memory(config, device, True)
     print(f'  --checkpoint_activations   {computed_again / 1e6:.4g} MB an image')
-    total = sum(memory.values())
+    total = sum(parts.values())
     if is_here:
         print(f'memory               {total / 1e9:.4g} GB; {run.free_memory(device) / 1e9:.4g} GB are free here')
     else:
@@ -137,23 +136,20 @@ def plan(cfg):
     else:
         print('matrix product       not measured, and so no days')
     if device.type == 'cuda':
-        print_cards(cfg, model, share, device, options)
+        print_cards(cfg, memory)
 
 
-def print_cards(cfg, model, share, device, options):
+def print_cards(cfg, memory):
     """What a run would choose on each card."""
     table = []
     for card in CARDS:
-        def needed(again, num, once):
-            memory = run.training_memory(model, num, device, checkpointed=again, whole=once, **options)
-            return sum(memory.values())
-        ways = run.ways_to_train(cfg, share)
-        way = next((way for way in ways if needed(*way) <= card * 2 ** 30), None)
-        if way:
-            again, num, _ = way
-            table.append([f'{card} GB', f'{num:,}', 'computed again' if again else 'kept', f'{needed(*way) / 1e9:.0f} GB'])
-        else:
-            table.append([f'{card} GB', 'none', '', ''])
+        row = [f'{card} GB', 'none', '', '']
+        for way in reversed(run.ways_to_train(cfg, memory.share)):
+            if memory.total(*way) <= card * 2 ** 30:
+                num, again, _ = way
+                activations = 'computed again' if again else 'kept'
+                row[1:] = f'{num:,}', activations, f'{memory.total(*way) / 1e9:.0f} GB'
+        table.append(row)
     grid.print_table(['a card of', 'images at once', 'activations', 'memory'], table)
 
 

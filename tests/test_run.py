@@ -792,7 +792,7 @@ def on_meta(size, **options):
 @pytest.mark.parametrize('shards', [1, 8])
 def test_weights_gradients_and_adamw_take_16_bytes_a_parameter(shards):
     """Of g, shared by the processes."""
-    memory = run.training_memory(on_meta('g'), 1, torch.device('cpu'), shards)
+    memory = run.Memory(on_meta('g'), torch.device('cpu'), shards).parts(1)
     assert sum(memory[name] for name in ('weights', 'gradients', 'AdamW')) == 16 * 1_011_147_520 / shards
 
 

@@ -152,7 +152,8 @@ def test_a_plan_for_a_gpu_needs_none(capsys):
 
 def memory(num, **more):
     """The plan's for g on a GPU: the sum and its parts."""
-    parts = run.training_memory(G, num, torch.device('cuda'), **more)
+    once = more.pop('once', False)
+    parts = run.Memory(G, torch.device('cuda'), **more).parts(num, once=once)
     return sum(parts.values()), parts
 
 
@@ -169,7 +170,7 @@ def test_autocast_copies_unsharded_weights():
     """2 bytes a weight; sharded ones are gathered in bf16 already, two blocks or, for micro-batches, all of them."""
     assert memory(8)[1]['bf16 copies'] == pytest.approx(2 * 1.012e9, rel=.001)
     assert memory(8, shards=8)[1]['bf16 copies'] == 0
-    assert memory(8, shards=8)[1]['gathered'] * 20 == memory(8, shards=8, whole=True)[1]['gathered']
+    assert memory(8, shards=8)[1]['gathered'] * 20 == memory(8, shards=8, once=True)[1]['gathered']
 
 
 def test_frozen_blocks_keep_nothing():
@@ -177,13 +178,13 @@ def test_frozen_blocks_keep_nothing():
     model = plan.on_meta(M.ViTConfig(**M.SIZES['g'], head=768))
     model.requires_grad_(False)
     model.head.requires_grad_(True)
-    memory = run.training_memory(model, 8, torch.device('cuda'))
+    memory = run.Memory(model, torch.device('cuda')).parts(8)
     assert memory['AdamW'] == 8 * (768 * 1408 + 768) and memory['activations'] < 1e9
 
 
 def test_what_fits_fits():
     """The largest number of images stays below the memory, one more does not."""
-    num = plan.images_that_fit(80e9, G, torch.device('cuda'))
+    num = plan.images_that_fit(80e9, run.Memory(G, torch.device('cuda')))
     assert memory(num)[0] <= 80e9 < memory(num + 1)[0]
 
 
