@@ -522,7 +522,7 @@ def train(cfg, teacher=None):
     config = dataclasses.replace(config, **options)
     with torch.device('meta'):
         sizes = M.ViT(config)
-    run.settle_memory(cfg, sizes, device, world, target.teacher)
+    run.settle_memory(cfg, sizes, device, world, teacher=target.teacher)
     if cfg.init:
         model = M.load(cfg.init, M.ViT, **options, pool=None, image_size=config.image_size,
                        patch_size=config.patch_size, drop_path=cfg.drop_path)
