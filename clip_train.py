@@ -9,6 +9,7 @@ CLIP, arXiv:2103.00020; EVA-CLIP, arXiv:2211.07636, section 2.3.
     python clip_train.py --eval --init clip.pt --data val  # zero-shot classification and retrieval
 """
 import math
+import os
 import re
 from dataclasses import asdict, dataclass, replace
 
@@ -26,6 +27,8 @@ from run import Refused, option, print0
 class Config(run.Run):
     vision: str = option('', "file of a ViT or a CLIP, whose image tower to start from but for its head")
     text: str = option('', 'file of a CLIP, whose text tower to start from but for its projection')
+    text_act: str = option('', "activation of the text tower: gelu, EVA-CLIP's, if empty",
+                           choices=('', 'gelu', 'quick_gelu'))
     words: list = option((), 'with --image: sentences to choose from')
     bpe: str = option('', "OpenAI's merges (bpe_simple_vocab_16e6.txt.gz); without it they are learnt")
     embed: int = option(64, 'width of the space that images and texts share', low=1, high=10 ** 5)
@@ -45,20 +48,24 @@ class Config(run.Run):
 
 
 SMALL = dict(batch_size=128, steps=700, lr=1.5e-3, save_every=250)
-EVA02 = dict(batch_size=131_072, warmup_steps=2000, text_layer_decay=.75, optimizer='lamb')
+LAMB = dict(batch_size=131_072, warmup_steps=2000, text_layer_decay=.75, optimizer='lamb')
 RECIPES = {  # differences from the defaults. b, l, g are EVA-CLIP's, for --vision EVA and --text CLIP; the rest ours
     'pico':  SMALL, 'nano': SMALL, 'micro': SMALL,
     'mini':  dict(batch_size=256, steps=4000, lr=1e-3, embed=128),
     'ti':    dict(batch_size=512, steps=20_000, lr=1e-3, embed=192, warmup_steps=500),
     's':     dict(batch_size=1024, steps=50_000, lr=5e-4, embed=384, warmup_steps=2000),
-    'b':     dict(EVA02, steps=61_000, lr=2e-4, text_lr=2e-5, layer_decay=.75, embed=512),     # EVA-02-CLIP-B, 8B pairs
-    'l':     dict(EVA02, steps=30_500, lr=4e-4, text_lr=4e-5, layer_decay=.85, embed=768),     # EVA-02-CLIP-L, 4B pairs
+    'b':     dict(LAMB, steps=61_000, lr=2e-4, text_lr=2e-5, layer_decay=.75, embed=512),     # EVA-02-CLIP-B, 8B pairs
+    'l':     dict(LAMB, steps=30_500, lr=4e-4, text_lr=4e-5, layer_decay=.85, embed=768),     # EVA-02-CLIP-L, 4B pairs
     'g':     dict(batch_size=40_960, steps=268_000, lr=4e-4, text_lr=4e-5, layer_decay=.85, text_layer_decay=.75,
                   embed=1024, warmup_steps=2000, drop_path=.4),   # EVA-CLIP-g, 11B pairs
+    # EVA-CLIP-g+ on Merged-2B; its file's name says 11B pairs, its script says 4B
+    'g-plus': dict(LAMB, batch_size=114_688, steps=96_000, lr=4e-4, text_lr=4e-5, layer_decay=.85, embed=1024,
+                   drop_tokens=.5),
 }
 SMALL_TEXT_TOWER = dict(width=64, depth=2, heads=4)
 TEXT_TOWERS = {'b': dict(width=512, depth=12, heads=8), 'l': dict(width=768, depth=12, heads=12)}
-TEXT_TOWERS['g'] = TEXT_TOWERS['l']     # the paper's g reads with CLIP-L's
+TEXT_TOWERS['g'] = TEXT_TOWERS['l']     # the paper's g reads with CLIP-L's, g+ with OpenCLIP-H's
+TEXT_TOWERS['g-plus'] = dict(width=1024, depth=24, heads=16)
 TEMPLATES = ('a {}', 'a photo of a {}', 'one {}')       # zero-shot averages over these, or over --templates
 VIEWS = data.Views(crop=(.9, 1), flip=False, share=1.)  # almost the whole image: its caption speaks of it
 NUM_EVAL = 1024         # validation images; --eval takes all of a folder's
@@ -283,6 +290,10 @@ class Lamb(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
+        # EVA's LAMB clips too, whatever the loop has left of the gradients
+        weights = [weight for group in self.param_groups for weight in group['params']]
+        torch.nn.utils.clip_grad_norm_(weights, 1.)
+
         for group in self.param_groups:
             beta1, beta2 = group['betas']
             for weight in group['params']:
@@ -332,15 +343,66 @@ def make_optimizer(model, cfg):
     return torch.optim.AdamW(groups, **options, fused=True)
 
 
-def load_clip(path, bpe, **vision):
-    """-> (CLIP, its tokenizer: from its file, or OpenAI's). vision: changes of its image tower."""
-    clip = M.load(path, M.CLIP, vision=vision)
+def activations(path, text_act=None, usual=''):
+    """{tower: activation} where a CLIP's is not the one that M.load finds: OpenAI's and LAION's
+    look alike. text_act: the one asked for, None if none may be; usual: of a text tower without."""
+    names = M.unwrap(M.read(path)).keys()
+    if names >= set(M.FAMILIES['Hugging Face CLIP'][0]):
+        found = hugging_face_activations(path, text_act)
+        return dict(found, text=text_act or found['text'])
+
+    act = text_act or usual
+    is_openais = 'input_resolution' in names        # which only OpenAI's own files have
+    if act and not is_openais and names >= set(M.FAMILIES['OpenAI CLIP'][0]):
+        return dict(vision=act, text=act)
+    return dict(text=act) if act else {}
+
+
+def hugging_face_activations(path, text_act):
+    """{tower: activation} as the config.json beside a file says; without one text_act, for both."""
+    beside = os.path.join(os.path.dirname(path), 'config.json')
+    if not os.path.exists(beside):
+        if text_act:
+            return dict(vision=text_act, text=text_act)
+        ask = ", or say --text_act gelu if it is LAION's, quick_gelu if OpenAI's"
+        if text_act is None:
+            ask = ''
+        raise Refused(f'{path} does not say its activation: put its config.json beside it{ask}')
+
+    about = data.read_json(beside)
+    found = {}
+    for tower in ('vision', 'text'):
+        part = about.get(f'{tower}_config') if isinstance(about, dict) else None
+        if not isinstance(part, dict):
+            raise Refused(f'{beside} has no {tower}_config; give the config.json of {path}')
+        found[tower] = part.get('hidden_act', 'quick_gelu')     # left out where it is the default
+        if found[tower] not in ('gelu', 'quick_gelu'):
+            raise Refused(f'{beside} has hidden_act {str(found[tower])[:40]!r} in {tower}_config; '
+                          'expected gelu or quick_gelu')
+    return found
+
+
+def load_clip(path, bpe, acts, **vision):
+    """-> (CLIP, its tokenizer: from its file, or OpenAI's). acts: of `activations`;
+    vision: other changes of its image tower."""
+    changes = {tower: dict(act=act) for tower, act in acts.items()}
+    changes['vision'] = {**vision, **changes.get('vision', {})}
+    clip = M.load(path, M.CLIP, **changes)
     merges = clip.extra.get('merges')
     tokenizer = data.Tokenizer(merges) if merges else data.Tokenizer.openai(bpe)
     if tokenizer.vocab_size != clip.text.config.vocab:
         raise Refused(f'{path} knows {clip.text.config.vocab} tokens, the vocabulary has '
                       f'{tokenizer.vocab_size}; pass its merges with --bpe FILE')
     return clip, tokenizer
+
+
+def eva02_clip(config):
+    """What EVA-02-CLIP changes of EVA-02's B and L after pre-training: a fresh norm inside
+    attention, the class token pooled, rows stretched to 16 on any grid; B's patches have 16 pixels."""
+    changes = dict(attn_norm=True, pool='class', rope=16)
+    if config.width == M.EVA02_SIZES['b']['width']:
+        changes['patch_size'] = 16
+    return changes
 
 
 def build(cfg, train_set):
@@ -353,21 +415,29 @@ def build(cfg, train_set):
     if cfg.text_lr and not cfg.lr:
         raise Refused(f'--text_lr {cfg.text_lr} follows the schedule of --lr, which is 0')
     if cfg.init:
-        return load_clip(cfg.init, cfg.bpe, **asked)
+        return load_clip(cfg.init, cfg.bpe, activations(cfg.init, cfg.text_act), **asked)
 
     # small towers pool patches: a class token's loss teaches these little in minutes
     pool = 'class' if cfg.size in TEXT_TOWERS else 'mean'
     vision = run.vit_config(cfg, pool=pool, mask_token=False, **asked)
     if cfg.vision:
-        eva = M.load(cfg.vision, M.ViT)
+        changes = {}
+        acts = activations(cfg.vision)
+        if acts:
+            changes['act'] = acts['vision']
+        eva = M.load(cfg.vision, M.ViT, **changes)
         run.refuse_clips(eva, cfg.vision)
-        pool = eva.pool or pool
-        image_tower = M.load(cfg.vision, M.ViT, head=0, pool=pool, mask_token=False, **asked)
+        changes |= dict(head=0, pool=eva.pool or pool, mask_token=False)
+        is_pretrained = eva.pool is None and eva.config.rope == 'index'
+        if is_pretrained and eva.config.mlp_norm:
+            changes |= eva02_clip(eva.config)
+        image_tower = M.load(cfg.vision, M.ViT, **(changes | asked))
         vision = image_tower.config
 
-    text = TEXT_TOWERS.get(cfg.size, SMALL_TEXT_TOWER)
+    text = dict(TEXT_TOWERS.get(cfg.size, SMALL_TEXT_TOWER), act=cfg.text_act or 'gelu')
     if cfg.text:
-        clip, tokenizer = load_clip(cfg.text, cfg.bpe)
+        # EVA-CLIP's text towers have GELU even when they start from OpenAI's
+        clip, tokenizer = load_clip(cfg.text, cfg.bpe, activations(cfg.text, cfg.text_act, usual='gelu'))
         text = asdict(clip.text.config)
     elif cfg.bpe:
         tokenizer = data.Tokenizer.openai(cfg.bpe)
@@ -388,7 +458,8 @@ def build(cfg, train_set):
 @torch.no_grad()
 def apply_model(cfg, device):
     """--eval: zero-shot accuracy and retrieval of a trained model. --image: which --words fit."""
-    model, tokenizer = load_clip(cfg.init or f'{cfg.out_dir}/model.pt', cfg.bpe)
+    path = cfg.init or f'{cfg.out_dir}/model.pt'
+    model, tokenizer = load_clip(path, cfg.bpe, activations(path, cfg.text_act))
     model = run.to_device(model, cfg, device)
     if cfg.eval:
         # names of classes are asked for alone, or there have to be captions

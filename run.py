@@ -294,7 +294,11 @@ def settle_device(cfg, device):
 def settle_threads(cfg):
     """A small model's operations are too short to be shared by threads, which would wait for each other at
     each, and for whatever else the machine does: one computes, another makes the next batches."""
-    if flops_per_image(vit_config(cfg)) < SMALL and torch.get_num_threads() > 1:
+    try:
+        flops = flops_per_image(vit_config(cfg))
+    except Refused:
+        return              # a file may have other sizes; else it is said where the model is built
+    if flops < SMALL and torch.get_num_threads() > 1:
         torch.set_num_threads(1)
         print0('threads: one computes, one makes the next batches; OMP_NUM_THREADS=N decides otherwise')
 

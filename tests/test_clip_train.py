@@ -1,8 +1,11 @@
 """The contrastive loss, zero-shot classification, and a real run of the teacher's stage."""
+import gzip
 import json
 import math
 import os
+import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +20,7 @@ import model as M
 import run
 from clip_train import contrastive_loss
 from test_commands import refusal
+from test_golden import close, fixtures, read
 
 
 @pytest.fixture(autouse=True)
@@ -240,6 +244,192 @@ def test_init_takes_the_image_size_asked_for(tmp_path):
     assert model.visual.image_size == 48 and torch.equal(model.visual.head.weight, clip.visual.head.weight)
 
 
+# ---- EVA-02 in CLIP
+
+def pretrained_eva02(path, **options):
+    """A file of EVA-02 after pre-training, with a norm in its MLP, and its ViT."""
+    sizes = dict(width=48, depth=1, heads=3, mlp_width=8, patch_size=14, image_size=56)
+    options = sizes | dict(act='swiglu', rope='index', mlp_norm=True, head=8) | options
+    vit = M.init_weights(M.ViT(M.ViTConfig(**options)), seed=5)
+    M.save(vit, str(path))
+    return vit
+
+
+@pytest.mark.parametrize('path', fixtures('eva_clip_rei_eva02*.pt'))
+def test_eva02_clip_from_a_pretrained_file_is_the_packages(path, tmp_path):
+    """With the tensors of EVA02-CLIP the tower that --vision builds of a MIM file gives the package's features."""
+    told, state, inputs, outputs = read(path)
+    heads = told['vision_cfg']['width'] // told['vision_cfg']['head_width']
+    theirs = M.load(path, M.ViT, heads=heads)
+    sizes = {name: getattr(theirs.config, name) for name in ('width', 'depth', 'heads', 'mlp_width')}
+    pretrained_eva02(tmp_path / 'eva02.pt', **sizes)
+    flags = ['--vision', tmp_path / 'eva02.pt', '--embed', told['embed_dim']]
+    tower = clip_train.build(config(*flags), WORDS)[0].visual
+    tower.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        close(tower(inputs['image']), outputs['image_features'])
+
+
+def test_eva02_starts_clip_with_a_fresh_norm_inside_attention(tmp_path):
+    """Everything else in the blocks is the file's."""
+    vit = pretrained_eva02(tmp_path / 'eva02.pt')
+    block = clip_train.build(config('--vision', tmp_path / 'eva02.pt'), WORDS)[0].visual.blocks[0]
+    state = block.state_dict()
+    assert (state.pop('attn.norm.weight') == 1).all() and not state.pop('attn.norm.bias').any()
+    assert state.keys() == vit.blocks[0].state_dict().keys()
+    assert all(torch.equal(state[name], weight) for name, weight in vit.blocks[0].state_dict().items())
+
+
+def test_eva02_b_has_patches_of_16_in_clip(tmp_path):
+    """Its file's have 14 pixels, and --patch_size 14 leaves them."""
+    path = tmp_path / 'eva02.pt'
+    vit = pretrained_eva02(path, width=768, heads=12, image_size=112)
+    tower = clip_train.build(config('--vision', path), WORDS)[0].visual
+    assert torch.equal(tower.patch_embed.weight, M.resize_patches(vit.patch_embed.weight, 16))
+    assert (tower.grid, tower.config.rope) == (7, 16)
+    flags = ['--image_size', 112, '--patch_size', 14]
+    tower = clip_train.build(config('--vision', path, *flags), WORDS)[0].visual
+    assert torch.equal(tower.patch_embed.weight, vit.patch_embed.weight)
+
+
+@pytest.mark.parametrize('size, name', dict(b='EVA02-CLIP-B-16', l='EVA02-CLIP-L-14').items())
+@pytest.mark.parametrize('path', fixtures('keys.json.gz'))
+def test_eva02_clips_towers_are_the_released_ones(path, size, name):
+    """The towers and the space of a size are those of the released file's tensors."""
+    listing = json.load(gzip.open(path))[name]['keys']
+    state = {key: torch.empty(shape, device='meta') for key, shape in listing.items()}
+    released = M.build(state, None, {}).config
+    pretrained = M.ViTConfig(**M.config_of(size, 'eva02'), mask_token=False)
+    embed = clip_train.RECIPES[size]['embed']
+    changes = clip_train.eva02_clip(pretrained)
+    assert replace(pretrained, head=embed, **changes) == released.vision
+    tower = clip_train.TEXT_TOWERS[size]
+    assert M.TextConfig(**tower, vocab=49_408, embed=embed) == released.text
+
+
+@pytest.mark.parametrize('options', [
+    dict(mlp_norm=False), dict(pool='class', rope=4), dict(pool='class', rope=16, attn_norm=True)])
+def test_other_eva02_towers_stay_as_they_are(tmp_path, options):
+    """The small ones, of which no CLIP is published, and what is a classifier or a CLIP already."""
+    path = tmp_path / 'eva02.pt'
+    vit = pretrained_eva02(path, **options)
+    tower = clip_train.build(config('--vision', path), WORDS)[0].visual
+    assert tower.config.attn_norm == vit.config.attn_norm
+    assert tower.config.rope == options.get('rope', 4)
+
+
+def test_g_plus_is_evas(monkeypatch):
+    """OpenCLIP-H's text tower, half of the patches, no dropped paths, LAMB; the image tower is g's."""
+    cfg = run.parse_config(clip_train.Config, clip_train.RECIPES, ['--size', 'g-plus'])
+    monkeypatch.setattr(M, 'init_weights', lambda model, seed: model)
+    with torch.device('meta'):
+        model, _ = clip_train.build(cfg, WORDS)
+    vision, text = model.config.vision, model.config.text
+    assert (vision.width, vision.depth, vision.pool, vision.drop_path) == (1408, 40, 'class', 0)
+    assert (text.width, text.depth, text.heads, text.embed, text.act) == (1024, 24, 16, 1024, 'gelu')
+    assert (cfg.batch_size, cfg.drop_tokens, cfg.optimizer) == (112 * 1024, .5, 'lamb')
+    assert (cfg.lr, cfg.text_lr, cfg.layer_decay, cfg.text_layer_decay) == (4e-4, 4e-5, .85, .75)
+
+
+# ---- activations
+
+@pytest.fixture
+def built(monkeypatch):
+    """A function of a CLIP's file and flags: the config of what is built, as if OpenAI's merges had as many tokens."""
+    def build(path, *flags):
+        tokenizer = SimpleNamespace(vocab_size=M.load(path).text.config.vocab)
+        monkeypatch.setattr(data.Tokenizer, 'openai', lambda bpe: tokenizer)
+        return clip_train.build(config(*flags), WORDS)[0].config
+    return build
+
+
+def hugging_face(tmp_path, fixture, **acts):
+    """The file of a CLIP in Hugging Face's names; with acts its config.json beside it."""
+    shutil.copy(fixture, tmp_path / 'hf.pt')
+    if acts:
+        about = {f'{tower}_config': dict(hidden_act=act) for tower, act in acts.items()}
+        (tmp_path / 'config.json').write_text(json.dumps(about))
+    return tmp_path / 'hf.pt'
+
+
+@pytest.mark.parametrize('flags, act', [([], 'gelu'), (['--text_act', 'quick_gelu'], 'quick_gelu')])
+@pytest.mark.parametrize('path', fixtures('openai_clip_tiny.pt'))
+def test_openais_text_tower_has_evas_gelu(path, built, flags, act):
+    """Unless another activation is asked for."""
+    assert M.load(path).text.config.act == 'quick_gelu'
+    assert built(path, '--text', path, *flags).text.act == act
+
+
+@pytest.mark.parametrize('flags, act', [([], 'gelu'), (['--text_act', 'quick_gelu'], 'quick_gelu')])
+def test_a_new_text_tower_has_the_activation_asked_for(flags, act):
+    assert clip_train.build(config(*flags), WORDS)[0].text.config.act == act
+
+
+@pytest.mark.parametrize('act', ['gelu', 'quick_gelu'])
+@pytest.mark.parametrize('flag', ['--init', '--text'])
+@pytest.mark.parametrize('fixture', fixtures('hf_clip.pt'))
+def test_config_json_decides_the_activation(fixture, tmp_path, built, flag, act):
+    """Of a CLIP in Hugging Face's names, as a whole or its text tower."""
+    path = hugging_face(tmp_path, fixture, vision=act, text=act)
+    model = built(path, flag, path)
+    assert model.text.act == act
+    assert flag == '--text' or model.vision.act == act
+
+
+@pytest.mark.parametrize('fixture', fixtures('hf_clip.pt'))
+def test_text_act_goes_before_config_json(fixture, tmp_path):
+    """For the text tower; the image tower keeps what it was trained with."""
+    path = hugging_face(tmp_path, fixture, vision='quick_gelu', text='quick_gelu')
+    assert clip_train.activations(path, 'gelu') == dict(vision='quick_gelu', text='gelu')
+
+
+@pytest.mark.parametrize('act', ['gelu', 'quick_gelu'])
+@pytest.mark.parametrize('fixture', fixtures('hf_clip.pt'))
+def test_config_json_decides_the_image_towers_activation(fixture, tmp_path, act):
+    """Whatever that of the text tower is."""
+    path = hugging_face(tmp_path, fixture, vision=act, text='gelu')
+    assert clip_train.build(config('--vision', path), WORDS)[0].config.vision.act == act
+
+
+@pytest.mark.parametrize('fixture', fixtures('hf_clip.pt'))
+def test_an_activation_that_a_config_json_leaves_out_is_clips_default(fixture, tmp_path):
+    """Newer ones hold only what differs from the default, which is OpenAI's."""
+    path = hugging_face(tmp_path, fixture)
+    (tmp_path / 'config.json').write_text('{"text_config": {}, "vision_config": {}}')
+    assert clip_train.activations(path) == dict(vision='quick_gelu', text='quick_gelu')
+
+
+@pytest.mark.parametrize('flag', ['--init', '--text', '--vision'])
+@pytest.mark.parametrize('fixture', fixtures('hf_clip.pt'))
+def test_an_unknown_activation_is_asked_for(fixture, tmp_path, monkeypatch, capsys, flag):
+    """In one line, which offers --text_act where it helps."""
+    path = hugging_face(tmp_path, fixture)
+    flags = [flag, str(path), '--steps', '1', '--size', 'pico', '--out_dir', str(tmp_path / 'out')]
+    line = refusal(monkeypatch, capsys, clip_train, *flags)
+    assert f'{path} does not say its activation: put its config.json beside it' in line
+    assert ('--text_act gelu' in line) == (flag != '--vision')
+
+
+@pytest.mark.parametrize('path', fixtures('openai_clip_tiny.pt', 'hf_clip.pt'))
+def test_the_answer_holds_for_both_towers(path, built):
+    """--text_act with --init of a file whose names leave the activation open: LAION's have GELU in both."""
+    clip = built(path, '--init', path, '--text_act', 'gelu')
+    assert (clip.vision.act, clip.text.act) == ('gelu', 'gelu')
+
+
+@pytest.mark.parametrize('text, words', [
+    ('[]', 'has no vision_config'), ('{"vision_config": 1}', 'has no vision_config'), ('{', 'is not JSON'),
+    ('{"vision_config": {}}', 'has no text_config'),
+    ('{"vision_config": {}, "text_config": {"hidden_act": "relu"}}', "has hidden_act 'relu' in text_config"),
+    ('{"vision_config": {"hidden_act": [1]}}', r"has hidden_act '\[1\]' in vision_config")])
+@pytest.mark.parametrize('fixture', fixtures('hf_clip.pt'))
+def test_a_wrong_config_json_is_one_line(fixture, tmp_path, text, words):
+    path = hugging_face(tmp_path, fixture)
+    (tmp_path / 'config.json').write_text(text)
+    with pytest.raises(run.Refused, match=f'config.json {words}'):
+        clip_train.build(config('--text', path), WORDS)
+
+
 def test_size_g_is_the_papers(monkeypatch):
     """EVA's ViT with a projection to 1024, CLIP-L's text tower; image and text tower learn at different rates."""
     cfg = run.parse_config(clip_train.Config, clip_train.RECIPES, ['--size', 'g'])
@@ -301,13 +491,15 @@ def test_dropping_tokens_leaves_evaluation_untouched(monkeypatch, tmp_path):
 def plain_lamb(weights, gradients, lr, beta1, beta2, eps, weight_decay):
     """One matrix through some steps, in plain loops over numbers."""
     w, m, v = list(weights), [0.] * len(weights), [0.] * len(weights)
+    length = lambda x: math.sqrt(sum(y * y for y in x))
     for t, gradient in enumerate(gradients, 1):
+        clipped = min(1, 1 / (length(gradient) + 1e-6))
+        gradient = [clipped * g for g in gradient]
         change = []
         for i, g in enumerate(gradient):
             m[i] = beta1 * m[i] + (1 - beta1) * g
             v[i] = beta2 * v[i] + (1 - beta2) * g * g
             change.append(m[i] / (1 - beta1 ** t) / (math.sqrt(v[i] / (1 - beta2 ** t)) + eps) + weight_decay * w[i])
-        length = lambda x: math.sqrt(sum(y * y for y in x))
         ratio = length(w) / length(change) if weight_decay and length(w) and length(change) else 1
         w = [x - lr * ratio * c for x, c in zip(w, change)]
     return w
@@ -327,6 +519,19 @@ def test_lambs_step_equals_a_plain_reference(double, weight_decay, start):
         weight.grad = gradient
         optimizer.step()
     torch.testing.assert_close(weight.detach().flatten(), torch.tensor(expected), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize('norm, left', [(5., 1.), (.5, .5)])
+def test_lamb_clips_all_gradients_together(norm, left):
+    """Besides the clip of the loop: at most a global norm of 1 reaches the moments."""
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    groups = [dict(params=[weight], weight_decay=0.) for weight in weights]
+    optimizer = clip_train.Lamb(groups, dict(lr=.1, betas=(.9, .98), eps=1e-6))
+    for weight in weights:
+        weight.grad = torch.full((2,), norm / 2)        # of four values in all
+    optimizer.step()
+    means = torch.cat([optimizer.state[weight]['mean'] for weight in weights])
+    torch.testing.assert_close(means.norm().item(), .1 * left, atol=1e-6, rtol=0)
 
 
 def test_lamb_resumes(tmp_path):
@@ -513,7 +718,7 @@ def test_what_does_not_fit_is_refused(clip, tmp_path, monkeypatch, capsys):
             (['--batch_size', '1'], 'nothing to contrast'),
             (['--text_lr', '1', '--lr', '0'], '--lr, which is 0'),
             (['--micro_batch', '2'], '--micro_batch is gone'), (['--whole'], '--whole is gone'),
-            (['--optimizer', 'sgd'], 'adamw, lamb'), (['--layer_decay', '2'], 'does not fit; use 0 to 1'),
+            (['--text_act', 'relu'], 'gelu, quick_gelu'), (['--optimizer', 'sgd'], 'adamw, lamb'), (['--layer_decay', '2'], 'does not fit; use 0 to 1'),
             (['--drop_tokens', '1'], 'below 1'), (['--vision', 'missing.pt'], 'missing.pt'),
             (['--text', 'missing.pt'], 'missing.pt'),
             (['--eval', '--init', clip, '--data', photos, '--classes', 'three.txt'], 'has 3 names for the 2 classes')):
