@@ -8,6 +8,7 @@ regresses the CLIP features of the other 40%. EVA, arXiv:2211.07636, section 2.2
 """
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +23,20 @@ from run import option, print0
 
 @dataclass
 class Config(run.Run):
-    teacher: str = option('', "a teacher's file; without it the built-in one, trained at first use")
+    teacher: str = option('', "a teacher's file, or several A,B; without it the built-in one, trained at first use")
     target: str = option('clip', "what is reconstructed: clip (EVA), tokens (k-means codes of its features), distill "
                          '(no mask), pixels (normalised, as MAE), untrained (a random teacher)',
                          choices=('clip', 'tokens', 'distill', 'pixels', 'untrained'))
     target_layer: int = option(0, "the teacher's layer to regress: 0 its projected output (EVA), n its n-th block's",
                                high=256)
-    mask: str = option('block', "what is hidden: block (EVA's), random, or columns (half of all: EVA's validation)",
-                       choices=('block', 'random', 'columns'))
+    target_norm: str = option('none', "targets minus their channels' means, or also divided by their deviations",
+                              choices=('none', 'centre', 'standard'))
+    loss_on: str = option('hidden', 'patches that are judged: hidden, or all, where the visible have their own mean',
+                          choices=('hidden', 'all'))
+    registers: int = option(0, "learnt tokens beside the class token; 0: those of --init's file, if any",
+                            high=M.LIMITS['registers'][1])
+    mask: str = option('block', "what is hidden: block (EVA's), random, columns (half of all: EVA's validation), "
+                       'or roll (blocks that may cross the edges)', choices=('block', 'random', 'columns', 'roll'))
     mask_ratio: float = option(105 / 256, 'share of the patches hidden: 105 of 256', low=0., high=1.)
     init_gain: float = option(0., "initial weights' standard deviation times sqrt(width), before the cut; 0: EVA's",
                               high=100)
@@ -132,6 +139,9 @@ def make_mask(kind, index, grid, mask_ratio, seed=0):
         u = data.uniform(seed, 'mask', index.cpu(), grid * grid)
         return u.argsort(1).argsort(1) < num_hidden
 
+    if kind == 'roll':                  # CAPI's
+        return roll(block_mask(index, grid, num_hidden, seed), index, seed)
+
     assert kind == 'columns', kind      # every even patch: EVA's validation
     even = torch.arange(grid * grid) % 2 == 0
     return even.expand(len(index), -1)
@@ -157,6 +167,7 @@ class Features:
         self.grid = grid
         self.layer = layer
         self.hides = hides              # distillation sees every patch, and regresses every one
+        self.statistics = None          # of --target_norm: means and deviations [2, C]
 
     def of(self, images):
         """The same crop as the student's, resized so that the teacher's grid is the student's.
@@ -168,19 +179,29 @@ class Features:
 
         # a reader's own teacher need not know of layers
         if not self.layer:
-            return self.teacher.patch_features(images)
-        return self.teacher.patch_features(images, self.layer)
+            features = self.teacher.patch_features(images)
+        else:
+            features = self.teacher.patch_features(images, self.layer)
+        return features if self.statistics is None else standardise(features, self.statistics)
 
     loss = staticmethod(mim_loss)
 
     def width(self, images):
         """How many numbers the model says of each patch."""
         # by the features themselves, whatever the teacher
-        return self.of(images[:1]).shape[-1]
+        _, num, width = self.of(images[:1]).shape
+        if num != self.grid ** 2:
+            raise M.Refused(f'the teacher gives {num} features of an image that the student sees as {self.grid} x '
+                            f'{self.grid} patches; a teacher needs one for each')
+        return width
 
     def read(self, predictions):
         """Predictions as something to compare with `of`: [B, N, C]."""
         return predictions.float()
+
+    def split(self, x):
+        """What each teacher has of predictions or targets [B, N, C]: of one, all."""
+        return [x]
 
 
 # ---- other targets: the pilot study, EVA's table 1 --------------------------------------------------------------
@@ -254,6 +275,74 @@ def learn_codebook(features, rounds=20):
     return centres
 
 
+# ---- more than EVA ----------------------------------------------------------------------------------------------
+
+class Several(Features):
+    """Several teachers, a head each: the student's head is as wide as all of their features. Each teacher's are
+    standardised, so that no channel counts for more for its size (as PHI-S, arXiv:2410.01680, without its rotation),
+    then brought to unit length, so that no teacher does. The loss is the mean of theirs."""
+
+    def __init__(self, targets):
+        teachers = torch.nn.ModuleList(target.teacher for target in targets)
+        super().__init__(teachers, targets[0].grid, hides=targets[0].hides)
+        self.targets = targets
+
+        # of any image, on the teachers' device
+        device = next(teachers.parameters()).device
+        image = torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device=device)
+        self.widths = [target.width(image) for target in targets]
+
+    def of(self, images):
+        parts = [F.normalize(target.of(images).float(), dim=-1) for target in self.targets]
+        return torch.cat(parts, dim=-1)
+
+    def width(self, images):
+        return sum(self.widths)
+
+    def split(self, x):
+        return x.split(self.widths, dim=-1)
+
+    def loss(self, predictions, targets, mask, num_hidden):
+        losses = []
+        for ours, theirs in zip(self.split(predictions), self.split(targets)):
+            losses.append(mim_loss(ours, theirs, mask, num_hidden))
+        return sum(losses) / len(losses)
+
+    def read(self, predictions):
+        parts = [F.normalize(part.float(), dim=-1) for part in self.split(predictions)]
+        return torch.cat(parts, dim=-1)
+
+
+def measure_statistics(features, norm):
+    """Each channel's mean and deviation [2, C] over features [B, N, C]; to centre only, the latter is 1."""
+    features = features.flatten(0, 1).float()
+    mean = features.mean(0)
+    if norm == 'centre':
+        return torch.stack((mean, torch.ones_like(mean)))
+
+    # a channel that is always the same has none
+    deviation = (features.var(0) + 1e-6).sqrt()
+    return torch.stack((mean, deviation))
+
+
+def standardise(features, statistics):
+    """features [B, N, C] by each channel's mean and deviation [2, C]."""
+    mean, deviation = statistics
+    return (features.float() - mean) / deviation
+
+
+def roll(mask, index, seed=0):
+    """Masks [B, N] moved by a random shift of each sample, over one edge and in at the other: blocks rarely reach
+    a corner, and so every place is hidden as often as any (CAPI, arXiv:2502.08769). index int64 [B]."""
+    grid = math.isqrt(mask.shape[1])
+    shift = (data.uniform(seed, 'roll', index.cpu(), 2) * grid).long()              # [B, 2]
+    place = torch.arange(grid)
+    row = (place + shift[:, :1]) % grid                                             # [B, grid]
+    column = (place + shift[:, 1:]) % grid
+    moved = row[:, :, None] * grid + column[:, None, :]                             # [B, grid, grid]
+    return mask.gather(1, moved.flatten(1))
+
+
 # ---- measuring --------------------------------------------------------------------------------------------------
 
 @dataclass
@@ -278,20 +367,23 @@ def make_validation(cfg, dataset, target, image_size, num, device):
     # the sum of unit vectors points where their mean cosine is largest: no constant does better
     directions = F.normalize(targets, dim=-1) * mask[..., None]
     best = directions.sum(0).expand_as(targets)
-    baseline = hidden_cosine(best, targets, mask)
+    baseline = hidden_cosine(target, best, targets, mask)
 
     # the features of the image without its hidden patches, blurred over them: the best of four kernels
     visible = in_parts(target.of, paint_hidden(images, mask))
     inpaint = -1.
     for sharpness in (.25, .5, 1., 2.):
         filled = interpolate_hidden(visible, mask, target.grid, sharpness)
-        inpaint = max(inpaint, hidden_cosine(filled, targets, mask))
+        inpaint = max(inpaint, hidden_cosine(target, filled, targets, mask))
     return Validation(images, mask, targets, baseline, inpaint)
 
 
-def hidden_cosine(predictions, targets, mask):
-    """Mean cosine on the hidden patches, a number."""
-    return F.cosine_similarity(predictions, targets, dim=-1)[mask].mean().item()
+def hidden_cosine(target, predictions, targets, mask):
+    """Mean cosine on the hidden patches, a number; of several teachers the mean of theirs."""
+    cosines = []
+    for ours, theirs in zip(target.split(predictions), target.split(targets)):
+        cosines.append(F.cosine_similarity(ours, theirs, dim=-1)[mask].mean().item())
+    return sum(cosines) / len(cosines)
 
 
 def paint_hidden(images, mask):
@@ -320,7 +412,7 @@ def evaluate(model, target, val):
     for images, mask in zip(val.images.split(64), val.mask.split(64)):
         predictions = model(model.normalize(images), mask if target.hides else None)
         parts.append(target.read(predictions))
-    cosine = hidden_cosine(torch.cat(parts), val.targets, val.mask)
+    cosine = hidden_cosine(target, torch.cat(parts), val.targets, val.mask)
 
     room = 1 - val.baseline or math.nan     # a single validation image is its own mean
     return dict(cosine=cosine, baseline=val.baseline, inpaint=val.inpaint,
@@ -386,6 +478,8 @@ def find_teacher(cfg):
         return cfg.teacher
 
     on_world = cfg.data.partition(':')[0] == 'shapes'
+    if not on_world and cfg.arch == 'eva02' and cfg.size in ('ti', 's', 'b', 'l'):
+        raise M.Refused("EVA-02's teacher is EVA-CLIP-g; give its file: --teacher EVA01_CLIP_g_14_psz14_s11B.pt")
     if not on_world and cfg.size in ('b', 'l', 'g'):
         print0("teacher: OpenAI's ViT-L/14, fetched once into out/")
         return run.on_first(data.fetch, VIT_L_14, VIT_L_14.split('/')[-2], 'out/ViT-L-14.pt', 'pass --teacher FILE')
@@ -402,23 +496,70 @@ def find_teacher(cfg):
     return 'out/teacher/model.pt'
 
 
+def teacher_files(cfg):
+    """--teacher's files: one, also where its name has commas, or several."""
+    if os.path.exists(cfg.teacher):
+        return [cfg.teacher]
+    return [path for path in cfg.teacher.split(',') if path]
+
+
+def load_teacher(path):
+    teacher = M.load(path)
+    run.refuse_clips(getattr(teacher, 'visual', teacher), path)
+    return teacher
+
+
 def find_target(cfg, kind, grid, device, teacher=None):
     """What is reconstructed. teacher: a module of the caller's, instead of --teacher's file."""
     if kind == 'pixels':
         return Pixels(grid)
-    if teacher is None:
-        path = find_teacher(cfg)
-        teacher = M.load(path)
-        run.refuse_clips(getattr(teacher, 'visual', teacher), path)
-    if kind == 'untrained':
-        teacher = M.init_weights(type(teacher)(teacher.config)).eval()
-    depth = len(getattr(teacher, 'visual', teacher).blocks) if cfg.target_layer else 0
-    if cfg.target_layer > depth:
-        raise M.Refused(f'--target_layer {cfg.target_layer} is none of the teacher\'s {depth} blocks')
-    teacher = run.to_device(teacher.requires_grad_(False), cfg, device)
-    if kind == 'tokens':
-        return Tokens(teacher, grid, cfg.target_layer)
-    return Features(teacher, grid, cfg.target_layer, hides=kind != 'distill')
+    paths = teacher_files(cfg)
+    if teacher is not None:
+        teachers = [teacher]
+    elif len(paths) > 1:
+        teachers = [load_teacher(path) for path in paths]
+    else:
+        teachers = [load_teacher(find_teacher(cfg))]
+
+    targets = []
+    for teacher in teachers:
+        if kind == 'untrained':
+            teacher = M.init_weights(type(teacher)(teacher.config)).eval()
+        depth = len(getattr(teacher, 'visual', teacher).blocks) if cfg.target_layer else 0
+        if cfg.target_layer > depth:
+            raise M.Refused(f'--target_layer {cfg.target_layer} is none of the teacher\'s {depth} blocks')
+        teacher = run.to_device(teacher.requires_grad_(False), cfg, device)
+        if kind == 'tokens':
+            return Tokens(teacher, grid, cfg.target_layer)
+        targets.append(Features(teacher, grid, cfg.target_layer, hides=kind != 'distill'))
+    return targets[0] if len(targets) == 1 else Several(targets)
+
+
+@torch.no_grad()
+def settle_target(target, cfg, constants, bank):
+    """Gives the target what a run measures once, on the bank of images, and returns the run's constants with it;
+    constants: those of an earlier part of the run, or of its model."""
+    constants = {'target': cfg.target, **constants}
+    parts = getattr(target, 'targets', [target])
+
+    # of several teachers each is standardised
+    norm = 'standard' if len(parts) > 1 else cfg.target_norm
+    if norm != 'none' and 'statistics' not in constants:
+        features = [in_parts(part.of, bank) for part in parts]
+        constants['statistics'] = [measure_statistics(x, norm).cpu() for x in features]
+    if 'statistics' in constants:
+        widths = [part.width(bank) for part in parts]
+        if [statistics.shape[-1] for statistics in constants['statistics']] != widths:
+            raise M.Refused('this model learnt from other teachers; give its own with --teacher, in their order')
+    for part, statistics in zip(parts, constants.get('statistics', [])):
+        part.statistics = statistics.to(bank.device)
+
+    if constants['target'] == 'tokens':
+        if 'codebook' not in constants:
+            features = in_parts(target.of, bank).flatten(0, 1)
+            constants['codebook'] = learn_codebook(features).cpu()
+        target.codebook = constants['codebook'].to(bank.device)
+    return constants
 
 
 def first_images(dataset, num, image_size, cfg, device):
@@ -427,41 +568,65 @@ def first_images(dataset, num, image_size, cfg, device):
     return next(iter(batches))['images']
 
 
-def teacher_config(target):
-    """The options of the teacher's ViT on our grid, of which FLOPs are counted; None if it is none of ours."""
-    vit = getattr(target.teacher, 'visual', target.teacher)
-    if not isinstance(vit, M.ViT):
-        return None
-    return dataclasses.replace(vit.config, image_size=target.grid * vit.patch_size)
+def teacher_flops(target):
+    """Of an image, of the teachers' ViTs on our grid; 0 of those that are none of ours."""
+    total = 0
+    for part in getattr(target, 'targets', [target]):
+        vit = getattr(part.teacher, 'visual', part.teacher)
+        if isinstance(vit, M.ViT):
+            config = dataclasses.replace(vit.config, image_size=target.grid * vit.patch_size)
+            total += run.flops_per_image(config)
+    return total
 
 
 def check(cfg, config):
-    """Refuses a mask ratio that a grid cannot have, and a layer of no teacher."""
+    """Refuses options that do not go together, and a mask ratio that a grid cannot have."""
+    num = len(teacher_files(cfg))
     if cfg.target == 'pixels' and cfg.target_layer:
         raise M.Refused('--target_layer is a layer of the teacher, which --target pixels does not ask')
+    if cfg.target == 'pixels' and cfg.target_norm != 'none':
+        raise M.Refused('--target_norm is of the features of a teacher; --target pixels has its own')
+    if num > 1 and cfg.target in ('tokens', 'pixels'):
+        raise M.Refused(f'--target {cfg.target} has one teacher or none; --teacher names {num} files')
+    if num > 1 and cfg.target_norm == 'centre':
+        raise M.Refused('--target_norm centre is for one teacher; of several each is standardised')
+    if cfg.target == 'distill' and cfg.loss_on == 'all':
+        raise M.Refused('--loss_on all is for masks; --target distill hides nothing and judges every patch already')
     grid = config.image_size // config.patch_size
     num_hidden = round(grid * grid * cfg.mask_ratio)
-    least = smallest_block(grid) if cfg.mask == 'block' else 1
+    least = smallest_block(grid) if cfg.mask in ('block', 'roll') else 1
     if not least <= num_hidden < grid * grid:
         raise M.Refused(f'--mask_ratio {cfg.mask_ratio} hides {num_hidden} of {grid * grid} patches; {cfg.mask} masks '
                         f'hide {least} to {grid * grid - 1}. EVA hides .41')
 
 
-def apply_model(cfg, train_set, val_set, device):
+def load_start(cfg):
+    """--init's model, of the file's architecture whatever --size and --arch say."""
+    asked = {name: getattr(cfg, name) for name in ('image_size', 'patch_size', 'registers') if getattr(cfg, name)}
+    model = M.load(cfg.init, M.ViT, pool=None, drop_path=cfg.drop_path, **asked)
+    run.refuse_clips(model, cfg.init)
+    return model
+
+
+def apply_model(cfg, device):
     """--eval: what any model's frozen features and, if it predicts what the target is, its predictions are worth;
     --image: its row of pictures for any photo."""
     path = cfg.init or f'{cfg.out_dir}/model.pt'
     model = run.to_device(M.load(path, M.ViT), cfg, device)
     run.refuse_clips(model, path)
+    train_set = data.open_data(cfg.data, 'train')
+    val_set = data.open_data(cfg.data, 'val')
     ours = 'target' in model.extra      # of a released file --teacher has to say what it predicts
     predicts = model.config.head and not model.pool and (ours or cfg.teacher or cfg.image)
     if predicts:
-        target = find_target(cfg, model.extra.get('target', cfg.target), model.grid, device)
-        if 'codebook' in model.extra:
-            target.codebook = model.extra['codebook'].to(device)
-        num = max(8, BANK // model.grid ** 2) if cfg.image else 1       # only the picture looks for the nearest
-        bank = first_images(train_set, num, model.image_size, cfg, device)
+        cfg.target = model.extra.get('target', cfg.target)
+        check(cfg, model.config)
+        target = find_target(cfg, cfg.target, model.grid, device)
+        num_bank = max(8, BANK // model.grid ** 2)
+        bank = first_images(train_set, num_bank, model.image_size, cfg, device)
         predicts = model.config.head == target.width(bank)
+        if predicts:
+            settle_target(target, cfg, model.extra, bank)
     if cfg.image and not predicts:
         raise M.Refused(f'{path} does not predict the features of this teacher; use a model of mim_pretrain.py '
                         'and the teacher that it was trained with')
@@ -502,13 +667,19 @@ def train(cfg, teacher=None):
     teacher: any module with normalize, patch_features and patch_size, instead of --teacher's file."""
     rank, world, device, mesh = run.setup(cfg)
     cfg.out_dir = cfg.out_dir or f'out/mim_pretrain-{cfg.size}'
-    config = run.vit_config(cfg, drop_path=cfg.drop_path)
+    if cfg.eval or cfg.image:
+        return apply_model(cfg, device)
+
+    # the student's options: those of --init's file, or of a row of SIZES
+    if cfg.init:
+        model = load_start(cfg)
+        config = model.config
+    else:
+        config = run.vit_config(cfg, drop_path=cfg.drop_path, registers=cfg.registers)
     check(cfg, config)
     grid = config.image_size // config.patch_size
     train_set = data.open_data(cfg.data, 'train')
     val_set = data.open_data(cfg.data, 'val')
-    if cfg.eval or cfg.image:
-        return apply_model(cfg, train_set, val_set, device)
     run.settle_steps(cfg, train_set)
     if run.finished(cfg):
         return
@@ -524,9 +695,8 @@ def train(cfg, teacher=None):
         sizes = M.ViT(config)
     run.settle_memory(cfg, sizes, device, world, teacher=target.teacher)
     if cfg.init:
-        model = M.load(cfg.init, M.ViT, **options, pool=None, image_size=config.image_size,
-                       patch_size=config.patch_size, drop_path=cfg.drop_path)
-        run.refuse_clips(model, cfg.init)
+        model, weights = M.changed(model, model.state_dict(), options)
+        M.fill(model, weights)
     else:
         model = M.init_weights(M.ViT(config), cfg.seed, cfg.init_gain)
     model = run.to_device(model, cfg, device, mesh)
@@ -536,12 +706,7 @@ def train(cfg, teacher=None):
     state = target.teacher.state_dict() if target.teacher else {}
     about = run.describe(train_set, val_set, teacher=run.hash_of(state))
     start, constants = run.resume(cfg.out_dir, model, optimizer, cfg, about=about)
-    constants = {'target': cfg.target, **constants}
-    if cfg.target == 'tokens':
-        if 'codebook' not in constants:
-            features = in_parts(target.of, bank).flatten(0, 1)
-            constants['codebook'] = learn_codebook(features).cpu()
-        target.codebook = constants['codebook'].to(device)
+    constants = settle_target(target, cfg, constants, bank)
 
     # what it is judged on; a rehearsal of one step is not judged on 1,024 images
     most = max(8, cfg.steps * cfg.batch_size)
@@ -563,7 +728,9 @@ def train(cfg, teacher=None):
         batch['targets'] = in_parts(target.of, batch['images'], cfg.micro_batch)        # [B, N, C]
         return batch
 
-    print0(f'EVA {cfg.size}: {run.count_parameters(model) / 1e6:.2f}M parameters, {config.image_size} px, '
+    family = 'EVA-02' if cfg.arch == 'eva02' else 'EVA'
+    name = cfg.init or f'{family} {cfg.size}'
+    print0(f'{name}: {run.count_parameters(model) / 1e6:.2f}M parameters, {config.image_size} px, '
            f'{val.mask.sum(1).float().mean():.1f} of {grid * grid} patches hidden on average; '
            f'{cfg.steps:,} steps of {cfg.batch_size} images on {device}. '
            f'Cosine to beat: {val.baseline:.3f} (position mean), {val.inpaint:.3f} (inpainting)')
@@ -571,7 +738,7 @@ def train(cfg, teacher=None):
     if val_set.reads_files and num_seen < 100:
         print0(f'{len(val.images)} validation images are few: the mean of their own features is up to '
                f'{num_seen ** -.5:.2f} too good, and skill too low')
-    flops = run.training_flops(config, teacher_config(target))
+    flops = run.training_flops(config) + teacher_flops(target)
     log = run.Log(cfg, start, device, flops)
     batches = data.batches(train_set, cfg.batch_size, config.image_size, start, cfg.steps,
                            cfg.seed, device, cfg.workers, rank=rank, world=world)
@@ -586,6 +753,7 @@ def train(cfg, teacher=None):
         # a micro-batch at a time, of which the last sums gradients over the processes
         mask = batch['mask']                                    # [B, N], True = hidden
         num_hidden = run.sum_over_processes(mask.sum())         # of the global batch
+        num_visible = cfg.batch_size * grid ** 2 - num_hidden
         parts = [batch[name].split(cfg.micro_batch) for name in ('images', 'mask', 'drop', 'targets')]
         last = len(parts[0]) - 1
         total = 0.
@@ -594,6 +762,10 @@ def train(cfg, teacher=None):
             seen = mask if target.hides else None
             predictions = model(model.normalize(images), seen, drop=drop)       # [B, N, C]
             loss = target.loss(predictions, targets, mask, num_hidden)
+            if cfg.loss_on == 'all':
+                # the visible have a mean of their own: they are more, and easier
+                visible = target.loss(predictions, targets, ~mask, num_visible)
+                loss = (loss + visible) / 2
             (loss * world).backward()                           # FSDP divides by the processes
             total += loss.detach()
 
@@ -617,7 +789,7 @@ def train(cfg, teacher=None):
     run.save_model(model, f'{cfg.out_dir}/model.pt', **constants)
     metrics = measure(run.NUM_PROBE)
     draw()
-    cosine_loss = cfg.target in ('clip', 'distill', 'untrained')
+    cosine_loss = cfg.target in ('clip', 'distill', 'untrained') and cfg.loss_on == 'hidden'
     lines = {'position mean': -val.baseline, 'inpainting': -val.inpaint} if cosine_loss else {}
     log.finish(model, 'training loss', lines, **metrics)
     run.report_broken(train_set, val_set)

@@ -1127,11 +1127,12 @@ def count_parameters(model):
 def flops_per_image(config):
     """Of a ViT's forward pass at its image_size, a multiply-add as two."""
     D = config.width
+    tokens = num_tokens(config)
     N = config.frames * (config.image_size // config.patch_size) ** 2
     patches = 2 * N * D * 3 * config.patch_size ** 2
     mlp = (3 if config.act == 'swiglu' else 2) * D * config.mlp_width   # fc1 and fc2, SwiGLU's gate
-    linear = 2 * (1 + N) * (4 * D ** 2 + mlp)                           # with qkv and proj
-    attention = 4 * (1 + N) ** 2 * D                                    # scores, and the sum of values
+    linear = 2 * tokens * (4 * D ** 2 + mlp)                            # with qkv and proj
+    attention = 4 * tokens ** 2 * D                                     # scores, and the sum of values
     head = 2 * (1 if config.pool else N) * D * config.head
     return patches + config.depth * (linear + attention) + head
 

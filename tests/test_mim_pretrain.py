@@ -1,4 +1,5 @@
 """Masks, loss, baselines and real runs of stage 1."""
+import dataclasses
 import json
 import os
 import sys
@@ -422,3 +423,250 @@ def test_b_on_real_images_takes_openais_clip_checked(tmp_path, monkeypatch):
     assert mim_pretrain.find_teacher(cfg).endswith('ViT-L-14.pt')
     (url, sha256), = wanted
     assert url.endswith('/ViT-L-14.pt') and sha256 in url and len(sha256) == 64
+
+
+# more than EVA
+
+def final_config(folder):
+    return M.load(str(folder / 'model.pt')).config
+
+
+def test_eva02_trains_from_scratch(tmp_path):
+    """--arch eva02 alone changes the blocks: SwiGLU and rotary positions, as config_of has them."""
+    mim_pretrain.train(config(tmp_path, '--arch', 'eva02', '--size', 'nano', '--steps', '2'))
+    expected = M.ViTConfig(**M.config_of('nano', 'eva02'), head=16)
+    assert final_config(tmp_path / 'run') == expected
+
+
+@pytest.mark.parametrize('size', ('ti', 's', 'b', 'l'))
+def test_eva02_on_real_images_names_the_teacher_to_fetch(tmp_path, size):
+    """EVA-CLIP-g is nothing that a command fetches unasked: one line with its file's name."""
+    flags = ['--size', size, '--arch', 'eva02', '--data', str(tmp_path)]
+    cfg = run.parse_config(mim_pretrain.Config, mim_pretrain.RECIPES, flags)
+    with pytest.raises(run.Refused, match='--teacher EVA01_CLIP_g_14_psz14_s11B.pt$'):
+        mim_pretrain.find_teacher(cfg)
+
+
+@pytest.mark.parametrize('size, batch, epochs, lr, drop_path', [
+    ('ti', 4000, 240, 3e-3, 0), ('s', 4000, 240, 3e-3, 0), ('b', 2048, 150, 1.5e-3, 0), ('l', 2048, 150, 1.5e-3, .1)])
+def test_recipes_of_ti_to_l_are_eva02s(size, batch, epochs, lr, drop_path):
+    """Its table of settings, with the 14.2M images of ImageNet-21K; one epoch is warm-up."""
+    cfg = run.parse_config(mim_pretrain.Config, mim_pretrain.RECIPES, ['--size', size])
+    epoch = 14.2e6 / batch
+    assert (cfg.batch_size, cfg.lr, cfg.drop_path, cfg.weight_decay) == (batch, lr, drop_path, .05)
+    assert cfg.warmup_steps == pytest.approx(epoch, rel=1e-3)
+    assert cfg.steps == pytest.approx(epochs * epoch, rel=1e-3)
+
+
+def start_file(tmp_path, kind):
+    """A file to go on from, of another size than pico."""
+    if kind == 'assets':
+        return str(Path(mim_pretrain.__file__).parent / 'assets' / 'nano-eva.pt')
+    path = str(tmp_path / f'{kind}.pt')
+    options = dict(M.config_of('nano', 'eva02'), depth=2, mlp_norm=kind == 'released', head=24)
+    M.save(M.init_weights(M.ViT(M.ViTConfig(**options)), seed=5), path, names='eva' if kind == 'released' else 'ours')
+    return path
+
+
+@pytest.mark.parametrize('kind', ('assets', 'ours', 'released'))
+def test_init_keeps_the_files_architecture(tmp_path, kind):
+    """Whatever --size and --arch say: only the head is as wide as the teacher's features."""
+    path = start_file(tmp_path, kind)
+    arch = 'eva02' if kind == 'assets' else 'eva'
+    mim_pretrain.train(config(tmp_path, '--init', path, '--arch', arch, '--steps', '2'))
+    assert final_config(tmp_path / 'run') == dataclasses.replace(M.load(path).config, head=16)
+
+
+def test_init_goes_on_from_the_files_weights(tmp_path):
+    """With a rate of nothing an EVA-02 is left as the file has it."""
+    path = start_file(tmp_path, 'ours')
+    mim_pretrain.train(config(tmp_path, '--init', path, '--lr', '0', '--min_lr', '0', '--steps', '2'))
+    theirs = M.load(path).state_dict()
+    for name, weight in M.load(str(tmp_path / 'run' / 'model.pt')).state_dict().items():
+        assert name.startswith('head.') or torch.equal(weight, theirs[name])
+
+
+def test_registers_are_learnt(tmp_path):
+    """They move away from where they began, and are no patches: predictions stay one a patch."""
+    cfg = config(tmp_path, '--registers', '3', '--steps', '3')
+    mim_pretrain.train(cfg)
+    model = M.load(str(tmp_path / 'run' / 'model.pt'))
+    began = M.init_weights(M.ViT(model.config), cfg.seed, cfg.init_gain)
+    assert model.registers.shape == (1, 3, 32) and not torch.allclose(model.registers, began.registers, atol=1e-5)
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 64, 16)
+
+
+def test_loss_on_all_has_a_mean_of_each_part(tmp_path):
+    """The first step's loss: half the hidden patches' mean cosine, half the visible ones', by hand."""
+    cfg = config(tmp_path, '--loss_on', 'all', '--steps', '1')
+    mim_pretrain.train(cfg)
+    model = M.init_weights(M.ViT(M.ViTConfig(**M.SIZES['pico'], head=16)), cfg.seed, cfg.init_gain)
+    images = data.World().batch(torch.arange(8), 32)['images']
+    mask = make_mask('block', torch.arange(8), 8, cfg.mask_ratio)
+    targets = Features(M.load(cfg.teacher), grid=8).of(images)
+    cosines = F.cosine_similarity(model(model.normalize(images), mask), targets, dim=-1)
+    expected = -(cosines[mask].mean() + cosines[~mask].mean()).item() / 2
+    assert losses(tmp_path / 'run') == [pytest.approx(expected, abs=1e-5)]
+
+
+def test_micro_batches_of_all_patches_add_up(tmp_path, double):
+    """Hidden and visible patches are counted over the whole batch, not over its parts."""
+    flags = ['--loss_on', 'all', '--steps', '3']
+    mim_pretrain.train(config(tmp_path, *flags))
+    mim_pretrain.train(config(tmp_path, *flags, '--micro_batch', '2', '--out_dir', str(tmp_path / 'micro')))
+    assert losses(tmp_path / 'micro') == pytest.approx(losses(tmp_path / 'run'), rel=2e-6)
+
+
+@pytest.mark.parametrize('norm, deviates', [('centre', False), ('standard', True)])
+def test_targets_are_centred_or_standardised_a_channel(norm, deviates):
+    """Over the bank they have mean 0, and with `standard` deviation 1, else the teacher's own."""
+    target = Features(small_teacher().requires_grad_(False), grid=8)
+    bank = data.World().batch(torch.arange(16), 32)['images']
+    plain = target.of(bank).flatten(0, 1)
+    cfg = type('cfg', (), dict(target='clip', target_norm=norm))
+    mim_pretrain.settle_target(target, cfg, {}, bank)
+    found = target.of(bank).flatten(0, 1)
+    torch.testing.assert_close(found.mean(0), torch.zeros(16), atol=1e-4, rtol=0)
+    expected = torch.ones(16) if deviates else plain.std(0)
+    torch.testing.assert_close(found.std(0), expected, atol=1e-3, rtol=1e-3)
+
+
+def other_teacher(tmp_path):
+    """A ViT of other patches and width, without a head."""
+    path = tmp_path / 'other.pt'
+    options = dict(width=24, depth=1, heads=2, mlp_width=32, patch_size=8, image_size=32, mask_token=False)
+    M.save(M.init_weights(M.ViT(M.ViTConfig(**options)), seed=1), str(path))
+    return path
+
+
+def two_teachers(tmp_path):
+    return f'{tmp_path}/teacher.pt,{other_teacher(tmp_path)}'
+
+
+@pytest.mark.parametrize('flags', (['two'], ['--target_norm', 'standard', '--mask', 'roll']), ids=('two', 'standard'))
+def test_statistics_are_constants_of_the_run(tmp_path, flags, monkeypatch):
+    """A run that stopped goes on with those that it began with, and measures none."""
+    flags = ['--teacher', two_teachers(tmp_path)] if flags == ['two'] else flags
+    mim_pretrain.train(config(tmp_path, *flags, '--steps', '2'))
+    cut = config(tmp_path, *flags, '--steps', '2', '--save_every', '1', '--out_dir', str(tmp_path / 'cut'))
+
+    def stop(self, step, **metrics):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run.Log, 'say', stop)
+        mim_pretrain.train(cut)
+    monkeypatch.setattr(mim_pretrain, 'measure_statistics', None)
+    mim_pretrain.train(cut)
+    assert losses(tmp_path / 'cut') == losses(tmp_path / 'run')
+
+
+def test_eval_of_two_teachers_says_the_skill_again(tmp_path, capsys):
+    """The model keeps their statistics; in another order they are refused."""
+    config(tmp_path)        # makes the first teacher
+    teachers = two_teachers(tmp_path)
+    mim_pretrain.train(config(tmp_path, '--teacher', teachers, '--steps', '4'))
+    said = json.loads((tmp_path / 'run/result.json').read_text())
+    assert final_config(tmp_path / 'run').head == 16 + 24
+    capsys.readouterr()
+    mim_pretrain.train(config(tmp_path, '--teacher', teachers, '--eval'))
+    assert f'skill                {said["skill"]:.4g}' in capsys.readouterr().out
+    turned = ','.join(reversed(teachers.split(',')))
+    with pytest.raises(run.Refused, match='in their order'):
+        mim_pretrain.train(config(tmp_path, '--teacher', turned, '--eval'))
+
+
+def several(scale=1.):
+    """Two teachers with statistics; the second's features are multiplied by scale."""
+    targets = []
+    for seed in range(2):
+        teacher = M.ViT(M.ViTConfig(**M.SIZES['pico'], head=8 + seed))
+        teacher = M.init_weights(teacher, seed).requires_grad_(False)
+        targets.append(Features(teacher, grid=8))
+    teacher.head.weight.mul_(scale)
+    target = mim_pretrain.Several(targets)
+    images = data.World().batch(torch.arange(8), 32)['images']
+    cfg = type('cfg', (), dict(target='clip', target_norm='none'))
+    mim_pretrain.settle_target(target, cfg, {}, images)
+    return target, images
+
+
+def test_two_teachers_have_a_head_and_a_mean_each():
+    """The loss is the mean of what each gives alone, on its own channels of the predictions."""
+    target, images = several()
+    torch.manual_seed(0)
+    predictions = torch.randn(8, 64, 8 + 9)
+    mask = make_mask('block', torch.arange(8), 8, .4)
+    alone = []
+    for part, ours in zip(target.targets, (predictions[..., :8], predictions[..., 8:])):
+        alone.append(mim_loss(ours, part.of(images), mask, mask.sum()))
+    together = target.loss(predictions, target.of(images), mask, mask.sum())
+    torch.testing.assert_close(together, (alone[0] + alone[1]) / 2)
+    found = mim_pretrain.hidden_cosine(target, target.read(predictions), target.of(images), mask)
+    assert found == pytest.approx(-together.item(), abs=1e-6)
+
+
+def test_a_teachers_scale_does_not_count():
+    """One of features ten times as large has the same targets: each is standardised by its own statistics."""
+    (plain, images), (scaled, _) = several(), several(10.)
+    torch.testing.assert_close(scaled.of(images), plain.of(images), atol=1e-2, rtol=0)
+    assert plain.targets[1].statistics[1].max() < .2 * scaled.targets[1].statistics[1].min()
+
+
+def test_a_rolled_mask_is_the_block_mask_moved_around():
+    """Over one edge and in at the other, by rows and columns of its own."""
+    index = torch.arange(20)
+    masks = block_mask(index, 8, 26, seed=3).view(-1, 8, 8)
+    rolled = make_mask('roll', index, 8, 26 / 64, seed=3).view(-1, 8, 8)
+    found = []
+    for mask, moved in zip(masks, rolled):
+        shifts = [(y, x) for y in range(8) for x in range(8) if torch.equal(moved, mask.roll((-y, -x), (0, 1)))]
+        found.append(shifts[0] if shifts else None)
+    assert None not in found and len(set(found)) > 10
+
+
+def test_rolled_masks_hide_every_place_as_often():
+    """Within sampling error; blocks alone hide the middle more than the corners."""
+    num = 8000
+    rates = {kind: make_mask(kind, torch.arange(num), 8, 26 / 64).float().mean(0) for kind in ('block', 'roll')}
+    bound = 5 * (.4 * .6 / num) ** .5
+    spread = {kind: (rate - rate.mean()).abs().max().item() for kind, rate in rates.items()}
+    assert spread['roll'] < bound < spread['block'] / 2
+
+
+@pytest.mark.parametrize('flags, expected', [
+    (['--teacher', 'a.pt,b.pt', '--target', 'tokens'], '--target tokens has one teacher'),
+    (['--teacher', 'a.pt,b.pt', '--target', 'pixels'], '--target pixels has one teacher'),
+    (['--teacher', 'a.pt,b.pt', '--target_norm', 'centre'], '--target_norm centre'),
+    (['--teacher', 'a.pt,b.pt'], 'a.pt does not exist'),
+    (['--target', 'pixels', '--target_norm', 'standard'], '--target_norm is of the features of a teacher'),
+    (['--target', 'distill', '--loss_on', 'all'], '--loss_on all'),
+    (['--arch', 'eva02'], "has no size 'pico'"),
+    (['--mask', 'roll', '--mask_ratio', '.01'], 'roll masks hide 4 to 63'),
+])
+def test_what_does_not_go_together_is_one_line(tmp_path, monkeypatch, flags, expected):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(run.Refused) as error:
+        mim_pretrain.train(config(tmp_path, *flags))
+    assert expected in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('names, expected', [
+    (['text_model.embeddings.token_embedding.weight', 'text_model.final_layer_norm.bias'], 'a text tower'),
+    (['stem.weight', 'stages.0.bias'], 'known are')])
+def test_a_file_that_is_no_teacher_is_one_line(tmp_path, names, expected):
+    """A text tower alone, and an unknown family; also as the second of two."""
+    path = str(tmp_path / 'x.pt')
+    torch.save({name: torch.zeros(4, 4) for name in names}, path)
+    cfg = config(tmp_path)
+    for teacher in (path, f'{cfg.teacher},{path}'):
+        with pytest.raises(run.Refused, match=f'x.pt: [^\\n]*{expected}[^\\n]*$'):
+            mim_pretrain.train(config(tmp_path, '--teacher', teacher))
+
+
+def test_a_teacher_of_another_grid_is_one_line(tmp_path):
+    """A module whose features are not one for each patch of the student."""
+    teacher = small_teacher().requires_grad_(False)
+    features = teacher.patch_features
+    teacher.patch_features = lambda images: features(images)[:, 1:]
+    with pytest.raises(run.Refused, match='63 features of an image that the student sees as 8 x 8 patches'):
+        mim_pretrain.train(config(tmp_path), teacher=teacher)
