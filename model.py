@@ -1275,6 +1275,15 @@ def check_extra(extra, config, size):
         if codebook.ndim != 2 or len(codebook) != outputs or not codebook.sum().isfinite():
             raise Refused(f'its codebook is no finite table of {outputs} rows')
 
+    # means and deviations of each teacher's channels [2, C]
+    statistics = extra.get('statistics', [])
+    if not isinstance(statistics, list):
+        raise Refused(f'its statistics are a {type(statistics).__name__}, expected a list')
+    check_tensors({f'statistics {n}': table for n, table in enumerate(statistics)}, size)
+    for table in statistics:
+        if table.ndim != 2 or len(table) != 2 or not table.sum().isfinite():
+            raise Refused('its statistics are no finite tables of 2 rows')
+
 
 def fill(model, state, rules=()):
     """Gives a model on the meta device its tensors, strictly; where they are mapped from a file, they stay."""

@@ -670,3 +670,14 @@ def test_command_on_no_model(tmp_path):
     open(path, 'w').write('hello')
     run = subprocess.run([sys.executable, os.path.abspath(m.__file__), path], capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr.count('\n') == 1 and path in run.stderr
+
+
+@pytest.mark.parametrize('statistics, said', [
+    ('x', 'expected a list'), ([1.], 'statistics 0'), ([torch.zeros(3, 4)], '2 rows'),
+    ([torch.full((2, 4), math.nan)], 'finite')])
+def test_statistics_of_targets_are_checked(tmp_path, statistics, said):
+    """A file may say anything; what is no table of means and deviations is one line."""
+    path = str(tmp_path / 'x.pt')
+    save(tiny(), path, statistics=statistics)
+    with pytest.raises(Refused, match=said):
+        load(path)
