@@ -687,13 +687,14 @@ def train(cfg, teacher=None):
 
     # the target, and a student whose predictions are as wide
     target = find_target(cfg, cfg.target, grid, device, teacher)
-    num_bank = max(8, BANK // grid ** 2)
-    bank = first_images(train_set, num_bank, config.image_size, cfg, device)
-    options = dict(head=target.width(bank), mask_token=target.hides)
+    one = first_images(train_set, 1, config.image_size, cfg, device)
+    options = dict(head=target.width(one), mask_token=target.hides)
     config = dataclasses.replace(config, **options)
     with torch.device('meta'):
         sizes = M.ViT(config)
     run.settle_memory(cfg, sizes, device, world, teacher=target.teacher)
+    num_bank = max(8, BANK // grid ** 2)
+    bank = first_images(train_set, num_bank, config.image_size, cfg, device)
     if cfg.init:
         model, weights = M.changed(model, model.state_dict(), options)
         M.fill(model, weights)

@@ -1480,7 +1480,8 @@ def first_line(error):
         break
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     text = ''.join(filter(str.isprintable, text))       # a file's names may command a terminal
-    return 'No space left on device' if 'unexpected pos' in text else text      # torch's words for a full disk
+    is_full = re.search(r'unexpected pos \d', text)     # torch's words for a disk
+    return 'No space left on device' if is_full else text
 
 
 if __name__ == '__main__':

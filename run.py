@@ -274,7 +274,8 @@ def settle_device(cfg, device):
     """What the device decides where no flag did: compiled blocks, processes that read images."""
     on_gpu = device.type == 'cuda'
     compilers = ('gcc', 'clang', 'cc') if on_gpu else ('g++', 'clang++', 'c++')
-    compiler = os.environ.get('CC' if on_gpu else 'CXX') or any(map(shutil.which, compilers))
+    named = os.environ.get('CC' if on_gpu else 'CXX')
+    compiler = any(shutil.which(name) for name in ([named] if named else compilers))
     if cfg.compile and not compiler:
         raise Refused(f'--compile needs a C compiler; install {compilers[0]}, or leave it out')
     if cfg.compile is None:

@@ -681,3 +681,9 @@ def test_statistics_of_targets_are_checked(tmp_path, statistics, said):
     save(tiny(), path, statistics=statistics)
     with pytest.raises(Refused, match=said):
         load(path)
+
+
+def test_a_position_that_fits_nowhere_is_no_full_disk():
+    """torch says 'unexpected pos 64 vs 0' where a disk is full, and we 'unexpected pos_embed' of a tensor."""
+    assert m.first_line(RuntimeError('weights do not fit: unexpected pos_embed')).endswith('pos_embed')
+    assert m.first_line(RuntimeError('unexpected pos 64 vs 0')) == 'No space left on device'
