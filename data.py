@@ -2464,6 +2464,10 @@ class WorldMaps(World):
 
 MOST_SHARDS = 100_000
 
+def is_world(spec):     # --data shapes, shapes:knob=N
+    return spec.partition(':')[0] == 'shapes'
+
+
 def open_world(kind, spec, split, names=None, **options):
     """'shapes' or 'shapes:unique=2000,objects=1' -> a World of this kind; None if spec is something else.
     names: those that its classes must have, in their order."""

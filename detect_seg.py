@@ -2348,7 +2348,7 @@ def settle(cfg):
     for name in others.split():
         if getattr(cfg, name) != getattr(Config, name):
             raise Refused(f'--{name} is not an option of --head {cfg.head}')
-    others = 'classes images' if cfg.data.partition(':')[0] == 'shapes' else 'vocabulary'
+    others = 'classes images' if data.is_world(cfg.data) else 'vocabulary'
     for name in others.split():
         if getattr(cfg, name) != getattr(Config, name):
             raise Refused(f'--{name} is not an option of --data {cfg.data}')
@@ -2405,7 +2405,7 @@ def normalize(model, batch):
 def evaluate(model, dataset, cfg, device, most, rank=0, world=1):
     """Numbers in per cent of at most so many validation images, of which each process looks at its part."""
     judge = judge_boxes if cfg.head == 'boxes' else judge_maps
-    num = min(most, NUM_EVAL if cfg.data.partition(':')[0] == 'shapes' else len(dataset))
+    num = min(most, NUM_EVAL if data.is_world(cfg.data) else len(dataset))
     model.eval()
     with torch.no_grad(), run.gathered(model):
         metrics = judge(model, dataset, cfg, device, num, rank, world)

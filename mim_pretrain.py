@@ -168,6 +168,7 @@ class Features:
         self.layer = layer
         self.hides = hides              # distillation sees every patch, and regresses every one
         self.statistics = None          # of --target_norm: means and deviations [2, C]
+        self.targets = [self]           # of several teachers one each
 
     def of(self, images):
         """The same crop as the student's, resized so that the teacher's grid is the student's.
@@ -477,7 +478,7 @@ def find_teacher(cfg):
     if cfg.teacher:
         return cfg.teacher
 
-    on_world = cfg.data.partition(':')[0] == 'shapes'
+    on_world = data.is_world(cfg.data)
     if not on_world and cfg.arch == 'eva02' and cfg.size in ('ti', 's', 'b', 'l'):
         raise M.Refused("EVA-02's teacher is EVA-CLIP-g; give its file: --teacher EVA01_CLIP_g_14_psz14_s11B.pt")
     if not on_world and cfg.size in ('b', 'l', 'g'):
@@ -540,7 +541,7 @@ def settle_target(target, cfg, constants, bank):
     """Gives the target what a run measures once, on the bank of images, and returns the run's constants with it;
     constants: those of an earlier part of the run, or of its model."""
     constants = {'target': cfg.target, **constants}
-    parts = getattr(target, 'targets', [target])
+    parts = target.targets
 
     # of several teachers each is standardised
     norm = 'standard' if len(parts) > 1 else cfg.target_norm
@@ -571,7 +572,7 @@ def first_images(dataset, num, image_size, cfg, device):
 def teacher_flops(target):
     """Of an image, of the teachers' ViTs on our grid; 0 of those that are none of ours."""
     total = 0
-    for part in getattr(target, 'targets', [target]):
+    for part in target.targets:
         vit = getattr(part.teacher, 'visual', part.teacher)
         if isinstance(vit, M.ViT):
             config = dataclasses.replace(vit.config, image_size=target.grid * vit.patch_size)

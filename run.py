@@ -263,11 +263,17 @@ def setup(cfg):
 def make_mesh(device, world):
     """Over which processes weights are sharded: those of a machine, and each machine has all of them, so
     that only gradients travel between machines. One machine, or machines of one process: over all."""
-    local = int(os.environ['LOCAL_WORLD_SIZE'])
-    if 1 < local < world and world % local == 0:
+    shards = num_shards(world)
+    if shards < world:
         names = 'machines', 'processes'
-        return dist.init_device_mesh(device.type, (world // local, local), mesh_dim_names=names)
+        return dist.init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=names)
     return dist.init_device_mesh(device.type, (world,))
+
+
+def num_shards(world):
+    """Into how many parts weights are divided: see make_mesh."""
+    local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    return local if local > 1 and world % local == 0 else world
 
 
 def settle_device(cfg, device):
@@ -285,9 +291,8 @@ def settle_device(cfg, device):
         cfg.compile = False
 
     if cfg.workers is None:
-        reads_files = cfg.data.partition(':')[0] != 'shapes'
         cores = os.cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-        cfg.workers = min(8, cores) if on_gpu and reads_files else 0
+        cfg.workers = min(8, cores) if on_gpu and not data.is_world(cfg.data) else 0
     if device.type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
         settle_threads(cfg)
 
@@ -1269,15 +1274,13 @@ def settle_memory(cfg, model, device, world, **more):
     """Decides how to train in the memory that the processes have at least, and says so; refuses what
     cannot fit. model: the one to train, on any device or meta; more: fields of Memory."""
     share = cfg.batch_size // world
-    local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    shards = local if local > 1 else world
-    drawn = cfg.data.partition(':')[0] == 'shapes'
-    memory = Memory(model, device, shards, share=share, drawn=drawn, **more)
+    memory = Memory(model, device, num_shards(world), share=share, drawn=data.is_world(cfg.data), **more)
     there = -max_over_processes(-free_memory(device))
 
     ways = ways_to_train(cfg, share)
     fitting = [way for way in ways if memory.total(*way) <= there]
-    num, again, once = way = (fitting or [min(ways, key=lambda way: memory.total(*way))])[0]
+    way = fitting[0] if fitting else min(ways, key=lambda way: memory.total(*way))
+    num, again, once = way
     words = f'{memory.total(*way) / 1e9:.1f} of {there / 1e9:.1f} GB with {num} images at once'
     if again:
         words += ', activations computed again'

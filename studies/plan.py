@@ -16,6 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'studies')]
+import data                         # noqa: E402
 import grid                         # noqa: E402
 import mim_pretrain                 # noqa: E402
 import model as M                   # noqa: E402
@@ -109,7 +110,7 @@ def plan(cfg):
     share = math.ceil(cfg.batch_size / cfg.devices)
     num = cfg.micro_batch or share
     shards = min(cfg.devices, A_MACHINE)
-    drawn = cfg.data.partition(':')[0] == 'shapes'
+    drawn = data.is_world(cfg.data)
     memory = run.Memory(model, device, shards, on_meta(teacher), share, drawn)
     parts = memory.parts(num, cfg.checkpoint_activations)
     print(f'on each of {cfg.devices} devices ({device.type}), {num} images at once:')

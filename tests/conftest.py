@@ -38,6 +38,20 @@ def forget_tensors():
                 value.cache_clear()
 
 
+def cut_off(train, cfg):
+    """Runs train(cfg) until it has logged step 4."""
+    import run
+    write = run.Log.write
+
+    def write_and_stop(log, step, **values):
+        write(log, step, **values)
+        if step == 4:
+            raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run.Log, 'write', write_and_stop)
+        train(cfg)
+
+
 @pytest.fixture
 def double():
     """For tests that compare sums taken in another order: in float64 they differ by rounding alone, and 1e-9 tells that

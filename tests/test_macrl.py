@@ -11,6 +11,7 @@ from PIL import Image
 import mim_pretrain
 import model as M
 import run
+from conftest import cut_off
 
 sys.path.insert(0, str(Path(__file__).parent.parent / 'studies'))
 import macrl        # noqa: E402
@@ -166,19 +167,11 @@ def test_arms(tmp_path, flags, parts):
     assert column(tmp_path) == pytest.approx(total, rel=1e-5)
 
 
-def test_stopped_and_resumed_run_has_the_same_losses(tmp_path, monkeypatch):
+def test_stopped_and_resumed_run_has_the_same_losses(tmp_path):
     """A run that ends after step 4 of 6, its last checkpoint at 3, goes on as if it had not: the queue too."""
     macrl.train(config(tmp_path / 'straight'))
     cut = config(tmp_path / 'cut', '--save_every', '3')
-    write = run.Log.write
-
-    def write_and_stop(log, step, **values):
-        write(log, step, **values)
-        if step == 4:
-            raise KeyboardInterrupt
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(run.Log, 'write', write_and_stop)
-        macrl.train(cut)
+    cut_off(macrl.train, cut)
     macrl.train(cut)
     assert column(tmp_path / 'cut') == column(tmp_path / 'straight')
 

@@ -14,6 +14,7 @@ import data
 import mim_pretrain
 import model as M
 import run
+from conftest import cut_off
 from mim_pretrain import Features, block_mask, interpolate_hidden, make_mask, mim_loss
 
 FOLDERS = os.environ.get('GOLDEN', str(Path(__file__).parent / 'golden')).split(':')
@@ -120,20 +121,12 @@ def losses(folder):
     return [json.loads(line)['loss'] for line in open(folder / 'log.jsonl')]
 
 
-def test_stopped_and_resumed_run_has_the_same_losses(tmp_path, monkeypatch):
+def test_stopped_and_resumed_run_has_the_same_losses(tmp_path):
     """A run that ends after step 4 of 6, its last checkpoint at 3, goes on as if it had not."""
     mim_pretrain.train(config(tmp_path))
     straight = losses(tmp_path / 'run')
     cut = config(tmp_path, '--save_every', '3', '--out_dir', str(tmp_path / 'cut'))
-    write = run.Log.write
-
-    def write_and_stop(log, step, **values):
-        write(log, step, **values)
-        if step == 4:
-            raise KeyboardInterrupt
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(run.Log, 'write', write_and_stop)
-        mim_pretrain.train(cut)
+    cut_off(mim_pretrain.train, cut)
     mim_pretrain.train(cut)
     assert losses(tmp_path / 'cut') == straight
 
