@@ -4,6 +4,8 @@ The tables of docs/results.md and of the stages' chapters: a grid of real comman
     python studies/study.py targets                          # what is reconstructed x how long it trains
     python studies/study.py longer                           # the same at 8 and 16 times the shortest length
     python studies/study.py photographs --data cifar10_tar   # features and pixels on photographs
+    python studies/study.py choices                          # what the loss is on, masks, registers, blocks, teachers
+    python studies/study.py choices_photographs --data cifar10_tar       # what the loss is on
     python studies/study.py clip                             # CLIP from scratch, its teacher, pixels, EVA
     python studies/study.py finetune                         # classes from EVA, pixels, the teacher, scratch
     python studies/study.py finetune_photographs --data cifar10_tar      # the same, after the study of photographs
@@ -38,6 +40,8 @@ EVA, TEACHER = 'assets/nano-eva.pt', 'assets/nano-teacher.pt'
 PIXEL_MODEL = ('mim_pretrain.py', 'out/pixels', '--target', 'pixels')       # stage, out_dir, flags
 LAPTOP = '--size', 'micro', '--image_size', '64', '--patch_size', '8'
 PHOTOGRAPHS = 'out/study-photographs'
+PHOTO_TEACHER = f'{PHOTOGRAPHS}/teacher'
+LOSS_ON = {'hidden': '', 'all': '--loss_on all', 'distill': '--target distill'}
 SCRATCH = '--init scratch --layer_decay 1'
 LONG = 'scratch, all compute'       # as many FLOPs as teacher, EVA and this stage took together, as counted by hand
 
@@ -52,9 +56,17 @@ STUDIES = {  # before: commands whose weights the arms need. arms: {name: flags}
         arms={target: f'--target {target}' for target in ('clip', 'tokens', 'distill')}),
     'photographs': dict(
         script='mim_pretrain.py', seeds=range(3), steps=(1200,), measures=PROBES,
-        before=[('clip_train.py', f'{PHOTOGRAPHS}/teacher', '--steps', '700')],
-        teacher=f'{PHOTOGRAPHS}/teacher/model.pt',
+        before=[('clip_train.py', PHOTO_TEACHER, '--steps', '700')], teacher=f'{PHOTO_TEACHER}/model.pt',
         arms={target: f'--target {target}' for target in ('clip', 'pixels')}),
+    'choices': dict(
+        script='mim_pretrain.py', seeds=range(3), steps=(300, 1200), measures=PROBES,
+        before=[('clip_train.py', PHOTO_TEACHER, '--steps', '700', '--data', 'cifar10_tar')],
+        arms={**LOSS_ON, 'rolled masks': '--mask roll', 'registers': '--registers 4', 'EVA-02 blocks': '--arch eva02',
+              'photographs teacher': f'--teacher {PHOTO_TEACHER}/model.pt',
+              'two teachers': f'--teacher {TEACHER},{PHOTO_TEACHER}/model.pt'}),
+    'choices_photographs': dict(
+        script='mim_pretrain.py', seeds=range(3), steps=(300, 1200), measures=PROBES,
+        before=[('clip_train.py', PHOTO_TEACHER, '--steps', '700')], teacher=f'{PHOTO_TEACHER}/model.pt', arms=LOSS_ON),
     'clip': dict(
         script='clip_train.py', seeds=range(1, 6), steps=(80,), lengths={LONG: (1726,)}, measures=PAIRS,
         rates=(8e-4, 2e-3, 5e-3, 1.25e-2, 3e-2), try_seed=1, judged='seen_pairs', before=[PIXEL_MODEL],
@@ -67,7 +79,7 @@ STUDIES = {  # before: commands whose weights the arms need. arms: {name: flags}
               'scratch': SCRATCH, LONG: SCRATCH}),
     'finetune_photographs': dict(
         script='finetune.py', seeds=range(3), steps=(400,), rates=(4e-3,), measures=CLASSES,
-        arms={'EVA': f'--init {PHOTOGRAPHS}/clip-1200-SEED/model.pt', 'teacher': f'--init {PHOTOGRAPHS}/teacher/model.pt',
+        arms={'EVA': f'--init {PHOTOGRAPHS}/clip-1200-SEED/model.pt', 'teacher': f'--init {PHOTO_TEACHER}/model.pt',
               'pixels': f'--init {PHOTOGRAPHS}/pixels-1200-SEED/model.pt', 'scratch': SCRATCH}),
     'video': dict(
         script='finetune.py', seeds=range(3), steps=(1500,), rates=(1.5e-3, 4e-3), try_seed=3, judged='top1',
@@ -128,7 +140,7 @@ def tried_steps(arm, steps):
 def run_study(name, spec, jobs):
     study, folder = STUDIES[name], f'out/study-{name}'
     for script, out_dir, *flags in study.get('before', []):
-        run.run_stage(script, out_dir, *flags, '--data', spec)
+        run.run_stage(script, out_dir, '--data', spec, *flags)
     rates = dict.fromkeys(study['arms'], study.get('rates', (None,))[0])
 
     # the best rate of each arm, on one seed
