@@ -607,7 +607,7 @@ def is_whole_zip(path):
 def options_of(cfg):
     """The options that decide what is computed, as result.json has them: text, without our folders."""
     asked = {name: value for name, value in vars(cfg).items() if name not in NEVER_DIFFER}
-    return {name: re.sub('^/.*/', '', str(value)) for name, value in asked.items()}
+    return {name: re.sub('(^|,)/[^,]*/', r'\1', str(value)) for name, value in asked.items()}
 
 
 def differences(now, then):

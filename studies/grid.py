@@ -46,9 +46,10 @@ def make_run(folder, script, flags, columns):
     return dict(columns, words=[str(word) for word in words])
 
 
-def run_all(runs, folder, jobs=2, more=None):
+def run_all(runs, folder, jobs=2, more=None, until=None, later=0):
     """Runs so many at once, in order; a run with `after` waits for the run of that name. -> their rows.
-    more(run, result): what else goes into a row."""
+    more(run, result): what else goes into a row. until: the time at which all stop and save.
+    later: the work that comes after these runs, in the unit of their `work` (runs)."""
     if jobs < 1:
         refuse(f'--jobs {jobs} is too small; use 1 or more')
     folder = Path(folder)
@@ -57,12 +58,15 @@ def run_all(runs, folder, jobs=2, more=None):
     done = {row['name'] for row in read_csv(path)}
     waiting = [one for one in runs if one['name'] not in done]
     running = {}                        # name: (run, its process)
-    began, finished = time.time(), 0
+    began, finished = time.time(), 0.
 
     print(f'{len(waiting)} of {len(runs)} runs to do, {jobs} at once, in {folder}/', flush=True)
     before = signal.signal(signal.SIGTERM, leave)
     try:
         while waiting or running:
+            if until and time.time() > until:
+                sys.exit(f'the hours are over with {len(waiting) + len(running)} runs to do; the same command goes on')
+
             # start what has room and waits for nothing
             unfinished = {one['name'] for one in waiting} | running.keys()
             ready = [one for one in waiting if one.get('after') not in unfinished]
@@ -78,10 +82,11 @@ def run_all(runs, folder, jobs=2, more=None):
                 if process.returncode:
                     fail(one, process.returncode, folder)
                 write_csv(path, [*read_csv(path), finished_row(one, folder, more)])
-                finished += 1
-                left = len(waiting) + len(running)
+                finished += one.get('work', 1)
+                left = [*waiting, *(other for other, _ in running.values())]
+                work = later + sum(other.get('work', 1) for other in left)
                 minutes = (time.time() - began) / 60
-                print(f'{minutes:6.1f} min  {name}; {left} left, about {minutes * left / finished:.0f} min', flush=True)
+                print(f'{minutes:6.1f} min  {name}; {len(left)} left, about {minutes * work / finished:.0f} min', flush=True)
             time.sleep(.05)
     finally:
         # stopped or failed: the others save, and go on at the next call
@@ -127,7 +132,7 @@ def finished_row(one, folder, more):
         row.update(more(one, result))
 
     # no numbers
-    for key in ('words', 'after', 'command', 'stage', 'options'):
+    for key in ('words', 'after', 'work', 'command', 'stage', 'options'):
         row.pop(key, None)
     return row
 

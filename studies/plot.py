@@ -1,10 +1,12 @@
-"""Curves and points as a picture, drawn with PIL: axes, ticks, a key."""
+"""Curves, points and bands as a picture, drawn with PIL: axes, ticks, a key."""
 import math
 
 from PIL import Image, ImageDraw, ImageFont
 
 COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000'       # Okabe and Ito's
+RAMP = (253, 190, 75), (205, 70, 100), (60, 15, 110)        # small to large: yellow, red, violet
 LEFT, TOP, BOTTOM = 90, 50, 70          # pixels around the axes
+FINER = 2                               # drawn so many times as large, then reduced: lines without steps
 UNITS = (1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k'), (1, '')
 
 
@@ -24,7 +26,7 @@ class Axis:
 
     def __call__(self, x):
         share = (self.scale(x) - self.low) / (self.high - self.low)
-        return self.start + share * (self.end - self.start)
+        return FINER * (self.start + share * (self.end - self.start))
 
     def ticks(self):
         if self.log:
@@ -32,19 +34,35 @@ class Axis:
         return ticks(self.low, self.high)
 
 
-def draw_curves(path, curves, points={}, xlabel='step', ylabel='', log='', size=(960, 600)):
-    """Saves a picture of curves {name: [(x, y), ...]} and points {name: [(x, low, y, high), ...]} with their intervals.
+def ramp(names):
+    """{name: colour}, from the first to the last of things that have an order."""
+    colours = {}
+    for i, name in enumerate(names):
+        place = 2 * i / max(1, len(names) - 1)
+        part = min(1, int(place))
+        mixed = [round(a + (b - a) * (place - part)) for a, b in zip(RAMP[part], RAMP[part + 1])]
+        colours[name] = '#%02x%02x%02x' % tuple(mixed)
+    return colours
+
+
+def draw_curves(path, curves, points={}, xlabel='step', ylabel='', log='', size=(960, 600), thin={}, bands={},
+                colours={}):
+    """Saves a picture of curves {name: [(x, y), ...]}, of many thin ones {name: [curve, ...]}, of points
+    {name: [(x, low, y, high), ...]} with their intervals, and of bands {name: [(x, low, high), ...]}.
     One name has one colour. log: the axes that are logarithmic, 'x', 'y' or 'xy'. path None: only returns it."""
-    font, picture = ImageFont.load_default(18), Image.new('RGB', size, 'white')
-    draw = ImageDraw.Draw(picture)
-    names = list(dict.fromkeys([*curves, *points]))
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    font = ImageFont.load_default(18 * FINER)
+    picture = Image.new('RGB', (FINER * size[0], FINER * size[1]), 'white')
+    draw = ImageDraw.Draw(picture, 'RGBA')
+    names = list(dict.fromkeys([*thin, *curves, *points]))
+    own = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    colours = own | {name: colours[name] for name in names if name in colours}
 
     # the key stands to the right of the axes
-    key_width = 60 + round(max((font.getlength(name) for name in names), default=0))
+    key_width = 60 + round(max((font.getlength(name) for name in names), default=0) / FINER)
     right, bottom = size[0] - key_width, size[1] - BOTTOM
+    many = [curve for group in thin.values() for curve in group]
     xs, ys = [], []
-    for group in [*curves.values(), *points.values()]:
+    for group in [*curves.values(), *points.values(), *bands.values(), *many]:
         for x, *heights in group:
             xs.append(x)
             ys += heights
@@ -54,32 +72,51 @@ def draw_curves(path, curves, points={}, xlabel='step', ylabel='', log='', size=
     def write(x, y, text, anchor):
         draw.text((x, y), text, fill='black', font=font, anchor=anchor)
 
+    def line(places, colour, width):
+        if len(places):
+            draw.line(places, fill=colour, width=FINER * width, joint='curve')
+
+    def dot(x, y, colour):
+        draw.circle((x, y), 5 * FINER, fill=colour)
+
     # axes
+    edge, floor, ceiling = FINER * right, FINER * bottom, FINER * TOP
     for value in up.ticks():
         y = up(value)
-        draw.line((LEFT, y, right, y), fill='#dddddd')
-        write(LEFT - 8, y, short(value), 'rm')
+        line((FINER * LEFT, y, edge, y), '#dddddd', 1)
+        write(FINER * (LEFT - 8), y, short(value), 'rm')
     for value in across.ticks():
         x = across(value)
-        draw.line((x, bottom, x, bottom + 6), fill='black')
-        write(x, bottom + 10, short(value), 'mt')
-    draw.rectangle((LEFT, TOP, right, bottom), outline='black')
-    write((LEFT + right) / 2, size[1] - 22, xlabel, 'mm')
-    write(8, TOP / 2, ylabel, 'lm')
+        line((x, floor, x, floor + 6 * FINER), 'black', 1)
+        write(x, floor + 10 * FINER, short(value), 'mt')
+    draw.rectangle((FINER * LEFT, ceiling, edge, floor), outline='black', width=FINER)
+    write(FINER * (LEFT + right) / 2, FINER * (size[1] - 22), xlabel, 'mm')
+    write(FINER * 8, ceiling / 2, ylabel, 'lm')
+
+    # bands lie below, thin lines below thick ones
+    for name, band in bands.items():
+        upper = [(across(x), up(high)) for x, low, high in band]
+        lower = [(across(x), up(low)) for x, low, high in reversed(band)]
+        draw.polygon(upper + lower, fill=colours.get(name, '#888888') + '40')
+    for name, group in thin.items():
+        for curve in group:
+            line([(across(x), up(y)) for x, y in curve], colours[name], 1)
 
     # what is shown, and the key
     for i, (name, colour) in enumerate(colours.items()):
-        height = TOP + 15 + 24 * i
-        write(right + 48, height, name, 'lm')
+        height = ceiling + FINER * (15 + 24 * i)
+        write(edge + 48 * FINER, height, name, 'lm')
+        if name in curves or name in thin:
+            line((edge + 8 * FINER, height, edge + 40 * FINER, height), colour, 3)
         if name in curves:
-            draw.line([(across(x), up(y)) for x, y in curves[name]], fill=colour, width=3)
-            draw.line((right + 8, height, right + 40, height), fill=colour, width=3)
+            line([(across(x), up(y)) for x, y in curves[name]], colour, 3)
         if name in points:
-            draw.circle((right + 24, height), 5, fill=colour)
+            dot(edge + 24 * FINER, height, colour)
         for x, low, y, high in points.get(name, []):
             x = across(x)
-            draw.line((x, up(low), x, up(high)), fill=colour, width=2)
-            draw.circle((x, up(y)), 5, fill=colour)
+            line((x, up(low), x, up(high)), colour, 2)
+            dot(x, up(y), colour)
+    picture = picture.resize(size, Image.Resampling.LANCZOS)
     if path:
         picture.save(path)
     return picture

@@ -1,72 +1,73 @@
 """
-How masked feature reconstruction scales: grids of real runs, a fit, a prediction made before its run.
+How masked feature reconstruction scales: seven sizes of model are fitted, an eighth is predicted, then run.
 
-    python studies/scaling.py sizes          # model size x length; the largest is predicted before it is run
-    python studies/scaling.py data           # few images, seen again and again, or many
-    python studies/scaling.py targets        # other targets, weaker teachers, the ceiling of each size
-    python studies/scaling.py controls       # a poor world, in which size should buy little
-    python studies/scaling.py transfer       # boxes and semantic maps from the models of `sizes`
-    python studies/scaling.py                # tables and pictures of studies/scaling.csv
+    python studies/scaling.py --hours 5     # all of it; stopped, or after so many hours, the same command goes on
+    python studies/scaling.py --report      # tables and pictures again, of the runs that are kept in studies/
 
-Loss is 1 - skill: 0 is a perfect prediction, 1 the best constant for each position. For one teacher it is proportional
-to 1 - cosine, so exponents are the same; unlike that it can be read across teachers and worlds. N counts the weights
-of blocks and patch embedding, D the images seen, FLOPs three forward passes for every image, without head and teacher.
+Loss is 1 - a measure of how well hidden features are predicted: 0 is perfect, 1 the best constant for each position.
+Which measure is chosen on the pilot's two sizes alone, by how far it tells them apart in units of its own luck. N
+counts the weights of blocks and patch embedding. A seed means the same images, order and masks for every size, so
+sizes are compared seed by seed.
 """
 import itertools
 import json
 import math
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import grid
 import plot
 
 sys.path.insert(0, str(grid.ROOT))
+import data                         # noqa: E402
+import mim_pretrain as mim          # noqa: E402
 import model as M                   # noqa: E402
 import run                          # noqa: E402
 
-STUDIES = 'sizes', 'data', 'targets', 'controls', 'transfer'
-RECIPES = {  # by device; the teacher sees more images than any student. cuda's has not been run
-    'cpu': dict(sizes=('pico', 'nano', 'micro'), held_out='mini', steps=(1600, 3200, 6400), batch_size=16, lr=.75,
-                seeds=3, image_size=32, patch_size=4, unique=(250, 1000, 4000, 16_000), teacher='nano',
-                teacher_steps=2000),
-    'cuda': dict(sizes=('pico', 'nano', 'micro', 'mini', 'ti', 's', 'b'), held_out='l', steps=(1024, 2048, 4096),
-                 batch_size=256, lr=3, seeds=2, image_size=64, patch_size=8, unique=(2000, 8000, 32_000, 128_000),
-                 teacher='mini', teacher_steps=8000)}
-WARMUP = 100                # steps; the same for all lengths, as they branch off one another
+RECIPES = {  # by device. cuda's has not been run
+    'cpu': dict(sizes=('femto', 'femto-plus', 'pico', 'pico-plus', 'nano', 'micro', 'mini'), held_out='ti',
+                pilot=('pico', 'nano'), bracket=('femto', 'nano', 'mini'), steps=(3200, 6400), batch_size=16, lr=.75,
+                seeds=4, held_out_seeds=3, image_size=32, patch_size=4, teacher='nano', teacher_steps=(2000, 4000)),
+    'cuda': dict(sizes=('pico', 'nano', 'micro', 'mini', 'ti', 's', 'b'), held_out='l', pilot=('pico', 'nano'),
+                 bracket=('pico', 'mini', 'b'), steps=(2048, 4096), batch_size=256, lr=3, seeds=3, held_out_seeds=2,
+                 image_size=64, patch_size=8, teacher='mini', teacher_steps=(4000, 8000))}
+WARMUP = 100                # steps; the same for both lengths, as they branch off one another
 COOLDOWN = .2               # share of a run's steps
-BRACKET = .5, 2             # times the rule's learning rate, of the smallest and of the largest size
+BRACKET = .5, 2             # times the rule's learning rate
 POOR = 'shapes:objects=1,fine=4'
-HEADS = {'boxes': '--head boxes --steps 300', 'segments': '--head linear --steps 600'}      # of the small recipe
+HEAD = '--head linear --steps 600'
+NUM_JUDGED = 8192           # validation images
+MEASURES = 'skill', 'skill_rest', 'r2'
+PROBES = 'linear_top1', 'knn_top1'
+DRAWING = 1.5e8             # FLOPs that take as long as an image's scene, mask and targets
 EVA = {  # epochs: training cosine of EVA's 1B model, block masks, from its authors' log
     1: .6578, 2: .6974, 5: .7248, 10: .7273, 25: .7291, 50: .7310, 75: .7358, 100: .7394, 125: .7443, 150: .7490}
 
 
 # ---- the runs ---------------------------------------------------------------------------------------------------
 
-def student(recipe, size, seed, steps, unique=0, **special):
-    """One run's columns: what tells it from others. special: what is not as usual."""
-    usual = dict(factor=1, teacher=recipe['teacher_steps'], target='clip', data='shapes', head='')
-    if unique:
-        special['data'] = f'shapes:unique={unique}'
-    if special.get('target') == 'pixels':
-        special['teacher'] = ''
-    made = {**usual, **special}
-
-    # one rule for all sizes; `sizes` brackets it at both ends
+def student(recipe, size, seed, steps, factor=1, world='shapes', head=''):
+    """One run's columns: what tells it from others."""
     row = M.SIZES[size]
-    lr = made['factor'] * recipe['lr'] / (row['width'] * row['depth'])
-
-    words = [size, str(seed), str(steps)]
-    for key, value in made.items():
-        if value not in (usual[key], ''):
-            words.append(f'{key}={value}')
-    name = '-'.join(words).replace(':', '.').replace(',', '.')
-    return dict(name=name, size=size, seed=seed, steps=steps, lr=float(f'{lr:.4g}'),
-                batch_size=recipe['batch_size'], unique=unique, **made)
+    lr = factor * recipe['lr'] / (row['width'] * row['depth'])          # one rule for all sizes
+    name = f'{size}-{seed}-{steps}'
+    if factor != 1:
+        name += f'-rate-{factor}'
+    if world != 'shapes':
+        name += '-poor'
+    if head:
+        name += '-head'
+    config, N = vit_of(size, recipe)
+    images = steps * recipe['batch_size']
+    flops = images * run.training_flops(config)
+    return dict(name=name, size=size, seed=seed, steps=steps, lr=float(f'{lr:.4g}'), factor=factor, world=world,
+                head=head, batch_size=recipe['batch_size'], N=N, flops=flops, work=flops + images * DRAWING)
 
 
 def lengths(recipe, size, seed):
@@ -77,61 +78,41 @@ def lengths(recipe, size, seed):
     return runs
 
 
-def runs_of(study, recipe):
-    """(runs, runs that wait for a prediction made from the first). A name means one run in all studies."""
+def phases(recipe):
+    """{what for: its runs}, in order; a name means one run. What is held out comes after all that is fitted."""
     sizes, held_out = recipe['sizes'], recipe['held_out']
-    short, middle, long = recipe['steps']
-    largest_first = sizes[::-1]
-    runs, then = [], []
-    if study == 'sizes':
-        for seed in range(recipe['seeds']):
-            for size in largest_first:
-                runs += lengths(recipe, size, seed)
-        then = lengths(recipe, held_out, 0)
-        for factor in BRACKET:
-            runs.append(student(recipe, sizes[0], 0, long, factor=factor))
-            then.append(student(recipe, held_out, 0, middle, factor=factor))
-    elif study == 'data':
-        for size in (sizes[-1], sizes[1]):
-            for unique in (*recipe['unique'], 0):
-                runs.append(student(recipe, size, 0, middle, unique=unique))
-    elif study == 'targets':
-        for size in (held_out, *largest_first):
-            runs.append(student(recipe, size, 0, short, target='distill'))
-        for part in (4, 2, 1):
-            for size in largest_first:
-                runs.append(student(recipe, size, 0, middle, teacher=recipe['teacher_steps'] // part))
-        for size in (sizes[-1], sizes[0]):
-            for target in ('clip', 'tokens', 'pixels', 'untrained'):
-                runs.append(student(recipe, size, 0, short, target=target))
-    elif study == 'controls':
-        for seed in (0, 1):
-            for world in (POOR, 'shapes'):
-                for size in largest_first:
-                    runs.append(student(recipe, size, seed, long, data=world))
-    elif study == 'transfer':
-        for head in HEADS:
-            for size in (*sizes, held_out):
-                runs.append(student(recipe, size, 0, short, head=head))
-                runs.append(student(recipe, size, 0, long, head=head))
-    return runs, then
+    short, long = recipe['steps']
+    found = {name: [] for name in ('pilot', 'sizes', 'rates', 'held out', 'rates, held out', 'poor world', 'heads')}
+    for seed in range(recipe['seeds']):
+        for size in sizes[::-1]:
+            found['pilot' if size in recipe['pilot'] else 'sizes'] += lengths(recipe, size, seed)
+    for seed in range(recipe['held_out_seeds']):
+        found['held out'] += lengths(recipe, held_out, seed)
+
+    for factor in BRACKET:
+        for size in recipe['bracket'][::-1]:
+            found['rates'].append(student(recipe, size, 0, short, factor))
+        found['rates, held out'].append(student(recipe, held_out, 0, short, factor))
+    for size in sizes[:-1]:
+        found['poor world'].append(student(recipe, size, 0, short, world=POOR))
+    for size in (held_out, *sizes[::-1]):
+        found['heads'].append(student(recipe, size, 0, long, head=HEAD))
+    return found
 
 
 def as_command(one, recipe, folder, device=()):
     """The run of a student, or of a head on top of a student that is there."""
     if one['head']:
-        script, flags = 'detect_seg.py', HEADS[one['head']].split()
-        flags += ['--init', folder / f"{one['size']}-{one['seed']}-{one['steps']}" / 'model.pt',
+        script, flags = 'detect_seg.py', one['head'].split()
+        flags += ['--init', folder / one['name'].removesuffix('-head') / 'model.pt',
                   '--image_size', 2 * recipe['image_size'], '--patch_size', recipe['patch_size']]
     else:
         cooldown = round(COOLDOWN * one['steps'])
         script = 'mim_pretrain.py'
         flags = ['--size', one['size'], *vit_flags(recipe), '--drop_path', 0, '--init_gain', 1.9,
-                 '--data', one['data'], '--target', one['target'], '--batch_size', one['batch_size'],
+                 '--data', one['world'], '--batch_size', one['batch_size'],
                  '--steps', one['steps'], '--cooldown', cooldown, '--save_every', one['steps'] - cooldown,
-                 '--lr', one['lr'], '--warmup_steps', WARMUP, '--min_lr', 0]
-        if one['teacher']:
-            flags += ['--teacher', folder / f"teacher-{one['teacher']}" / 'model.pt']
+                 '--lr', one['lr'], '--warmup_steps', WARMUP, '--min_lr', 0, '--teacher', teacher_of(recipe, folder)]
         if 'after' in one:
             flags += ['--branch', folder / one['after']]
     return grid.make_run(folder, script, [*flags, '--seed', one['seed'], *device], one)
@@ -141,32 +122,9 @@ def vit_flags(recipe):
     return ['--image_size', str(recipe['image_size']), '--patch_size', str(recipe['patch_size'])]
 
 
-def run_study(name, folder, device, jobs):
-    """Runs what is not finished yet, then fits and draws."""
-    kind = run.find_device(device, 0, 1).type
-    recipe = RECIPES['cuda' if kind == 'cuda' else 'cpu']
-    flags = ['--device', device] if device else []
-    first, then = runs_of(name, recipe)
-
-    # the same name must mean the same run
-    done = {row['name']: row for row in grid.read_csv(folder / 'runs.csv')}
-    for one in first + then:
-        row = done.get(one['name'], one)
-        if (row['lr'], row['batch_size']) != (one['lr'], one['batch_size']):
-            grid.refuse(f"{folder} has {one['name']} with other settings; take another --out_dir")
-
-    # teachers, then students
-    for steps in sorted({one['teacher'] for one in first if one['teacher'] and not one['head']}):
-        run.run_stage('clip_train.py', str(folder / f'teacher-{steps}'), '--size', recipe['teacher'],
-                      *vit_flags(recipe), '--steps', str(steps), *flags)
-
-    def more(one, result):
-        return computed(one, result, recipe, folder)
-    grid.run_all([as_command(one, recipe, folder, flags) for one in first], folder, jobs, more)
-    if then:
-        write_prediction(folder, recipe)
-        grid.run_all([as_command(one, recipe, folder, flags) for one in then], folder, jobs, more)
-    report(grid.read_csv(folder / 'runs.csv'), recipe, folder / 'prediction.json', folder)
+def teacher_of(recipe, folder):
+    """The longest trained is the students'; the other shows that it has learnt what it can."""
+    return folder / 'teachers' / str(max(recipe['teacher_steps'])) / 'model.pt'
 
 
 def vit_of(size, recipe):
@@ -178,369 +136,594 @@ def vit_of(size, recipe):
     return config, run.count_parameters(vit.blocks) + run.count_parameters(vit.patch_embed)
 
 
-def computed(one, result, recipe, folder):
-    """What else goes into a student's row: N, FLOPs, how well it did on its last training images."""
+def run_all(folder, device, jobs, hours):
+    """Runs what is not finished yet, in order, then reports."""
+    kind = run.find_device(device, 0, 1).type
+    recipe = RECIPES['cuda' if kind == 'cuda' else 'cpu']
+    flags = ['--device', device] if device else []
+    until = time.time() + 3600 * hours if hours else None
+
+    # the same name must mean the same run
+    done = {row['name']: row for row in grid.read_csv(folder / 'runs.csv')}
+    for one in itertools.chain(*phases(recipe).values()):
+        row = done.get(one['name'], one)
+        if (row['lr'], row['batch_size']) != (one['lr'], one['batch_size']):
+            grid.refuse(f"{folder} has {one['name']} with other settings; take another --out_dir")
+
+    teachers = []
+    for steps in recipe['teacher_steps']:
+        words = ['--size', recipe['teacher'], *vit_flags(recipe), '--steps', steps, *flags]
+        teachers.append(grid.make_run(folder / 'teachers', 'clip_train.py', words, dict(name=str(steps), work=steps)))
+    rows = grid.run_all(teachers, folder / 'teachers', jobs, until=until)
+    grid.print_table(['teacher', 'zero-shot'], [[row['name'], row['zero_shot_top1']] for row in rows])
+    judges = {}
+
+    def more(one, result):
+        return computed(one, recipe, folder, judges)
+    later = sum(one['work'] for one in itertools.chain(*phases(recipe).values()) if one['name'] not in done)
+    for name, runs in phases(recipe).items():
+        if name == 'held out':
+            write_prediction(folder, recipe)
+        print(f'\n{name}:', flush=True)
+        later -= sum(one['work'] for one in runs if one['name'] not in done)
+        for one in runs:
+            # of the shorter run only the row was kept: its steps are taken again
+            if one.get('after') in done and not (folder / one['after']).exists():
+                del one['after']
+        commands = [as_command(one, recipe, folder, flags) for one in runs]
+        grid.run_all(commands, folder, jobs, more, until, later)
+    report(folder / 'runs.csv', folder / 'curves.csv', folder / 'prediction.json', folder, recipe)
+
+
+# ---- what is measured of a run ----------------------------------------------------------------------------------
+
+def computed(one, recipe, folder, judges):
+    """What else goes into a student's row: its measures. Its curve goes into curves.csv."""
     if one['head']:
         return {}
-    config, N = vit_of(one['size'], recipe)
-    row = dict(N=N, flops=one['steps'] * one['batch_size'] * run.training_flops(config))
-    if one['target'] == 'clip':
-        log = run.read_log(folder / one['name'])
-        last = [line['loss'] for line in log if line['step'] >= .95 * one['steps']]
-        baseline = result['baseline']
-        row['train_skill'] = (-np.mean(last) - baseline) / (1 - baseline)
-    return row
+    curves = grid.read_csv(folder / 'curves.csv')
+    curves = [row for row in curves if row['name'] != one['name']]
+    grid.write_csv(folder / 'curves.csv', curves + curve_of(one, folder))
+
+    if one['world'] not in judges:
+        judges[one['world']] = make_judge(one['world'], recipe, folder)
+    val, target = judges[one['world']]
+    model = M.load(folder / one['name'] / 'model.pt')
+    return judge(model, target, val)
+
+
+def make_judge(world, recipe, folder):
+    """(the validation images with masks and targets, the target)."""
+    teacher = M.load(teacher_of(recipe, folder))
+    target = mim.Features(teacher, recipe['image_size'] // recipe['patch_size'])
+    cfg = SimpleNamespace(mask=mim.Config.mask, mask_ratio=mim.Config.mask_ratio, workers=0)
+    validation = data.open_data(world, 'val')
+    val = mim.make_validation(cfg, validation, target, recipe['image_size'], NUM_JUDGED, torch.device('cpu'))
+    return val, target
+
+
+@torch.no_grad()
+def judge(model, target, val):
+    """{measure: value} over the hidden patches of val."""
+    predictions, targets, places = [], [], []
+    batches = zip(val.images.split(64), val.targets.split(64), val.mask.split(64))
+    for images, wanted, mask in batches:
+        said = target.read(model(model.normalize(images), mask))        # [B, N, C]
+        predictions.append(said[mask])
+        targets.append(wanted[mask])
+        places.append(mask.nonzero()[:, 1])
+    predictions = F.normalize(torch.cat(predictions), dim=-1)           # [V, C]
+    targets = F.normalize(torch.cat(targets), dim=-1)
+    places = torch.cat(places)                                          # [V]
+
+    # what targets differ in from their position's mean, by principal axes
+    left = targets - at_place(targets, places)
+    axes = torch.linalg.eigh(left.T @ left)[1]                          # [C, C], the widest last
+    widest = axes[:, -1:]
+
+    def without_widest(x):
+        return x - x @ widest @ widest.T
+    found = dict(skill=skill(predictions, targets, places))
+    found['skill_rest'] = skill(without_widest(predictions), without_widest(targets), places)
+    found['r2'] = whitened_r2(predictions, targets, places, axes)
+    return found
+
+
+def at_place(x, places):
+    """Each vector's mean over all that share its position. x [V, C], places [V] -> [V, C]."""
+    sums = torch.zeros(int(places.max()) + 1, x.shape[1]).index_add_(0, places, x)
+    counts = torch.bincount(places)[:, None].clamp(min=1)
+    return (sums / counts)[places]
+
+
+def skill(predictions, targets, places):
+    """(cosine - baseline) / (1 - baseline); the baseline is of the best constant for each position."""
+    targets = F.normalize(targets, dim=-1)
+    cosine = F.cosine_similarity(predictions, targets, dim=-1).mean()
+    baseline = F.cosine_similarity(at_place(targets, places), targets, dim=-1).mean()
+    return ((cosine - baseline) / (1 - baseline)).item()
+
+
+def whitened_r2(predictions, targets, places, axes):
+    """The share of the targets' variance around their position's mean that predictions explain, each principal axis
+    counting alike: the mean of squared correlations."""
+    theirs = (targets - at_place(targets, places)) @ axes
+    ours = (predictions - at_place(predictions, places)) @ axes
+    products = (theirs * ours).sum(0)
+    squares = (theirs ** 2).sum(0) * (ours ** 2).sum(0)
+    return (products ** 2 / squares.clamp(min=1e-12)).mean().item()
+
+
+def curve_of(one, folder, windows=24):
+    """Rows of curves.csv: the mean training loss in windows of steps that grow, as 1 - cosine."""
+    log = run.read_log(folder / one['name'])
+    first, last = log[0]['step'] + 1, one['steps']
+    edges = np.unique(np.geomspace(max(first, 50), last, windows + 1).round())
+    rows = []
+    for low, high in zip(edges, edges[1:]):
+        losses = [1 + line['loss'] for line in log if low <= line['step'] < high]
+        if losses:
+            images = one['batch_size'] * math.sqrt(low * high)
+            rows.append(dict(name=one['name'], images=round(images), loss=float(np.mean(losses))))
+    return rows
 
 
 # ---- the fit ----------------------------------------------------------------------------------------------------
 
-def fit(N, D, losses, draws=400, num=32):
-    """L = E + A N^-a + B D^-b of runs of sizes N [R], each at lengths D [L], to losses [R, L], errors relative.
-    Short runs scatter more, so each length counts by how its runs scatter.
+EXPONENTS = np.geomspace(.02, 2, 200)
 
-    Bootstrap: so many times the residuals of other runs are added to the fit, and it is fitted again. A run's lengths
-    change places together: it and its branches share their luck. Few runs tell little of how large luck is: each draw
-    stretches it by sqrt(f / chi^2 of f degrees of freedom), which makes Student's t of a normal deviate.
 
-    -> dict(numbers [1 + draws, 5]: E, A, B, a, b, the fit first; units of N and D; noise [R, L]; stretch [draws])."""
-    losses = np.array(losses, float)
-    R, L = losses.shape
-    units = np.exp(np.log(N).mean()), np.exp(np.log(D).mean())          # so that A and B are near 1
-    x = np.repeat(N, L) / units[0]                                      # [R * L]
-    y = np.tile(D, R) / units[1]
+def fit(N, losses):
+    """L = E + A N^-a with one exponent, an A for each length, and an E for each seed and length: the luck that all
+    sizes of a seed share drops out. Given the exponent the rest is linear and solved exactly (variable projection).
+    With two lengths, B D^-b of the joint law is no more than the difference of their E.
 
-    # all lengths alike first, then by how far their runs lay from that fit
-    spread = np.ones(L)
-    for _ in range(2):
-        sigma = (spread * losses).flatten()
-        numbers = solve(x, y, sigma, losses.reshape(1, -1), num)
-        predicted = loss_at(numbers, x, y).reshape(R, L)
-        residuals = losses / predicted - 1
-        spread = np.sqrt((residuals ** 2).mean(0)).clip(1e-6)
+    N [R]; losses [..., S, R, L] of S seeds, R sizes, L lengths -> a [...], A [..., L]."""
+    x = powers(N, N)                                                    # [P, R]
+    x = x - x.mean(1, keepdims=True)
+    y = losses.mean(-3)                                                 # [..., R, L]
+    y = y - y.mean(-2, keepdims=True)
+    products = np.einsum('pr,...rl->...pl', x, y)
+    squares = (x ** 2).sum(1)[:, None]                                  # [P, 1]
+    slopes = (products / squares).clip(min=0)                           # size never hurts
+    explained = (2 * slopes * products - slopes ** 2 * squares).sum(-1)     # [..., P]
+    best = explained.argmax(-1)                                         # [...]
+    A = np.take_along_axis(slopes, best[..., None, None], axis=-2)[..., 0, :]
+    return EXPONENTS[best], A
 
-    # again, with the luck of others; E, a factor and an exponent have taken their share of the luck
-    freedom = max(1, R - 3)
-    noise = residuals * math.sqrt(R / freedom)
+
+def powers(N, unit):
+    """N^-a of every exponent tried, N in units of a middle size: [P, len(N)]."""
+    middle = np.exp(np.log(unit).mean())
+    return (np.atleast_1d(N) / middle) ** -EXPONENTS[:, None]
+
+
+def by_size(N, a, A, unit):
+    """A N^-a of fits a [...], A [..., L] at N [R]: [..., R, L]."""
+    middle = np.exp(np.log(unit).mean())
+    x = (np.atleast_1d(N) / middle) ** -np.asarray(a)[..., None]        # [..., R]
+    return x[..., :, None] * A[..., None, :]
+
+
+def bootstrap(N, losses, draws=2000):
+    """The fit, so many fits to what other luck would have given, and the luck of single runs.
+    A run's lengths share their luck and stay together. -> (a [1 + draws], A [1 + draws, L], luck [S * R, L])."""
+    S, R, L = losses.shape
+    a, A = fit(N, losses)
+    law = by_size(N, a, A, N)                                           # [R, L]
+    rest = losses - law
+    E = rest.mean(1, keepdims=True)                                     # [S, 1, L]
+    freedom = S * (R - 1) - 1.5                                         # of each length: E, A, half of a
+    luck = (rest - E).reshape(S * R, L) * math.sqrt(S * R / freedom)
+
+    # few runs tell little of how large luck is: Student's t instead of a normal deviate
     rng = np.random.default_rng(0)
     stretch = np.sqrt(freedom / rng.chisquare(freedom, draws))
-    others = rng.integers(R, size=(draws, R))
-    samples = predicted * (1 + noise[others] * stretch[:, None, None])  # [draws, R, L]
-    again = solve(x, y, sigma, samples.reshape(draws, -1), num)
-    return dict(numbers=np.concatenate((numbers, again)), units=units, noise=noise, stretch=stretch)
+    others = luck[rng.integers(S * R, size=(draws, S, R))]              # [draws, S, R, L]
+    again = fit(N, E + law + others * stretch[:, None, None, None])
+    return np.append(a, again[0]), np.concatenate((A[None], again[1])), luck
 
 
-def solve(x, y, sigma, samples, num):
-    """The best E, A, B >= 0, a and b of each of the samples [S, n], at x, y [n], with deviations sigma [n]: [S, 5].
-    Given the exponents, E, A and B are linear: every pair of exponents of a lattice is tried, and the rest, none of it
-    negative, is solved for exactly by trying which of the three are above 0."""
-    exponents = np.geomspace(.05, 2, num)
-    lattice = np.array(list(itertools.product(exponents, exponents)))           # [P, 2]
-    a, b = lattice[:, :1], lattice[:, 1:]
-    powers_of_x = x ** -a                                                       # [P, n]
-    powers_of_y = y ** -b
-    terms = np.stack((np.ones_like(powers_of_x), powers_of_x, powers_of_y), -1)
-    terms = terms / sigma[:, None]                                              # [P, n, 3]
-    goal = (samples / sigma).T                                                  # [n, S]
-
-    best = np.zeros((len(samples), 5))
-    least = np.full(len(samples), np.inf)
-    for used in ([0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2]):
-        # least squares: |goal|^2 - |its part in the plane of the terms|^2
-        q, r = np.linalg.qr(terms[:, :, used])
-        part = q.transpose(0, 2, 1) @ goal                                      # [P, used, S]
-        factors = np.linalg.solve(r + 1e-12 * np.eye(len(used)), part)
-        error = (goal ** 2).sum(0) - (part ** 2).sum(1)                         # [P, S]
-        error[(factors < 0).any(1)] = np.inf
-
-        pair = error.argmin(0)                                                  # [S]
-        better = np.flatnonzero(error.min(0) < least * (1 - 1e-9))
-        least[better] = error.min(0)[better]
-        best[better] = 0
-        best[better[:, None], used] = factors[pair[better], :, better]
-        best[better, 3:] = lattice[pair[better]]
-    return best
-
-
-def loss_at(numbers, x, y):
-    """numbers [S, 5]; x, y [m] in units -> [S, m]."""
-    E, A, B, a, b = numbers.T[:, :, None]           # each [S, 1]
-    by_size = A * x ** -a
-    by_length = B * y ** -b
-    return E + by_size + by_length
-
-
-def predict(law, N, D):
-    """Losses at N, D (a number or [m]) of the fit and of each draw: [1 + draws, m]."""
-    x = np.atleast_1d(N) / law['units'][0]
-    y = np.atleast_1d(D) / law['units'][1]
-    return loss_at(law['numbers'], x, y)
-
-
-def forecast(law, N, D, place):
-    """What one run will lose: {loss, low, high}, 90%, of the fit's uncertainty and the luck of one run together.
-    place: which of the lengths it has."""
-    losses = predict(law, N, D)[:, 0]
+def forecast(N, losses, N_new, seeds):
+    """How much lower the new size's loss is than the largest's, the mean over so many shared seeds:
+    (differences [L], low [L], high [L]), 90%, of the fit's uncertainty and the new runs' luck together."""
+    a, A, luck = bootstrap(N, losses)
+    both = by_size([N_new, max(N)], a, A, N)                            # [1 + draws, 2, L]
+    difference = both[:, 0] - both[:, 1]
     rng = np.random.default_rng(1)
-    luck = rng.choice(law['noise'][:, place], len(losses) - 1)
-    low, high = middle_90(losses[1:] * (1 + luck * law['stretch']))
-    return dict(loss=float(losses[0]), low=low, high=high)
+    draws = len(a) - 1
+    of_new = luck[rng.integers(len(luck), size=(draws, seeds))].mean(1)         # [draws, L]
+    of_largest = luck[rng.integers(len(luck), size=(draws, seeds))].mean(1)
+    low, high = np.quantile(difference[1:] + of_new - of_largest, (.05, .95), axis=0)
+    return difference[0], low, high
 
 
-def middle_90(values):
-    low, high = np.quantile(values, (.05, .95))
-    return float(low), float(high)
+def expected_width(recipe, drop, deviation, a=.3, tries=40):
+    """Of the study as designed, the interval's width over the drop from pico to the largest fitted size, if the law
+    held: drop from the pilot's first to its second size, and a run's own deviation, both as the pilot found them."""
+    N = np.array([vit_of(size, recipe)[1] for size in recipe['sizes']], float)
+    first, second = [recipe['sizes'].index(size) for size in recipe['pilot']]
+    x = N ** -a
+    A = drop / (x[first] - x[second])                                   # [L]
+    rng = np.random.default_rng(0)
+    N_new = vit_of(recipe['held_out'], recipe)[1]
+    shares = []
+    for _ in range(tries):
+        luck = rng.normal(size=(recipe['seeds'], len(N), len(drop))) * deviation
+        _, low, high = forecast(N, x[:, None] * A + luck, N_new, recipe['held_out_seeds'])
+        shares.append((high - low) / (A * (x[first] - x[-1])))
+    return np.mean(shares, axis=0)                                      # [L]
 
 
-def joint(rows, **options):
-    """The fit to rows; a run that lacks a length is left out."""
-    runs = {}
-    for row in sorted(rows, key=lambda row: row['steps']):
-        runs.setdefault((row['size'], row['seed']), []).append(row)
-    most = max(len(own) for own in runs.values())
-    runs = [own for own in runs.values() if len(own) == most]
+def array_of(rows, recipe, sizes, measure):
+    """Losses [S, R, L] of the seeds that have every one of these sizes and lengths."""
+    loss = {}
+    for row in usual(rows):
+        loss[row['seed'], row['size'], row['steps']] = 1 - row[measure]
+    found = []
+    for seed in range(recipe['seeds']):
+        cells = [[loss.get((seed, size, steps)) for steps in recipe['steps']] for size in sizes]
+        if None not in sum(cells, []):
+            found.append(cells)
+    return np.array(found)
 
-    N = [own[0]['N'] for own in runs]
-    D = [row['steps'] * row['batch_size'] for row in runs[0]]
-    losses = [[1 - row['skill'] for row in own] for own in runs]
-    return fit(N, D, losses, **options)
+
+def usual(rows, factor=1, world='shapes'):
+    return [row for row in rows if not row['head'] and row['factor'] == factor and row['world'] == world]
 
 
-def can_be_fitted(rows):
-    """Whether floor, factor and exponent can be told apart: three sizes and three lengths."""
-    num_sizes = len({row['size'] for row in rows})
-    num_lengths = len({row['steps'] for row in rows})
-    return min(num_sizes, num_lengths) > 2
+def choose_measure(rows, recipe):
+    """The measure by which the pilot's sizes are most of their paired deviation apart, and all: {measure: ratios}."""
+    ratios = {}
+    for measure in MEASURES:
+        losses = array_of(rows, recipe, recipe['pilot'], measure)
+        if len(losses) < 2:
+            return None, {}
+        paired = losses[:, 0] - losses[:, 1]                            # [S, L]
+        ratios[measure] = paired.mean(0) / paired.std(0, ddof=1)
+    chosen = max(ratios, key=lambda measure: ratios[measure].mean())
+    return chosen, ratios
 
 
 def write_prediction(folder, recipe):
-    """What the largest size will lose at each length, said before it is run: prediction.json, never written again."""
+    """How far below the largest fitted size the held-out one will be, and what rivals say; never written again."""
     path = folder / 'prediction.json'
     if not path.exists():
-        rows = usual(grid.read_csv(folder / 'runs.csv'), recipe)
-        rows = [row for row in rows if row['size'] in recipe['sizes']]
-        law = joint(rows)
-        N = vit_of(recipe['held_out'], recipe)[1]
-        losses = {}
-        for place, steps in enumerate(recipe['steps']):
-            losses[steps] = forecast(law, N, steps * recipe['batch_size'], place)
-        said = dict(size=recipe['held_out'], N=N, runs=len(rows), losses=losses)
-        path.write_text(json.dumps(said, indent=2) + '\n')
+        rows = grid.read_csv(folder / 'runs.csv')
+        path.write_text(json.dumps(predict(rows, recipe), indent=2) + '\n')
     print(f'prediction: {path.read_text()}', flush=True)
 
 
-# ---- what the runs say ------------------------------------------------------------------------------------------
+def predict(rows, recipe):
+    measure, _ = choose_measure(rows, recipe)
+    sizes, held_out = recipe['sizes'], recipe['held_out']
+    N = np.array([vit_of(size, recipe)[1] for size in sizes], float)
+    N_new = vit_of(held_out, recipe)[1]
+    losses = array_of(rows, recipe, sizes, measure)
+    said = forecast(N, losses, N_new, recipe['held_out_seeds'])
 
-def usual(rows, recipe, **special):
-    """The rows of masked features of the world with the strong teacher at the rule's rate; special: what is not so."""
-    wanted = dict(target='clip', data='shapes', head=None, factor=1, teacher=recipe['teacher_steps'])
-    wanted.update(special)
-
-    def is_wanted(row):
-        return all(row[key] == value for key, value in wanted.items())
-    return [row for row in rows if is_wanted(row)]
-
-
-def cells(rows):
-    """{(size, steps): losses of its seeds}, small sizes first."""
-    found = {}
-    for row in sorted(rows, key=lambda row: (row['N'], row['steps'], row['seed'])):
-        found.setdefault((row['size'], row['steps']), []).append(1 - row['skill'])
+    # the rivals: as the largest, and a straight line in log N through the two largest
+    mean = losses.mean(0)                                               # [R, L]
+    line = (mean[-1] - mean[-2]) * math.log(N_new / N[-1]) / math.log(N[-1] / N[-2])
+    found = dict(size=held_out, N=N_new, below=sizes[-1], measure=measure, seeds=len(losses))
+    for place, steps in enumerate(recipe['steps']):
+        difference, low, high = [float(values[place]) for values in said]
+        found[str(steps)] = dict(difference=difference, low=low, high=high, same=0., line=float(line[place]))
     return found
 
 
-def pooled(groups):
-    """(seeds' standard deviation pooled over groups of losses, its degrees of freedom)."""
-    squares, freedom = 0., 0
-    for losses in groups:
-        squares += np.square(np.array(losses) - np.mean(losses)).sum()
-        freedom += len(losses) - 1
-    if not freedom:
-        return math.nan, 0
-    return math.sqrt(squares / freedom), freedom
+# ---- tables -----------------------------------------------------------------------------------------------------
+
+def report(runs, curves, prediction, pictures, recipe):
+    """Prints what there is, as tables in markdown, and draws it. runs, curves, prediction: paths."""
+    rows = grid.read_csv(runs)
+    measure, ratios = choose_measure(rows, recipe)
+    if not measure:
+        return print('the pilot is not finished: nothing to report')
+    table = [[name, *[f'{x:.1f}' for x in values]] for name, values in ratios.items()]
+    grid.print_table(['pilot: signal over its paired deviation', *recipe['steps']], table)
+    report_width(rows, recipe, measure)
+
+    sizes = sizes_of(rows, recipe)
+    report_sizes(rows, recipe, sizes, measure)
+    report_fit(rows, recipe, measure)
+    if Path(prediction).exists():
+        report_prediction(rows, recipe, json.loads(Path(prediction).read_text()))
+    report_rates(rows, measure)
+    draw(rows, grid.read_csv(curves), recipe, measure, prediction, pictures)
 
 
-def pooled_at(found, steps):
-    """The same of the cells of one length."""
-    groups = [losses for cell, losses in found.items() if cell[1] == steps]
-    return pooled(groups)
+def sizes_of(rows, recipe):
+    """Sizes of which something usual is there, small ones first."""
+    there = {row['size'] for row in usual(rows)}
+    return [size for size in (*recipe['sizes'], recipe['held_out']) if size in there]
 
 
-def report(rows, recipe, prediction, pictures):
-    """Prints what there is, as tables in markdown, and draws it. prediction: a path; pictures: a folder."""
-    sized = usual(rows, recipe)
-    found = cells(sized)
-    said = json.loads(prediction.read_text()) if prediction.exists() else None
-    if sized:
-        report_sizes(found, recipe)
-    if said:
-        judge(said, found)
-    if can_be_fitted(sized):
-        E, _, _, a, b = [bounded(values) for values in joint(sized)['numbers'].T]
-        print(f'\nL(N, D) = E + A N^-a + B D^-b: E {E}, a {a}, b {b}')
-        print('with 90% intervals; illustrative, from runs of minutes')
-    report_all(rows)
-    for probe in ('knn_top1', 'linear_top1', 'knn_unnamed', 'linear_unnamed', 'box_ap', 'miou'):
-        pairs = transfer(rows, sized, probe)
-        if len(pairs) > 2:
-            rho = spearman([x for _, x, _ in pairs], [y for _, _, y in pairs])
-            print(f'skill and {probe}: Spearman {rho:.2f} over {len(pairs)} runs')
-    draw(rows, sized, recipe, said, pictures)
+def report_width(rows, recipe, measure):
+    losses = array_of(rows, recipe, recipe['pilot'], measure)
+    paired = losses[:, 0] - losses[:, 1]
+    deviation = paired.std(0, ddof=1) / math.sqrt(2)                    # of one run, its seed's luck apart
+    shares = expected_width(recipe, paired.mean(0), deviation)
+    said = ', '.join(f'{share:.2f} at {steps}' for share, steps in zip(shares, recipe['steps']))
+    print(f"\nexpected width of the interval over the drop from {recipe['pilot'][0]} to {recipe['sizes'][-1]}: {said}")
 
 
-def report_sizes(found, recipe):
-    """Mean losses, the luck of seeds, and how far neighbours are apart in units of it."""
-    sizes = list(dict.fromkeys(size for size, _ in found))
-    table = [[size] for size in sizes] + [["seeds' deviation"], ['degrees of freedom']]
-    for n in recipe['steps']:
-        for row, size in zip(table, sizes):
-            row.append(f'{np.mean(found[size, n]):.4f}' if (size, n) in found else '')
-        deviation, freedom = pooled_at(found, n)
-        table[-2].append(f'{deviation:.4f}')
-        table[-1].append(freedom)
-    grid.print_table(['loss', *[f'{n} steps' for n in recipe['steps']]], table)
+def report_sizes(rows, recipe, sizes, measure):
+    """Means and seeds' deviations; then neighbours, seed by seed."""
+    cells, N = {}, {}
+    for row in usual(rows):
+        cells.setdefault((row['size'], row['steps']), {})[row['seed']] = row
+        N[row['size']] = row['N']
 
-    print()
-    deviation, freedom = pooled(found.values())
-    print(f'pooled deviation {deviation:.4f} ({freedom} degrees of freedom)')
-    for n, (a, b) in itertools.product(recipe['steps'], zip(sizes, sizes[1:])):
-        if (a, n) in found and (b, n) in found:
-            drop = np.mean(found[a, n]) - np.mean(found[b, n])
-            print(f'{n} steps: {b} is {drop:.4f} below {a}, {drop / deviation:.1f} deviations')
-
-
-def judge(said, found):
-    """How the prediction did, and how far off it would have been to say "as the next smaller size"."""
-    sizes = list(dict.fromkeys(size for size, _ in found))
+    def mean_of(size, steps, name):
+        values = [row[name] for row in cells.get((size, steps), {}).values()]
+        return f'{np.mean(values):.4f}' if values else ''
     table = []
-    for steps, guess in said['losses'].items():
-        cell = said['size'], int(steps)
-        if cell in found:
-            loss = np.mean(found[cell])
-            smaller = np.mean(found[sizes[-2], int(steps)])
-            row = [guess['loss'], guess['low'], guess['high'], loss, loss - guess['loss'], loss - smaller]
-            table.append([f'{cell[0]} at {steps}', *[f'{x:.4f}' for x in row]])
-    grid.print_table(['', 'predicted', '90% from', 'to', 'measured', 'missed by', 'as the next smaller'], table)
+    for size in sizes:
+        losses = [['', '']] * len(recipe['steps'])
+        for place, steps in enumerate(recipe['steps']):
+            values = [1 - row[measure] for row in cells.get((size, steps), {}).values()]
+            if values:
+                deviation = np.std(values, ddof=1) if len(values) > 1 else math.nan
+                losses[place] = [f'{np.mean(values):.4f}', f'{deviation:.4f}']
+        long = recipe['steps'][-1]
+        probes = [mean_of(size, long, name) for name in PROBES]
+        seeds = len(cells.get((size, long), {}))
+        table.append([size, f'{N[size]:,}', seeds, *sum(losses, []), *probes])
+    heads = sum([[f'loss, {steps} steps', 'deviation'] for steps in recipe['steps']], [])
+    grid.print_table(['size', 'N', 'seeds', *heads, *PROBES], table)
+
+    table = []
+    for small, large in zip(sizes, sizes[1:]):
+        row = [f'{large} - {small}']
+        for steps in recipe['steps']:
+            for name in (measure, PROBES[0]):
+                ours, theirs = cells.get((large, steps), {}), cells.get((small, steps), {})
+                row.append(grid.percent(grid.differences(ours, theirs, name)))
+        table.append(row)
+    heads = sum([[f'{name}, {steps} steps' for name in (measure, PROBES[0])] for steps in recipe['steps']], [])
+    grid.print_table(['in percent, paired, 95%', *heads], table)
+
+
+def fitted(rows, recipe, measure):
+    """(N [R], losses [S, R, L]) of the sizes that are fitted, if all of them are there."""
+    N = np.array([vit_of(size, recipe)[1] for size in recipe['sizes']], float)
+    losses = array_of(rows, recipe, recipe['sizes'], measure)
+    return (N, losses) if len(losses) > 1 else None
+
+
+def report_fit(rows, recipe, measure):
+    found = fitted(rows, recipe, measure)
+    if not found:
+        return
+    N, losses = found
+    a, A, luck = bootstrap(N, losses)
+    print(f'\nexponent a {bounded(a)}; a run\'s own deviation ' +
+          ', '.join(f'{x:.4f} at {steps}' for x, steps in zip(luck.std(0), recipe['steps'])))
+
+    # where loss would end is a matter of the exponent: said only if the smallest tried lies outside
+    E = losses.mean((0, 1)) - by_size(N, a, A, N).mean(-2)              # [1 + draws, L]
+    if np.quantile(a, .05) > EXPONENTS[0]:
+        print('floor E: ' + ', '.join(f'{bounded(E[:, k])} at {n}' for k, n in enumerate(recipe['steps'])))
+    else:
+        print('floor E: not identified')
+
+    # the same forecast one size earlier, whose answer is known
+    earlier = forecast(N[:-1], losses[:, :-1], N[-1], len(losses))
+    known = (losses[:, -1] - losses[:, -2]).mean(0)
+    for place, steps in enumerate(recipe['steps']):
+        said = [f'{values[place]:.4f}' for values in earlier]
+        print(f"{recipe['sizes'][-1]} from the smaller ones, {steps} steps: {said[0]} ({said[1]} to {said[2]}), "
+              f'measured {known[place]:.4f}')
 
 
 def bounded(values):
-    """A number of the fit with its interval over the draws."""
-    low, high = middle_90(values[1:])
-    return f'{values[0]:.2f} ({low:.2f} to {high:.2f})'
+    """A number of the fit with its 90% interval over the draws."""
+    low, high = np.quantile(values[1:], (.05, .95))
+    return f'{values[0]:.3f} ({low:.3f} to {high:.3f})'
 
 
-def report_all(rows):
-    """Means over seeds of all students."""
-    keys = 'target', 'data', 'teacher', 'factor', 'size', 'steps'
-    groups = {}
-    for row in rows:
-        if not row['head']:
-            groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+def measured_difference(rows, said, steps):
+    """Held out minus the largest fitted, seed by seed."""
+    losses = {(row['size'], row['seed']): 1 - row[said['measure']] for row in usual(rows) if row['steps'] == steps}
+    return [losses[said['size'], seed] - losses[said['below'], seed] for size, seed in losses if size == said['size']]
+
+
+def report_prediction(rows, recipe, said):
     table = []
-    for group, own in groups.items():
-        means = [mean_of(own, name) for name in ('skill', 'train_skill', 'linear_top1', 'knn_top1')]
-        table.append([*group, len(own), *means])
-    grid.print_table([*keys, 'seeds', 'skill', 'train skill', 'linear probe', 'k-NN'], table)
+    for steps in recipe['steps']:
+        guess = said[str(steps)]
+        row = [f"{said['size']} - {said['below']}, {steps} steps"]
+        row += [f"{guess[name]:.4f}" for name in ('difference', 'low', 'high')]
+        differences = measured_difference(rows, said, steps)
+        if differences:
+            measured = np.mean(differences)
+            row += [f'{measured:.4f}', len(differences)]
+            row += [f'{measured - guess[name]:.4f}' for name in ('difference', 'same', 'line')]
+        table.append(row)
+    grid.print_table(['', 'predicted', '90% from', 'to', 'measured', 'seeds', 'missed by', '"the same" misses by',
+                      'a line in log N by'], table)
 
 
-def mean_of(rows, name):
-    values = [row[name] for row in rows if row[name] is not None]
-    return f'{np.mean(values):.3f}' if values else ''
+def report_rates(rows, measure):
+    """Loss of one seed at half, one and two times the rule's rate."""
+    table = []
+    for size, losses in rates_of(rows, measure).items():
+        table.append([size, *[f'{loss:.4f}' for _, loss in losses]])
+    grid.print_table(['rate', *[f'x {factor}' for factor in (.5, 1, 2)]], table)
 
 
-def transfer(rows, sized, probe):
-    """(size, skill, what a probe or a head reaches) of each run."""
-    skills = {(row['size'], row['seed'], row['steps']): row['skill'] for row in sized}
-    source = sized
-    if probe in ('box_ap', 'miou'):
-        source = [row for row in rows if row['head']]
-    pairs = []
-    for row in source:
-        key = row['size'], row['seed'], row['steps']
-        if row.get(probe) is not None and key in skills:
-            pairs.append((row['size'], skills[key], row[probe]))
-    return pairs
-
-
-def spearman(xs, ys):
-    """Correlation of ranks; equal values share one."""
-    def ranks(values):
-        values = np.array(values)
-        return [np.sum(values < x) + np.sum(values <= x) for x in values]
-    return float(np.corrcoef(ranks(xs), ranks(ys))[0, 1])
+def rates_of(rows, measure):
+    """{size: [(factor, loss)]} of the sizes that have all three."""
+    found = {}
+    others = [row for row in rows if row['factor'] != 1]
+    for row in others:
+        usual_one = [own for own in usual(rows) if all(own[key] == row[key] for key in ('size', 'seed', 'steps'))]
+        for own in (row, *usual_one):
+            found.setdefault(row['size'], {})[own['factor']] = 1 - own[measure]
+    return {size: sorted(losses.items()) for size, losses in found.items() if len(losses) == 3}
 
 
 # ---- pictures ---------------------------------------------------------------------------------------------------
 
-def draw(rows, sized, recipe, said, folder):
-    """scaling.png, transfer.png and eva.png, of what there is."""
-    if can_be_fitted(sized):
-        plot.draw_panels(folder / 'scaling.png', draw_laws(sized, recipe, said))
-
-    panels = []
-    for probe in ('knn_top1', 'linear_top1', 'box_ap', 'miou'):
-        points = {size: [] for size in (*recipe['sizes'], recipe['held_out'])}
-        for size, x, y in transfer(rows, sized, probe):
-            points[size].append((x, y, y, y))
-        panels.append(panel(f'{probe} against validation skill', 'skill', {}, points, ''))
-    plot.draw_panels(folder / 'transfer.png', panels)
+def draw(rows, curves, recipe, measure, prediction, folder):
+    """scaling.png, six panels, and eva.png."""
+    sizes = sizes_of(rows, recipe)
+    colours = plot.ramp((*recipe['sizes'], recipe['held_out']))
+    panels = [draw_curves(rows, curves, sizes, colours)]
+    found = fitted(rows, recipe, measure)
+    if found:
+        panels.append(draw_law(rows, recipe, measure, *found))
+        panels.append(draw_valleys(rows, curves, recipe, sizes, colours))
+        panels.append(draw_residuals(recipe, colours, *found))
+    panels.append(panel('loss at three learning rates, times the rule\'s', 'factor',
+                        rates_of(rows, measure), {}, 'x', colours=colours))
+    panels.append(draw_probes(rows, recipe, sizes))
+    plot.draw_panels(folder / 'scaling.png', panels)
 
     curve = {'EVA, 1B weights': [(epochs, 1 - cosine) for epochs, cosine in EVA.items()]}
     title = "EVA's own training curve: 1 - cosine, block masks"
     plot.draw_panels(folder / 'eva.png', [panel(title, 'epochs of 29.6M images', curve, {}, 'x')])
 
 
-def panel(title, xlabel, curves, points, log='xy'):
-    return plot.draw_curves(None, curves, points, xlabel, title, log, (720, 460))
+def panel(title, xlabel, curves, points, log='', **more):
+    return plot.draw_curves(None, curves, points, xlabel, title, log, (720, 460), **more)
 
 
-def draw_laws(sized, recipe, said):
-    """Loss against compute; loss against weights with the joint fit and the prediction."""
-    found = cells(sized)
-    one = {(row['size'], row['steps']): row for row in sized}
-    by_size, by_length, curves = {}, {}, {}
-    for cell, losses in found.items():
-        size, steps = cell
-        mean = np.mean(losses)
-        deviation = np.nan_to_num(pooled_at(found, steps)[0])
-        bar = mean - deviation, mean, mean + deviation
-        by_size.setdefault(size, []).append((one[cell]['flops'], *bar))
-        by_length.setdefault(f'{steps} steps', []).append((one[cell]['N'], *bar))
-        curves.setdefault(size, []).append((one[cell]['flops'], mean))
-    first = panel('loss (1 - skill) against compute', "student's training FLOPs", curves, by_size)
+def draw_curves(rows, curves, sizes, colours):
+    """Every run's training loss."""
+    size_of = {row['name']: row['size'] for row in usual(rows)}
+    thin = {size: {} for size in sizes}
+    for row in curves:
+        if row['name'] in size_of:
+            own = thin[size_of[row['name']]]
+            own.setdefault(row['name'], []).append((row['images'], row['loss']))
+    thin = {size: list(own.values()) for size, own in thin.items()}
+    return panel('1 - cosine in training, every run', 'images', {}, {}, 'xy', thin=thin, colours=colours)
 
-    law = joint(sized)
-    weights = [row['N'] for row in sized]
-    N = np.geomspace(min(weights), max(weights), 40)
-    curves = {}
-    for n in recipe['steps']:
-        fitted = predict(law, N, n * recipe['batch_size'])[0]
-        curves[f'{n} steps'] = list(zip(N, fitted))
-    if said:
-        beside = 1.08 * said['N']                   # not under what was measured
-        by_length['predicted, 90%'] = [(beside, guess['low'], guess['loss'], guess['high'])
-                                       for guess in said['losses'].values()]
-    return [first, panel('loss against weights, and the joint fit', 'weights N', curves, by_length)]
+
+def draw_law(rows, recipe, measure, N, losses):
+    """Loss over weights at both lengths: the law, its band, what was fitted, and what came after."""
+    a, A, _ = bootstrap(N, losses)
+    mean = losses.mean(0)                                               # [R, L]
+    N_new = vit_of(recipe['held_out'], recipe)[1]
+    wide = np.geomspace(min(N), N_new, 40)
+    heights = by_size(wide, a, A, N) - by_size(N, a, A, N).mean(1)[:, None] + mean.mean(0)      # [1 + draws, 40, L]
+    low, high = np.quantile(heights[1:], (.05, .95), axis=0)
+
+    lines, points, bands = {}, {}, {}
+    for place, steps in enumerate(recipe['steps']):
+        name = f'{steps} steps'
+        lines[name] = list(zip(wide, heights[0, :, place]))
+        bands[name] = list(zip(wide, low[:, place], high[:, place]))
+        points[name] = []
+        for size_N, values in zip(N, losses[:, :, place].T):
+            points[name].append(with_interval(size_N, values))
+        after = [1 - row[measure] for row in usual(rows)
+                 if row['size'] == recipe['held_out'] and row['steps'] == steps]
+        if after:
+            points[f'{recipe["held_out"]}, after'] = points.get(f'{recipe["held_out"]}, after', [])
+            points[f'{recipe["held_out"]}, after'].append(with_interval(N_new, after))
+    shades = dict(zip((*lines, f'{recipe["held_out"]}, after'), plot.COLOURS))
+    return panel('loss over weights: law, 90% band, and what was held out', 'weights N', lines, points, 'x',
+                 bands=bands, colours=shades)
+
+
+def with_interval(x, values):
+    """A point with the standard error of its mean."""
+    mean = np.mean(values)
+    error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.
+    return x, mean - error, mean, mean + error
+
+
+def draw_valleys(rows, curves, recipe, sizes, colours):
+    """Training loss at a constant rate over weights, at four budgets of compute."""
+    flops = {size: run.training_flops(vit_of(size, recipe)[0]) for size in sizes}
+    means = constant_rate(rows, curves, recipe)
+    budgets = []
+    for size in (sizes[1], sizes[2], sizes[-3], sizes[-2]):
+        budgets.append(flops[size] * recipe['batch_size'] * recipe['steps'][-1] * (1 - COOLDOWN) * .9)
+    valleys = {}
+    for budget in sorted(budgets):
+        valley = []
+        for size in sizes:
+            images, losses = means.get(size, ([0], [0]))
+            D = budget / flops[size]
+            if images[0] <= D <= images[-1]:
+                valley.append((vit_of(size, recipe)[1], float(np.interp(math.log(D), np.log(images), losses))))
+        if len(valley) > 1:
+            valleys[f'{budget / 1e12:.2g} TFLOP'] = valley
+    points = {name: [(x, y, y, y) for x, y in valley] for name, valley in valleys.items()}
+    return panel('1 - cosine at equal compute, constant rate', 'weights N', valleys, points, 'x')
+
+
+def constant_rate(rows, curves, recipe):
+    """{size: (images [n], mean training loss [n])} of the parts of runs before their rate falls."""
+    wanted = {row['name']: row for row in usual(rows)}
+    own = {}
+    for point in curves:
+        row = wanted.get(point['name'])
+        if not row:
+            continue
+        if point['images'] < (1 - COOLDOWN) * row['steps'] * row['batch_size']:
+            own.setdefault(row['size'], {}).setdefault(point['images'], []).append(point['loss'])
+    means = {}
+    for size, found in own.items():
+        images = sorted(found)
+        means[size] = images, [np.mean(found[x]) for x in images]
+    return means
+
+
+def draw_residuals(recipe, colours, N, losses):
+    """What the law leaves of each run, in deviations."""
+    a, A = fit(N, losses)
+    rest = losses - by_size(N, a, A, N)
+    rest = rest - rest.mean(1, keepdims=True)                           # [S, R, L]
+    rest = rest / rest.std((0, 1))
+    points = {}
+    for place, steps in enumerate(recipe['steps']):
+        shift = 1.06 ** (2 * place - 1)                                 # side by side
+        points[f'{steps} steps'] = [(n * shift, y, y, y) for n, own in zip(N, rest[:, :, place].T) for y in own]
+    return panel('what the law leaves of each run, in deviations', 'weights N', {}, points, 'x')
+
+
+def draw_probes(rows, recipe, sizes):
+    """Probes and a linear segmentation head over weights, beside a world in which size should buy little."""
+    names = {'linear_top1': 'linear probe', 'knn_top1': 'k-NN'}
+    long = recipe['steps'][-1]
+    lines, points = {}, {}
+    for probe, name in names.items():
+        for world, title in (('shapes', name), (POOR, f'{name}, poor world')):
+            values = {}
+            for row in usual(rows, world=world):
+                if world == POOR or row['steps'] == long:
+                    values.setdefault(row['N'], []).append(100 * row[probe])
+            own = [with_interval(x, values[x]) for x in sorted(values)]
+            if own:
+                points[title] = own
+                lines[title] = [(x, y) for x, _, y, _ in own]
+    heads = sorted((row['N'], row['miou']) for row in rows if row['head'])
+    if heads:
+        lines['mIoU'] = heads
+        points['mIoU'] = [(x, y, y, y) for x, y in heads]
+    return panel(f'percent, frozen, after {long} steps', 'weights N', lines, points, 'x')
 
 
 def main():
     parser = grid.make_parser(__doc__)
-    parser.add_argument('name', nargs='?', choices=STUDIES, help='without it: tables and pictures of --csv')
-    parser.add_argument('--csv', default='studies/scaling.csv', help='earlier runs')
-    parser.add_argument('--out_dir', default='out/study', help='for runs and pictures (out/study)')
+    parser.add_argument('--hours', type=float, default=0, help='stop after so many; 0: when all is done')
+    parser.add_argument('--report', action='store_true', help='only tables and pictures, of the runs in studies/')
+    parser.add_argument('--out_dir', default='out/scaling', help='for runs and pictures (out/scaling)')
     parser.add_argument('--device', default='', help='of the runs')
     args = parser.parse_args()
     folder = Path(args.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    if args.name:
-        return run_study(args.name, folder, args.device, args.jobs)
+    if not args.report:
+        return run_all(folder, args.device, args.jobs, args.hours)
 
-    rows = grid.read_csv(args.csv)
-    if not rows:
-        grid.refuse(f'{args.csv} has no runs')
-    sizes = {row['size'] for row in rows}
-    recipe = RECIPES['cpu' if sizes <= {'pico', 'nano', 'micro', 'mini'} else 'cuda']
-    report(rows, recipe, Path(args.csv).parent / 'prediction.json', folder)
-    print(f'{folder}: scaling.png, transfer.png, eva.png')
+    kept = grid.ROOT / 'studies'
+    report(kept / 'scaling.csv', kept / 'scaling_curves.csv', kept / 'prediction.json', folder, RECIPES['cpu'])
+    print(f'{folder}: scaling.png, eva.png')
 
 
 if __name__ == '__main__':

@@ -30,7 +30,7 @@ def refusal(monkeypatch, capsys, stage, *flags):
 
 
 @pytest.mark.parametrize('flags, expected', [
-    (['--size', 'huge'], 'pico, nano'),
+    (['--size', 'huge'], 'femto, femto-plus, pico'),
     (['--batch_size', '0'], '--batch_size 0'),
     (['--data', 'nowhere'], 'nowhere'),
     (['--data', 'shapes:objects=99'], 'objects=99'),
@@ -64,7 +64,8 @@ OUT_OF_BOUNDS = {
     mim_pretrain: [
         ('target', ['', 'CLIP']), ('mask', ['', 'round']), ('mask_ratio', ['-1', '1e308', 'nan']), ('target_layer', ['-1', HUGE]),
         ('init_gain', ['-1', 'inf', '1e308']), ('micro_batch', ['-1', HUGE]), ('cooldown', ['-1', HUGE]),
-        ('weight_decay', ['-1', 'nan', '1e308']), ('min_lr', ['-1', 'inf']),
+        ('weight_decay', ['-1', 'nan', '1e308']), ('min_lr', ['-1', 'inf']), ('target_norm', ['', 'std']),
+        ('loss_on', ['', 'visible']), ('registers', ['-1', '1025', HUGE]),
     ],
     clip_train: [
         ('embed', ['0', '-1', HUGE]), ('drop_tokens', ['1', '-1', 'nan']), ('optimizer', ['', 'sgd']), ('text_lr', ['-1', 'nan', '1e308']),

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import clip_train
@@ -40,7 +41,7 @@ import study            # noqa: E402
 
 STAGES = {stage.__name__ + '.py': stage for stage in (mim_pretrain, clip_train, finetune, detect_seg)}
 RECIPE = scaling.RECIPES['cpu']
-WEIGHTS = {size: scaling.vit_of(size, RECIPE)[1] for size in ('pico', 'nano', 'micro', 'mini')}
+WEIGHTS = np.array([scaling.vit_of(size, RECIPE)[1] for size in (*RECIPE['sizes'], RECIPE['held_out'])], float)
 
 
 def refused(capsys, function, *arguments):
@@ -105,16 +106,15 @@ def understood(words):
 
 
 @pytest.mark.parametrize('device', scaling.RECIPES)
-@pytest.mark.parametrize('name', scaling.STUDIES)
-def test_every_run_of_scaling_is_a_command_that_is_understood(name, device, tmp_path):
+def test_every_run_of_scaling_is_a_command_that_is_understood(device, tmp_path):
     """Names are unique, branches point to runs of the study, the stage takes the flags, and no student sees as
     many images as the teacher."""
     recipe = scaling.RECIPES[device]
-    taught = recipe['teacher_steps'] * clip_train.RECIPES[recipe['teacher']]['batch_size']
-    first, then = scaling.runs_of(name, recipe)
-    names = [one['name'] for one in first + then]
-    assert len(set(names)) == len(names) and all(one.get('after', names[0]) in names for one in first + then)
-    for one in first + then:
+    taught = max(recipe['teacher_steps']) * clip_train.RECIPES[recipe['teacher']]['batch_size']
+    runs = sum(scaling.phases(recipe).values(), [])
+    names = [one['name'] for one in runs]
+    assert len(set(names)) == len(names) and all(one.get('after', names[0]) in names for one in runs)
+    for one in runs:
         cfg = understood(scaling.as_command(one, recipe, tmp_path)['words'])
         M.check_grid(cfg.image_size, cfg.image_size, cfg.patch_size)
         if not one['head']:
@@ -134,11 +134,11 @@ def test_every_run_of_a_study_is_a_command_that_is_understood(name):
 
 
 def test_the_held_out_size_comes_last():
-    """None of its runs is in the part that the prediction is made from, its bracket included."""
-    first, then = scaling.runs_of('sizes', RECIPE)
-    assert {one['size'] for one in first} == {'pico', 'nano', 'micro'} and {one['size'] for one in then} == {'mini'}
-    seeds = {(one['size'], one['steps']): 0 for one in first if one['factor'] == 1}
-    assert sum(one['factor'] == 1 for one in first) - len(seeds) >= 8          # degrees of freedom
+    """None of its runs is in a part before the prediction is made, its rates included."""
+    names = list(scaling.phases(RECIPE))
+    for name, runs in scaling.phases(RECIPE).items():
+        before = names.index(name) < names.index('held out')
+        assert not (before and RECIPE['held_out'] in {one['size'] for one in runs})
 
 
 def test_a_plan_for_a_gpu_needs_none(capsys):
@@ -265,116 +265,135 @@ def test_tables_come_out_of_the_csv(name, expected, monkeypatch, capsys):
 
 # ---- fits
 
-def made_up(noise, seed=0, sizes=('pico', 'nano', 'micro'), law=(.25, 3., .3, 30., .5)):
-    """Rows whose losses follow a known law, each run and its branches with some luck of their own."""
-    E, A, a, B, b = law
-    rng, rows = np.random.default_rng(seed), []
-    for size in sizes:
-        for s in (0, 1):
-            luck = noise * rng.normal()
-            for one in scaling.lengths(RECIPE, size, s):
-                N, D = WEIGHTS[size], one['steps'] * one['batch_size']
-                loss = (E + A * N ** -a + B * D ** -b) * (1 + luck + noise / 3 * rng.normal())
-                rows.append(dict(one, N=N, flops=6 * N * D, skill=1 - loss, train_skill=1 - loss, head=None,
-                                 knn_top1=.9 - loss, linear_top1=.9 - loss))
+def made_up(noise, seed=0, num=7, a=.3, A=(3., 3.5), seeds=4):
+    """Losses [S, num, 2] that follow a known law, with luck of a seed and of each of its runs."""
+    rng = np.random.default_rng(seed)
+    law = scaling.by_size(WEIGHTS[:num], a, np.array(A) * WEIGHTS[:7].prod() ** (-a / 7), WEIGHTS[:7])
+    shared = .3 + 5 * noise * rng.normal(size=(seeds, 1, 2))
+    return shared + law + noise * rng.normal(size=(seeds, num, 2))
+
+
+def made_up_rows(noise, num=7, **more):
+    """The same as rows of a csv."""
+    runs = {one['name']: one for one in sum(scaling.phases(RECIPE).values(), [])}
+    rows = []
+    sizes = [*RECIPE['sizes'], RECIPE['held_out']][:num]
+    for seed, own in enumerate(made_up(noise, num=num, **more)):
+        for size, losses in zip(sizes, own):
+            for steps, loss in zip(RECIPE['steps'], losses):
+                one = runs.get(f'{size}-{seed}-{steps}')
+                if one:
+                    rows.append(dict(one, skill=1 - loss, skill_rest=1 - 2 * loss, r2=1 - loss / 2, linear_top1=.9 - loss,
+                                     knn_top1=.8 - loss, miou=None))
     return rows
 
 
-def test_the_joint_law_is_found():
-    """Weights and images at once, from three sizes and three lengths."""
-    law = scaling.joint(made_up(0.), draws=1)
-    assert law['numbers'][0, 3:] == pytest.approx([.3, .5], rel=.1)
-    N, D = WEIGHTS['mini'], 6400 * 16
-    assert scaling.predict(law, N, D)[0, 0] == pytest.approx(.25 + 3 * N ** -.3 + 30 * D ** -.5, abs=1e-3)
+@pytest.mark.parametrize('a', [.1, .3, .8])
+def test_the_law_is_found(a):
+    """Exact losses: the exponent to the lattice's step, an A for each length."""
+    found, A = scaling.fit(WEIGHTS[:7], made_up(0., a=a))
+    assert found == pytest.approx(a, rel=.03)
+    assert A[1] / A[0] == pytest.approx(3.5 / 3., rel=.01)
 
 
-@pytest.mark.parametrize('E, a, b', [(.3, .4, .7), (0., .8, .2), (.2, .15, 1.)])
-def test_other_laws_are_found(E, a, b):
-    """Exact losses: the exponents to the lattice's step, the curve within two thousandths, beyond the points too."""
-    A, B = .1 * WEIGHTS['nano'] ** a, .1 * 50_000 ** b
-    law = scaling.joint(made_up(0., law=(E, A, a, B, b)), draws=1, num=48)
-    assert law['numbers'][0, 3:] == pytest.approx([a, b], rel=.1)
-    N, D = WEIGHTS['mini'], 6400 * 16
-    assert scaling.predict(law, N, D)[0, 0] == pytest.approx(E + A * N ** -a + B * D ** -b, abs=2e-3)
+def test_what_all_sizes_of_a_seed_share_changes_no_fit():
+    """The luck of a seed's images is no size's."""
+    losses = made_up(.003)
+    shifted = losses + np.arange(8.).reshape(4, 1, 2)
+    for ours, theirs in zip(scaling.fit(WEIGHTS[:7], losses), scaling.fit(WEIGHTS[:7], shifted)):
+        assert ours == pytest.approx(theirs)
 
 
-def test_the_order_in_which_runs_finish_changes_no_prediction():
-    """A place in a run is a length, whichever study ran it first; a run without all its lengths is left out."""
-    rows, N, D = made_up(.01), WEIGHTS['mini'], 6400 * 16
-    shuffled = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
-    guesses = [scaling.forecast(scaling.joint(some, draws=50, num=8), N, D, 2)
-               for some in (rows, sorted(shuffled, key=lambda row: rows.index(row) // 3), rows + [dict(rows[0], seed=9)])]
-    assert guesses[0] == guesses[1] == guesses[2]
-
-
-def test_numbers_of_a_fit_are_never_negative():
-    """A law that rises with size is fitted as one that size does not change."""
-    N, D = np.geomspace(1e4, 1e6, 5), np.array([1e4, 1e5, 1e6])
-    law = scaling.fit(N, D, .3 + .02 * np.log10(N)[:, None] + D ** -.5, num=8)
-    assert (law['numbers'] >= 0).all() and law['numbers'][0, 1] == 0
-    assert scaling.predict(law, 1e7, 1e6)[0, 0] <= .42
+def test_a_law_that_rises_with_size_is_fitted_as_flat():
+    """A is never negative."""
+    assert (scaling.fit(WEIGHTS[:7], -made_up(0.))[1] == 0).all()
 
 
 def test_intervals_cover_what_is_held_out():
-    """Of 50 made-up studies, the 90% interval holds the largest size's own run in four fifths or more, and is of use:
-    narrower than half the drop from the smallest size."""
-    N, D = WEIGHTS['mini'], 6400 * 16
-    held, widths = [], []
+    """Of 50 made-up studies the 90% interval holds the held-out difference in four fifths or more, and is of use:
+    narrower than half the drop from pico to mini."""
+    held, shares = [], []
     for seed in range(50):
-        guess = scaling.forecast(scaling.joint(made_up(.01, seed), draws=100, num=16), N, D, 2)
-        rng = np.random.default_rng(1000 + seed)
-        loss = (.25 + 3 * N ** -.3 + 30 * D ** -.5) * (1 + .01 * rng.normal() + .01 / 3 * rng.normal())
-        held.append(guess['low'] <= loss <= guess['high'])
-        widths.append(guess['high'] - guess['low'])
-    drop = 3 * (WEIGHTS['pico'] ** -.3 - N ** -.3)
-    assert np.mean(held) >= .8 and np.mean(widths) < drop / 2
+        losses = made_up(.003, seed, num=8)
+        _, low, high = scaling.forecast(WEIGHTS[:7], losses[:, :7], WEIGHTS[7], 3)
+        measured = (losses[:3, 7] - losses[:3, 6]).mean(0)
+        held.append((low <= measured) & (measured <= high))
+        law = made_up(0., num=8)[0]
+        shares.append((high - low) / (law[2] - law[6]))
+    assert np.mean(held) >= .8 and np.mean(shares) < .5
 
 
-def test_pooled_deviation_by_hand():
-    """Within cells only, over their degrees of freedom."""
-    std, freedom = scaling.pooled([[1., 3.], [10., 10., 13.]])
-    assert freedom == 3 and std == pytest.approx(((1 + 1 + 1 + 1 + 4) / 3) ** .5)
+def test_the_expected_width_is_that_of_studies_as_lucky():
+    """Twice the luck, twice the width."""
+    drop = np.array([.02, .02])
+    one, two = [scaling.expected_width(RECIPE, drop, deviation, tries=10) for deviation in (.001, .002)]
+    assert two / one == pytest.approx([2, 2], rel=.25)
 
 
-def test_ranks_are_compared():
-    assert scaling.spearman([1, 2, 3, 4], [10, 20, 30, 1e6]) == pytest.approx(1)
-    assert scaling.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
-    assert scaling.spearman([1, 2, 3, 4], [0, 0, 5, 5]) == pytest.approx(scaling.spearman([2, 1, 4, 3], [0, 0, 5, 5]))
+def test_the_measure_that_tells_the_pilots_sizes_apart_is_chosen():
+    """By their paired difference in units of its own deviation, not by how large it is."""
+    rows = made_up_rows(.003)
+    luck = np.random.default_rng(0)
+    for row in rows:
+        row['r2'] = .5 + .2 * (row['size'] == 'nano') + .3 * luck.normal()
+    chosen, ratios = scaling.choose_measure(rows, RECIPE)
+    assert chosen in ('skill', 'skill_rest') and ratios['skill'].mean() > ratios['r2'].mean()
+
+
+def test_a_perfect_prediction_has_every_measure_at_one():
+    """And a constant for each position at nought."""
+    torch.manual_seed(0)
+    places = torch.arange(4).repeat(50)
+    targets = F.normalize(torch.randn(200, 8) + torch.randn(4, 8)[places], dim=-1)
+    axes = torch.linalg.eigh(targets.T @ targets)[1]
+    constant = scaling.at_place(targets, places)
+    assert scaling.skill(targets, targets, places) == pytest.approx(1, abs=1e-5)
+    assert scaling.skill(constant, targets, places) == pytest.approx(0, abs=1e-5)
+    assert scaling.whitened_r2(targets, targets, places, axes) == pytest.approx(1, abs=1e-4)
+    assert scaling.whitened_r2(constant, targets, places, axes) == pytest.approx(0, abs=1e-4)
 
 
 def test_a_study_is_reported_and_drawn_from_its_csv(tmp_path, capsys):
-    """The prediction is written before the held-out size is there and not again; report and pictures need the csv
+    """The prediction is written before the held-out size is there and not again; report and pictures need the rows
     alone."""
-    rows = [dict(row, head='', unique=0) for row in made_up(.003)]
+    rows = made_up_rows(.003)
     grid.write_csv(tmp_path / 'runs.csv', rows)
     scaling.write_prediction(tmp_path, RECIPE)
-    said = (tmp_path / 'prediction.json').read_text().replace('"runs": 18', '"runs": 17')
+    said = (tmp_path / 'prediction.json').read_text().replace('"seeds": 4', '"seeds": 5')
     (tmp_path / 'prediction.json').write_text(said)
-    grid.write_csv(tmp_path / 'runs.csv', rows + made_up(.003, seed=1, sizes=('mini',))[:3])
+    grid.write_csv(tmp_path / 'runs.csv', made_up_rows(.003, num=8))
     scaling.write_prediction(tmp_path, RECIPE)
     assert (tmp_path / 'prediction.json').read_text() == said
-    scaling.report(grid.read_csv(tmp_path / 'runs.csv'), RECIPE, tmp_path / 'prediction.json', tmp_path)
+
+    curves = [dict(name=row['name'], images=images, loss=.4) for row in rows for images in (1000, 20_000, 60_000)]
+    grid.write_csv(tmp_path / 'curves.csv', curves)
+    files = [tmp_path / name for name in ('runs.csv', 'curves.csv', 'prediction.json')]
+    scaling.report(*files, tmp_path, RECIPE)
     out = capsys.readouterr().out
-    assert '9 degrees of freedom' in out and '| mini at 1600 |' in out and 'L(N, D) = E' in out
+    assert '| ti - mini, 6400 steps |' in out and 'exponent a' in out and 'nano - pico-plus' in out
     assert Image.open(tmp_path / 'scaling.png').size[0] == 2 * 720 and (tmp_path / 'eva.png').exists()
 
 
-@pytest.mark.parametrize('name', scaling.STUDIES)
-def test_a_study_alone_is_reported(name, tmp_path, capsys):
-    """In a folder of its own, with one seed of each of its runs, and with its first run alone."""
-    first, then = scaling.runs_of(name, RECIPE)
-    rows = [dict(one, N=WEIGHTS[one['size']], flops=1e9 * one['steps'], skill=.5 + one['steps'] / 1e5 + i / 1e4,
-                 train_skill=.6, linear_top1=.7 + i / 1e3, knn_top1=.7 - i / 1e3) for i, one in enumerate(first + then)]
-    for some in (rows[:1], rows):
-        grid.write_csv(tmp_path / 'runs.csv', some)
-        scaling.report(grid.read_csv(tmp_path / 'runs.csv'), RECIPE, tmp_path / 'prediction.json', tmp_path)
-    assert (tmp_path / 'eva.png').exists()
+@pytest.mark.parametrize('part', ['pilot', 'sizes', 'poor world'])
+def test_an_unfinished_study_is_reported(part, tmp_path, capsys):
+    """With its pilot alone, with half of its sizes, with other worlds and rates."""
+    there = made_up_rows(.003)
+    pilot = [row for row in there if row['size'] in RECIPE['pilot']]
+    rows = {'pilot': pilot, 'sizes': there[:len(there) // 2] + pilot, 'poor world': list(there)}[part]
+    if part == 'poor world':
+        for name in ('rates', 'poor world'):
+            rows += [dict(one, skill=.5, skill_rest=.4, r2=.3, linear_top1=.9, knn_top1=.9)
+                     for one in scaling.phases(RECIPE)[name]]
+    grid.write_csv(tmp_path / 'runs.csv', rows)
+    files = [tmp_path / name for name in ('runs.csv', 'curves.csv', 'prediction.json')]
+    scaling.report(*files, tmp_path, RECIPE)
+    assert 'expected width' in capsys.readouterr().out and (tmp_path / 'scaling.png').exists()
 
 
 def test_runs_with_other_settings_are_not_taken_for_this_ones(tmp_path, capsys):
     one = dict(scaling.student(RECIPE, 'pico', 0, RECIPE['steps'][0]), lr=.123)
     grid.write_csv(tmp_path / 'runs.csv', [one])
-    assert 'pico-0-1600 with other settings' in refused(capsys, scaling.run_study, 'sizes', tmp_path, 'cpu', 2)
+    assert 'pico-0-3200 with other settings' in refused(capsys, scaling.run_all, tmp_path, 'cpu', 2, 0)
 
 
 def test_curves_are_drawn(tmp_path):
