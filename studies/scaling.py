@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import grid
+import law
 import plot
 
 sys.path.insert(0, str(grid.ROOT))
@@ -134,6 +135,11 @@ def vit_of(size, recipe):
     with torch.device('meta'):
         vit = M.ViT(config)
     return config, run.count_parameters(vit.blocks) + run.count_parameters(vit.patch_embed)
+
+
+def weights_of(recipe):
+    """N of the sizes that are fitted: [R]."""
+    return np.array([vit_of(size, recipe)[1] for size in recipe['sizes']], float)
 
 
 def run_all(folder, device, jobs, hours):
@@ -268,92 +274,7 @@ def curve_of(one, folder, windows=24):
     return rows
 
 
-# ---- the fit ----------------------------------------------------------------------------------------------------
-
-EXPONENTS = np.geomspace(.02, 2, 200)
-
-
-def fit(N, losses):
-    """L = E + A N^-a with one exponent, an A for each length, and an E for each seed and length: the luck that all
-    sizes of a seed share drops out. Given the exponent the rest is linear and solved exactly (variable projection).
-    With two lengths, B D^-b of the joint law is no more than the difference of their E.
-
-    N [R]; losses [..., S, R, L] of S seeds, R sizes, L lengths -> a [...], A [..., L]."""
-    x = powers(N, N)                                                    # [P, R]
-    x = x - x.mean(1, keepdims=True)
-    y = losses.mean(-3)                                                 # [..., R, L]
-    y = y - y.mean(-2, keepdims=True)
-    products = np.einsum('pr,...rl->...pl', x, y)
-    squares = (x ** 2).sum(1)[:, None]                                  # [P, 1]
-    slopes = (products / squares).clip(min=0)                           # size never hurts
-    explained = (2 * slopes * products - slopes ** 2 * squares).sum(-1)     # [..., P]
-    best = explained.argmax(-1)                                         # [...]
-    A = np.take_along_axis(slopes, best[..., None, None], axis=-2)[..., 0, :]
-    return EXPONENTS[best], A
-
-
-def powers(N, unit):
-    """N^-a of every exponent tried, N in units of a middle size: [P, len(N)]."""
-    middle = np.exp(np.log(unit).mean())
-    return (np.atleast_1d(N) / middle) ** -EXPONENTS[:, None]
-
-
-def by_size(N, a, A, unit):
-    """A N^-a of fits a [...], A [..., L] at N [R]: [..., R, L]."""
-    middle = np.exp(np.log(unit).mean())
-    x = (np.atleast_1d(N) / middle) ** -np.asarray(a)[..., None]        # [..., R]
-    return x[..., :, None] * A[..., None, :]
-
-
-def bootstrap(N, losses, draws=2000):
-    """The fit, so many fits to what other luck would have given, and the luck of single runs.
-    A run's lengths share their luck and stay together. -> (a [1 + draws], A [1 + draws, L], luck [S * R, L])."""
-    S, R, L = losses.shape
-    a, A = fit(N, losses)
-    law = by_size(N, a, A, N)                                           # [R, L]
-    rest = losses - law
-    E = rest.mean(1, keepdims=True)                                     # [S, 1, L]
-    freedom = S * (R - 1) - 1.5                                         # of each length: E, A, half of a
-    luck = (rest - E).reshape(S * R, L) * math.sqrt(S * R / freedom)
-
-    # few runs tell little of how large luck is: Student's t instead of a normal deviate
-    rng = np.random.default_rng(0)
-    stretch = np.sqrt(freedom / rng.chisquare(freedom, draws))
-    others = luck[rng.integers(S * R, size=(draws, S, R))]              # [draws, S, R, L]
-    again = fit(N, E + law + others * stretch[:, None, None, None])
-    return np.append(a, again[0]), np.concatenate((A[None], again[1])), luck
-
-
-def forecast(N, losses, N_new, seeds):
-    """How much lower the new size's loss is than the largest's, the mean over so many shared seeds:
-    (differences [L], low [L], high [L]), 90%, of the fit's uncertainty and the new runs' luck together."""
-    a, A, luck = bootstrap(N, losses)
-    both = by_size([N_new, max(N)], a, A, N)                            # [1 + draws, 2, L]
-    difference = both[:, 0] - both[:, 1]
-    rng = np.random.default_rng(1)
-    draws = len(a) - 1
-    of_new = luck[rng.integers(len(luck), size=(draws, seeds))].mean(1)         # [draws, L]
-    of_largest = luck[rng.integers(len(luck), size=(draws, seeds))].mean(1)
-    low, high = np.quantile(difference[1:] + of_new - of_largest, (.05, .95), axis=0)
-    return difference[0], low, high
-
-
-def expected_width(recipe, drop, deviation, a=.3, tries=40):
-    """Of the study as designed, the interval's width over the drop from pico to the largest fitted size, if the law
-    held: drop from the pilot's first to its second size, and a run's own deviation, both as the pilot found them."""
-    N = np.array([vit_of(size, recipe)[1] for size in recipe['sizes']], float)
-    first, second = [recipe['sizes'].index(size) for size in recipe['pilot']]
-    x = N ** -a
-    A = drop / (x[first] - x[second])                                   # [L]
-    rng = np.random.default_rng(0)
-    N_new = vit_of(recipe['held_out'], recipe)[1]
-    shares = []
-    for _ in range(tries):
-        luck = rng.normal(size=(recipe['seeds'], len(N), len(drop))) * deviation
-        _, low, high = forecast(N, x[:, None] * A + luck, N_new, recipe['held_out_seeds'])
-        shares.append((high - low) / (A * (x[first] - x[-1])))
-    return np.mean(shares, axis=0)                                      # [L]
-
+# ---- the prediction ---------------------------------------------------------------------------------------------
 
 def array_of(rows, recipe, sizes, measure):
     """Losses [S, R, L] of the seeds that have every one of these sizes and lengths."""
@@ -397,10 +318,9 @@ def write_prediction(folder, recipe):
 def predict(rows, recipe):
     measure, _ = choose_measure(rows, recipe)
     sizes, held_out = recipe['sizes'], recipe['held_out']
-    N = np.array([vit_of(size, recipe)[1] for size in sizes], float)
     N_new = vit_of(held_out, recipe)[1]
-    losses = array_of(rows, recipe, sizes, measure)
-    said = forecast(N, losses, N_new, recipe['held_out_seeds'])
+    N, losses = fitted(rows, recipe, measure)
+    said = law.forecast(N, losses, N_new, recipe['held_out_seeds'])
 
     # the rivals: as the largest, and a straight line in log N through the two largest
     mean = losses.mean(0)                                               # [R, L]
@@ -443,7 +363,10 @@ def report_width(rows, recipe, measure):
     losses = array_of(rows, recipe, recipe['pilot'], measure)
     paired = losses[:, 0] - losses[:, 1]
     deviation = paired.std(0, ddof=1) / math.sqrt(2)                    # of one run, its seed's luck apart
-    shares = expected_width(recipe, paired.mean(0), deviation)
+    N = weights_of(recipe)
+    pair = [recipe['sizes'].index(size) for size in recipe['pilot']]
+    N_new = vit_of(recipe['held_out'], recipe)[1]
+    shares = law.expected_width(N, N_new, pair, paired.mean(0), deviation, recipe['seeds'], recipe['held_out_seeds'])
     said = ', '.join(f'{share:.2f} at {steps}' for share, steps in zip(shares, recipe['steps']))
     print(f"\nexpected width of the interval over the drop from {recipe['pilot'][0]} to {recipe['sizes'][-1]}: {said}")
 
@@ -487,9 +410,8 @@ def report_sizes(rows, recipe, sizes, measure):
 
 def fitted(rows, recipe, measure):
     """(N [R], losses [S, R, L]) of the sizes that are fitted, if all of them are there."""
-    N = np.array([vit_of(size, recipe)[1] for size in recipe['sizes']], float)
     losses = array_of(rows, recipe, recipe['sizes'], measure)
-    return (N, losses) if len(losses) > 1 else None
+    return (weights_of(recipe), losses) if len(losses) > 1 else None
 
 
 def report_fit(rows, recipe, measure):
@@ -497,19 +419,19 @@ def report_fit(rows, recipe, measure):
     if not found:
         return
     N, losses = found
-    a, A, luck = bootstrap(N, losses)
+    a, A, luck = law.bootstrap(N, losses)
     print(f'\nexponent a {bounded(a)}; a run\'s own deviation ' +
           ', '.join(f'{x:.4f} at {steps}' for x, steps in zip(luck.std(0), recipe['steps'])))
 
     # where loss would end is a matter of the exponent: said only if the smallest tried lies outside
-    E = losses.mean((0, 1)) - by_size(N, a, A, N).mean(-2)              # [1 + draws, L]
-    if np.quantile(a, .05) > EXPONENTS[0]:
+    E = losses.mean((0, 1)) - law.size_term(N, a, A, N).mean(-2)        # [1 + draws, L]
+    if np.quantile(a, .05) > law.EXPONENTS[0]:
         print('floor E: ' + ', '.join(f'{bounded(E[:, k])} at {n}' for k, n in enumerate(recipe['steps'])))
     else:
         print('floor E: not identified')
 
     # the same forecast one size earlier, whose answer is known
-    earlier = forecast(N[:-1], losses[:, :-1], N[-1], len(losses))
+    earlier = law.forecast(N[:-1], losses[:, :-1], N[-1], len(losses))
     known = (losses[:, -1] - losses[:, -2]).mean(0)
     for place, steps in enumerate(recipe['steps']):
         said = [f'{values[place]:.4f}' for values in earlier]
@@ -604,11 +526,11 @@ def draw_curves(rows, curves, sizes, colours):
 
 def draw_law(rows, recipe, measure, N, losses):
     """Loss over weights at both lengths: the law, its band, what was fitted, and what came after."""
-    a, A, _ = bootstrap(N, losses)
-    mean = losses.mean(0)                                               # [R, L]
+    a, A, _ = law.bootstrap(N, losses)
     N_new = vit_of(recipe['held_out'], recipe)[1]
     wide = np.geomspace(min(N), N_new, 40)
-    heights = by_size(wide, a, A, N) - by_size(N, a, A, N).mean(1)[:, None] + mean.mean(0)      # [1 + draws, 40, L]
+    E = losses.mean((0, 1)) - law.size_term(N, a, A, N).mean(1)         # [1 + draws, L]
+    heights = E[:, None] + law.size_term(wide, a, A, N)                 # [1 + draws, 40, L]
     low, high = np.quantile(heights[1:], (.05, .95), axis=0)
 
     lines, points, bands = {}, {}, {}
@@ -676,9 +598,8 @@ def constant_rate(rows, curves, recipe):
 
 def draw_residuals(recipe, colours, N, losses):
     """What the law leaves of each run, in deviations."""
-    a, A = fit(N, losses)
-    rest = losses - by_size(N, a, A, N)
-    rest = rest - rest.mean(1, keepdims=True)                           # [S, R, L]
+    a, A = law.fit(N, losses)
+    rest = law.residuals(N, losses, a, A)                               # [S, R, L]
     rest = rest / rest.std((0, 1))
     points = {}
     for place, steps in enumerate(recipe['steps']):

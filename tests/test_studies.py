@@ -33,6 +33,7 @@ import compare          # noqa: E402
 import exercises        # noqa: E402
 import gpu              # noqa: E402
 import grid             # noqa: E402
+import law              # noqa: E402
 import plan             # noqa: E402
 import plot             # noqa: E402
 import scaling          # noqa: E402
@@ -268,9 +269,9 @@ def test_tables_come_out_of_the_csv(name, expected, monkeypatch, capsys):
 def made_up(noise, seed=0, num=7, a=.3, A=(3., 3.5), seeds=4):
     """Losses [S, num, 2] that follow a known law, with luck of a seed and of each of its runs."""
     rng = np.random.default_rng(seed)
-    law = scaling.by_size(WEIGHTS[:num], a, np.array(A) * WEIGHTS[:7].prod() ** (-a / 7), WEIGHTS[:7])
+    smooth = WEIGHTS[:num, None] ** -a * A
     shared = .3 + 5 * noise * rng.normal(size=(seeds, 1, 2))
-    return shared + law + noise * rng.normal(size=(seeds, num, 2))
+    return shared + smooth + noise * rng.normal(size=(seeds, num, 2))
 
 
 def made_up_rows(noise, num=7, **more):
@@ -291,7 +292,7 @@ def made_up_rows(noise, num=7, **more):
 @pytest.mark.parametrize('a', [.1, .3, .8])
 def test_the_law_is_found(a):
     """Exact losses: the exponent to the lattice's step, an A for each length."""
-    found, A = scaling.fit(WEIGHTS[:7], made_up(0., a=a))
+    found, A = law.fit(WEIGHTS[:7], made_up(0., a=a))
     assert found == pytest.approx(a, rel=.03)
     assert A[1] / A[0] == pytest.approx(3.5 / 3., rel=.01)
 
@@ -300,13 +301,13 @@ def test_what_all_sizes_of_a_seed_share_changes_no_fit():
     """The luck of a seed's images is no size's."""
     losses = made_up(.003)
     shifted = losses + np.arange(8.).reshape(4, 1, 2)
-    for ours, theirs in zip(scaling.fit(WEIGHTS[:7], losses), scaling.fit(WEIGHTS[:7], shifted)):
+    for ours, theirs in zip(law.fit(WEIGHTS[:7], losses), law.fit(WEIGHTS[:7], shifted)):
         assert ours == pytest.approx(theirs)
 
 
 def test_a_law_that_rises_with_size_is_fitted_as_flat():
     """A is never negative."""
-    assert (scaling.fit(WEIGHTS[:7], -made_up(0.))[1] == 0).all()
+    assert (law.fit(WEIGHTS[:7], -made_up(0.))[1] == 0).all()
 
 
 def test_intervals_cover_what_is_held_out():
@@ -315,18 +316,19 @@ def test_intervals_cover_what_is_held_out():
     held, shares = [], []
     for seed in range(50):
         losses = made_up(.003, seed, num=8)
-        _, low, high = scaling.forecast(WEIGHTS[:7], losses[:, :7], WEIGHTS[7], 3)
+        _, low, high = law.forecast(WEIGHTS[:7], losses[:, :7], WEIGHTS[7], 3)
         measured = (losses[:3, 7] - losses[:3, 6]).mean(0)
         held.append((low <= measured) & (measured <= high))
-        law = made_up(0., num=8)[0]
-        shares.append((high - low) / (law[2] - law[6]))
+        exact = made_up(0.)[0]
+        shares.append((high - low) / (exact[2] - exact[6]))
     assert np.mean(held) >= .8 and np.mean(shares) < .5
 
 
 def test_the_expected_width_is_that_of_studies_as_lucky():
     """Twice the luck, twice the width."""
     drop = np.array([.02, .02])
-    one, two = [scaling.expected_width(RECIPE, drop, deviation, tries=10) for deviation in (.001, .002)]
+    one, two = [law.expected_width(WEIGHTS[:7], WEIGHTS[7], (2, 4), drop, deviation, 4, 3, tries=10)
+                for deviation in (.001, .002)]
     assert two / one == pytest.approx([2, 2], rel=.25)
 
 
