@@ -1975,6 +1975,9 @@ class Instances(Files):
 
         # their objects
         self.rows = self.usable_rows(held, label_of)
+        ends = [max(row['box'][2:]) for rows in self.rows.values() for row in rows]
+        if ends and max(ends) <= 1:
+            raise Refused(f'{path}: no box reaches beyond the first pixel; boxes are in pixels, not in shares of the image')
         crowds = [row['iscrowd'] for rows in self.rows.values() for row in rows]
         if all(crowds):
             message = f'{path}: no object is left to learn from'

@@ -193,7 +193,10 @@ class Features:
     def width(self, images):
         """How many numbers the model says of each patch."""
         # by the features themselves, whatever the teacher
-        _, num, width = self.of(images[:1]).shape
+        features = self.of(images[:1])
+        if features.ndim != 3:
+            raise M.Refused(f'the teacher gives features of shape {list(features.shape)}; expected [B, N, C]')
+        _, num, width = features.shape
         if num != self.grid ** 2:
             raise M.Refused(f'the teacher gives {num} features of an image that the student sees as {self.grid} x '
                             f'{self.grid} patches; a teacher needs one for each')
@@ -476,11 +479,8 @@ def draw_features(path, model, target, images, mask, bank):
 # ---- the loop ---------------------------------------------------------------------------------------------------
 
 def find_teacher(cfg):
-    """The teacher's file: --teacher; else EVA's for b, l and g on real images; else the built-in one, the same for
+    """The teacher's file without --teacher: EVA's for b, l and g on real images; else the built-in one, the same for
     every size so that their skills compare: what clip_train.py's default command made, or makes at first use."""
-    if cfg.teacher:
-        return cfg.teacher
-
     on_world = data.is_world(cfg.data)
     if not on_world and cfg.arch == 'eva02' and cfg.size in ('ti', 's', 'b', 'l'):
         raise M.Refused("EVA-02's teacher is EVA-CLIP-g; give its file: --teacher EVA01_CLIP_g_14_psz14_s11B.pt")
@@ -504,12 +504,16 @@ def teacher_files(cfg):
     """--teacher's files: one, also where its name has commas, or several."""
     if os.path.exists(cfg.teacher):
         return [cfg.teacher]
-    return [path for path in cfg.teacher.split(',') if path]
+    paths = [path.strip() for path in cfg.teacher.split(',')]
+    return [path for path in paths if path]
 
 
 def load_teacher(path):
     teacher = M.load(path)
     run.refuse_clips(getattr(teacher, 'visual', teacher), path)
+    if isinstance(teacher, M.ViT) and teacher.pool and teacher.config.head:
+        raise M.Refused(f'{path} is a classifier, whose head says nothing of single patches; as a teacher take what it '
+                        'was fine-tuned from')
     return teacher
 
 
@@ -523,13 +527,15 @@ def find_target(cfg, kind, grid, device, teacher=None):
     elif len(paths) > 1:
         teachers = [load_teacher(path) for path in paths]
     else:
-        teachers = [load_teacher(find_teacher(cfg))]
+        teachers = [load_teacher(paths[0] if paths else find_teacher(cfg))]
 
     targets = []
     for teacher in teachers:
         if kind == 'untrained':
+            if not isinstance(teacher, (M.ViT, M.CLIP)):
+                raise M.Refused("--target untrained draws a teacher's weights anew: it has to be of model.py")
             teacher = M.init_weights(type(teacher)(teacher.config)).eval()
-        depth = len(getattr(teacher, 'visual', teacher).blocks) if cfg.target_layer else 0
+        depth = len(getattr(getattr(teacher, 'visual', teacher), 'blocks', []))
         if cfg.target_layer > depth:
             raise M.Refused(f'--target_layer {cfg.target_layer} is none of the teacher\'s {depth} blocks')
         teacher = run.to_device(teacher.requires_grad_(False), cfg, device)
@@ -543,18 +549,20 @@ def find_target(cfg, kind, grid, device, teacher=None):
 def settle_target(target, cfg, constants, bank):
     """Gives the target what a run measures once, on the bank of images, and returns the run's constants with it;
     constants: those of an earlier part of the run, or of its model."""
-    constants = {'target': cfg.target, **constants}
+    constants = {'target': cfg.target, 'target_layer': cfg.target_layer, **constants}
     parts = target.targets
+    widths = [part.of(bank[:1]).shape[-1] for part in parts]
 
     # of several teachers each is standardised
     norm = 'standard' if len(parts) > 1 else cfg.target_norm
     if norm != 'none' and 'statistics' not in constants:
         features = [in_parts(part.of, bank) for part in parts]
         constants['statistics'] = [measure_statistics(x, norm).cpu() for x in features]
-    if 'statistics' in constants:
-        widths = [part.width(bank) for part in parts]
-        if [statistics.shape[-1] for statistics in constants['statistics']] != widths:
-            raise M.Refused('this model learnt from other teachers; give its own with --teacher, in their order')
+    measured = constants.get('statistics', [])
+    if 'codebook' in constants:
+        measured = [constants['codebook']]
+    if measured and [table.shape[-1] for table in measured] != widths:
+        raise M.Refused('this model learnt from other teachers; give its own with --teacher, in their order')
     for part, statistics in zip(parts, constants.get('statistics', [])):
         part.statistics = statistics.to(bank.device)
 
@@ -599,38 +607,49 @@ def check(cfg, config):
     grid = config.image_size // config.patch_size
     num_hidden = round(grid * grid * cfg.mask_ratio)
     least = smallest_block(grid) if cfg.mask in ('block', 'roll') else 1
+    if grid * grid <= least:
+        raise M.Refused(f'images of {grid} x {grid} patches are too small for {cfg.mask} masks')
     if not least <= num_hidden < grid * grid:
         raise M.Refused(f'--mask_ratio {cfg.mask_ratio} hides {num_hidden} of {grid * grid} patches; {cfg.mask} masks '
                         f'hide {least} to {grid * grid - 1}. EVA hides .41')
 
 
-def load_start(cfg):
-    """--init's model, of the file's architecture whatever --size and --arch say."""
-    asked = {name: getattr(cfg, name) for name in ('image_size', 'patch_size', 'registers') if getattr(cfg, name)}
-    model = M.load(cfg.init, M.ViT, pool=None, drop_path=cfg.drop_path, **asked)
-    run.refuse_clips(model, cfg.init)
+def load_model(cfg, path, *names, **changes):
+    """A file's model, of the file's architecture whatever --size and --arch say, but for the options of these names."""
+    asked = {name: getattr(cfg, name) for name in names if getattr(cfg, name)}
+    model = M.load(path, M.ViT, **changes, **asked)
+    run.refuse_clips(model, path)
     return model
 
 
-def apply_model(cfg, device):
+def teacher_hash(target):
+    """By which a run knows its teacher again."""
+    return run.hash_of(target.teacher.state_dict() if target.teacher else {})
+
+
+def apply_model(cfg, device, teacher=None):
     """--eval: what any model's frozen features and, if it predicts what the target is, its predictions are worth;
     --image: its row of pictures for any photo."""
     path = cfg.init or f'{cfg.out_dir}/model.pt'
-    model = run.to_device(M.load(path, M.ViT), cfg, device)
-    run.refuse_clips(model, path)
+    model = run.to_device(load_model(cfg, path, 'image_size', 'patch_size'), cfg, device)
     train_set = data.open_data(cfg.data, 'train')
     val_set = data.open_data(cfg.data, 'val')
     ours = 'target' in model.extra      # of a released file --teacher has to say what it predicts
     predicts = model.config.head and not model.pool and (ours or cfg.teacher or cfg.image)
     if predicts:
         cfg.target = model.extra.get('target', cfg.target)
+        cfg.target_layer = model.extra.get('target_layer', cfg.target_layer)
         check(cfg, model.config)
-        target = find_target(cfg, cfg.target, model.grid, device)
+        target = find_target(cfg, cfg.target, model.grid, device, teacher)
         num_bank = max(8, BANK // model.grid ** 2)
         bank = first_images(train_set, num_bank, model.image_size, cfg, device)
         predicts = model.config.head == target.width(bank)
         if predicts:
             settle_target(target, cfg, model.extra, bank)
+            if model.extra.get('teacher', '') not in ('', teacher_hash(target)):
+                print0(f'{path} learnt from another teacher: its cosine and skill here are of features it never saw')
+        elif ours:
+            print0(f"{path} learnt from another teacher, with {model.config.head} features a patch: only probes")
     if cfg.image and not predicts:
         raise M.Refused(f'{path} does not predict the features of this teacher; use a model of mim_pretrain.py '
                         'and the teacher that it was trained with')
@@ -672,11 +691,11 @@ def train(cfg, teacher=None):
     rank, world, device, mesh = run.setup(cfg)
     cfg.out_dir = cfg.out_dir or f'out/mim_pretrain-{cfg.size}'
     if cfg.eval or cfg.image:
-        return apply_model(cfg, device)
+        return apply_model(cfg, device, teacher)
 
     # the student's options: those of --init's file, or of a row of SIZES
     if cfg.init:
-        model = load_start(cfg)
+        model = load_model(cfg, cfg.init, 'image_size', 'patch_size', 'registers', pool=None, drop_path=cfg.drop_path)
         config = model.config
     else:
         config = run.vit_config(cfg, drop_path=cfg.drop_path, registers=cfg.registers)
@@ -708,8 +727,7 @@ def train(cfg, teacher=None):
     optimizer = run.make_optimizer(model, cfg)
 
     # where an earlier run stopped, and whether it learnt from the same
-    state = target.teacher.state_dict() if target.teacher else {}
-    about = run.describe(train_set, val_set, teacher=run.hash_of(state))
+    about = run.describe(train_set, val_set, teacher=teacher_hash(target))
     start, constants = run.resume(cfg.out_dir, model, optimizer, cfg, about=about)
     constants = settle_target(target, cfg, constants, bank)
 
@@ -791,7 +809,7 @@ def train(cfg, teacher=None):
             draw()
 
     # what a run leaves, the weights first
-    run.save_model(model, f'{cfg.out_dir}/model.pt', **constants)
+    run.save_model(model, f'{cfg.out_dir}/model.pt', **constants, teacher=about['teacher'])
     metrics = measure(run.NUM_PROBE)
     draw()
     cosine_loss = cfg.target in ('clip', 'distill', 'untrained') and cfg.loss_on == 'hidden'

@@ -1269,9 +1269,11 @@ def check_extra(extra, config, size):
         check_number('image_size', extra['image_size'])
 
     # what a MIM predicts; codes have their centres [K, C]
+    for name, kind in (('target', str), ('target_layer', int), ('teacher', str)):
+        value = extra.get(name, kind())
+        if type(value) is not kind:
+            raise Refused(f'its {name} is a {type(value).__name__}, expected a {kind.__name__}')
     target = extra.get('target', '')
-    if not isinstance(target, str):
-        raise Refused(f'its target is a {type(target).__name__}, expected a str')
     if target == 'tokens' or 'codebook' in extra:
         codebook = extra.get('codebook')
         check_tensors(dict(codebook=codebook), size)
@@ -1488,9 +1490,9 @@ def first_line(error):
 
 
 if __name__ == '__main__':
-    if len(sys.argv) != 2:
-        sys.exit('usage: python model.py WEIGHTS')
     try:
+        if len(sys.argv) != 2:
+            raise Refused('usage: python model.py WEIGHTS')
         model = load(sys.argv[1])
     except Refused as error:
         print(f'error: {error}', file=sys.stderr)

@@ -132,6 +132,13 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path):
     assert dataset.rows[10][1]['box'] == [30, 20, 32, 24]                          # cut at the border
 
 
+def test_boxes_in_shares_of_the_image_are_refused(tmp_path):
+    """YOLO's numbers, 0 to 1, would pass for boxes of a pixel."""
+    folder = write_json(tmp_path, [row(box=(.2, .1, .5, .6)), row(1, box=(0, 0, 1, 1))])
+    with pytest.raises(data.Refused, match='not in shares of the image'):
+        data.open_instances(folder, 'train')
+
+
 def test_crowds_are_judged_and_not_learnt(tmp_path):
     """A crowd is no target, but among the rows that detections are judged by."""
     crowd = row(segmentation=dict(size=[24, 32], counts=[0, 768])) | dict(iscrowd=1)

@@ -516,7 +516,7 @@ def test_targets_are_centred_or_standardised_a_channel(norm, deviates):
     target = Features(small_teacher().requires_grad_(False), grid=8)
     bank = data.World().batch(torch.arange(16), 32)['images']
     plain = target.of(bank).flatten(0, 1)
-    cfg = type('cfg', (), dict(target='clip', target_norm=norm))
+    cfg = type('cfg', (), dict(target='clip', target_layer=0, target_norm=norm))
     mim_pretrain.settle_target(target, cfg, {}, bank)
     found = target.of(bank).flatten(0, 1)
     torch.testing.assert_close(found.mean(0), torch.zeros(16), atol=1e-4, rtol=0)
@@ -568,6 +568,58 @@ def test_eval_of_two_teachers_says_the_skill_again(tmp_path, capsys):
         mim_pretrain.train(config(tmp_path, '--teacher', turned, '--eval'))
 
 
+@pytest.mark.parametrize('flags', (['--target_layer', '1'], ['--target', 'tokens', '--target_norm', 'standard']),
+                         ids=('layer', 'tokens'))
+def test_a_model_knows_what_it_predicts(tmp_path, flags, capsys, monkeypatch):
+    """--eval without the run's flags says its skill again."""
+    monkeypatch.setattr(mim_pretrain, 'NUM_CODES', 32)
+    mim_pretrain.train(config(tmp_path, *flags, '--steps', '4'))
+    said = json.loads((tmp_path / 'run/result.json').read_text())
+    capsys.readouterr()
+    mim_pretrain.train(config(tmp_path, '--eval'))
+    assert f'skill                {said["skill"]:.4g}' in capsys.readouterr().out
+
+
+def test_a_model_knows_its_teacher(tmp_path, capsys):
+    """--eval with another one of the same width says so."""
+    mim_pretrain.train(config(tmp_path, '--steps', '2'))
+    teacher = small_teacher()
+    torch.nn.init.normal_(teacher.visual.head.weight)
+    M.save(teacher, str(tmp_path / 'other.pt'))
+    for name, times in (('teacher.pt', 0), ('other.pt', 1)):
+        capsys.readouterr()
+        mim_pretrain.train(config(tmp_path, '--eval', '--teacher', str(tmp_path / name)))
+        assert capsys.readouterr().out.count('learnt from another teacher') == times
+
+
+def test_codes_of_another_width_are_refused(tmp_path, monkeypatch):
+    """The centres are vectors of the teacher's features."""
+    monkeypatch.setattr(mim_pretrain, 'NUM_CODES', 32)
+    mim_pretrain.train(config(tmp_path, '--target', 'tokens', '--steps', '2'))
+    with pytest.raises(run.Refused, match='learnt from other teachers'):
+        mim_pretrain.train(config(tmp_path, '--eval', '--teacher', str(other_teacher(tmp_path))))
+
+
+def test_a_classifier_is_no_teacher(tmp_path):
+    """Its head never saw a single patch."""
+    path = str(tmp_path / 'classes.pt')
+    M.save(M.init_weights(M.ViT(M.ViTConfig(**M.SIZES['pico'], head=4, pool='mean'))), path)
+    with pytest.raises(run.Refused, match='classes.pt is a classifier'):
+        mim_pretrain.train(config(tmp_path, '--teacher', path))
+
+
+def test_a_readers_teacher_judges_its_student(tmp_path, capsys):
+    """train(cfg, teacher) with --eval says the run's skill again."""
+    teacher = small_teacher().requires_grad_(False)
+    mim_pretrain.train(config(tmp_path, '--steps', '4'), teacher=teacher)
+    said = json.loads((tmp_path / 'run/result.json').read_text())
+    capsys.readouterr()
+    cfg = config(tmp_path, '--eval')
+    cfg.teacher = ''
+    mim_pretrain.train(cfg, teacher=teacher)
+    assert f'skill                {said["skill"]:.4g}' in capsys.readouterr().out
+
+
 def several(scale=1.):
     """Two teachers with statistics; the second's features are multiplied by scale."""
     targets = []
@@ -578,7 +630,7 @@ def several(scale=1.):
     teacher.head.weight.mul_(scale)
     target = mim_pretrain.Several(targets)
     images = data.World().batch(torch.arange(8), 32)['images']
-    cfg = type('cfg', (), dict(target='clip', target_norm='none'))
+    cfg = type('cfg', (), dict(target='clip', target_layer=0, target_norm='none'))
     mim_pretrain.settle_target(target, cfg, {}, images)
     return target, images
 
@@ -635,6 +687,7 @@ def test_rolled_masks_hide_every_place_as_often():
     (['--target', 'distill', '--loss_on', 'all'], '--loss_on all'),
     (['--arch', 'eva02'], "has no size 'pico'"),
     (['--mask', 'roll', '--mask_ratio', '.01'], 'roll masks hide 4 to 63'),
+    (['--patch_size', '16'], '2 x 2 patches are too small for block masks'),
 ])
 def test_what_does_not_go_together_is_one_line(tmp_path, monkeypatch, flags, expected):
     monkeypatch.chdir(tmp_path)
