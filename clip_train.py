@@ -9,7 +9,6 @@ CLIP, arXiv:2103.00020; EVA-CLIP, arXiv:2211.07636, section 2.3.
     python clip_train.py --eval --init clip.pt --data val  # zero-shot classification and retrieval
 """
 import math
-import os
 import re
 from dataclasses import asdict, dataclass, replace
 
@@ -348,7 +347,14 @@ def activations(path, text_act=None, usual=''):
     look alike. text_act: the one asked for, None if none may be; usual: of a text tower without."""
     names = M.unwrap(M.read(path)).keys()
     if names >= set(M.FAMILIES['Hugging Face CLIP'][0]):
-        found = hugging_face_activations(path, text_act)
+        found = M.told_activations(path)
+        if not found and text_act:
+            found = dict(vision=text_act, text=text_act)
+        if not found:
+            ask = ", or say --text_act gelu if it is LAION's, quick_gelu if OpenAI's"
+            if text_act is None:
+                ask = ''
+            raise Refused(f'{path} does not say its activation: put its config.json beside it{ask}')
         return dict(found, text=text_act or found['text'])
 
     act = text_act or usual
@@ -356,30 +362,6 @@ def activations(path, text_act=None, usual=''):
     if act and not is_openais and names >= set(M.FAMILIES['OpenAI CLIP'][0]):
         return dict(vision=act, text=act)
     return dict(text=act) if act else {}
-
-
-def hugging_face_activations(path, text_act):
-    """{tower: activation} as the config.json beside a file says; without one text_act, for both."""
-    beside = os.path.join(os.path.dirname(path), 'config.json')
-    if not os.path.exists(beside):
-        if text_act:
-            return dict(vision=text_act, text=text_act)
-        ask = ", or say --text_act gelu if it is LAION's, quick_gelu if OpenAI's"
-        if text_act is None:
-            ask = ''
-        raise Refused(f'{path} does not say its activation: put its config.json beside it{ask}')
-
-    about = data.read_json(beside)
-    found = {}
-    for tower in ('vision', 'text'):
-        part = about.get(f'{tower}_config') if isinstance(about, dict) else None
-        if not isinstance(part, dict):
-            raise Refused(f'{beside} has no {tower}_config; give the config.json of {path}')
-        found[tower] = part.get('hidden_act', 'quick_gelu')     # left out where it is the default
-        if found[tower] not in ('gelu', 'quick_gelu'):
-            raise Refused(f'{beside} has hidden_act {str(found[tower])[:40]!r} in {tower}_config; '
-                          'expected gelu or quick_gelu')
-    return found
 
 
 def load_clip(path, bpe, acts, **vision):

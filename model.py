@@ -1095,6 +1095,39 @@ def read_family(state, changes):
     return config, ours, rules
 
 
+def told_activations(path):
+    """{tower: activation} of a CLIP in Hugging Face's names, whose tensors do not show it: what the config.json beside
+    its file says; {} if there is none."""
+    beside = os.path.join(os.path.dirname(path), 'config.json')
+    if not os.path.exists(beside):
+        return {}
+    try:
+        with open(beside, encoding='utf-8') as file:
+            about = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        raise Refused(f'{beside} is not JSON') from None
+
+    found = {}
+    for tower in ('vision', 'text'):
+        part = about.get(f'{tower}_config') if isinstance(about, dict) else None
+        if not isinstance(part, dict):
+            raise Refused(f'{beside} has no {tower}_config; give the config.json of {path}')
+        found[tower] = part.get('hidden_act', 'quick_gelu')     # left out where it is the default
+        if found[tower] not in ('gelu', 'quick_gelu'):
+            raise Refused(f'{beside} has hidden_act {str(found[tower])[:40]!r} in {tower}_config; '
+                          'expected gelu or quick_gelu')
+    return found
+
+
+def with_activations(path, kind, changes):
+    """changes, and of a CLIP in Hugging Face's names the activations that the config.json beside its file tells."""
+    found = told_activations(path)
+    if found and kind is ViT:
+        return dict(act=found['vision']) | changes
+    towers = {tower: dict(act=act) | changes.get(tower, {}) for tower, act in found.items()}
+    return changes | towers
+
+
 def load(path, kind=None, **changes):
     """A model in eval mode, recognised by what the file holds; `.extra` is what `save` was given beside it.
     kind: None, a ViT or a CLIP; ViT, also a CLIP's image tower; CLIP; or a class, for other files with from_released.
@@ -1112,6 +1145,8 @@ def load(path, kind=None, **changes):
         check_tensors(state, size)
 
         # the model, and what was saved beside it
+        if not is_ours and state.keys() >= set(FAMILIES['Hugging Face CLIP'][0]):
+            changes = with_activations(path, kind, changes)
         if is_ours or kind in (None, ViT, CLIP):
             model = build(held, kind, changes)
         else:

@@ -125,7 +125,7 @@ def vit_flags(recipe):
 
 def teacher_of(recipe, folder):
     """The longest trained is the students'; the other shows that it has learnt what it can."""
-    return folder / 'teachers' / str(max(recipe['teacher_steps'])) / 'model.pt'
+    return folder / 'teachers' / f"steps-{max(recipe['teacher_steps'])}" / 'model.pt'
 
 
 def vit_of(size, recipe):
@@ -159,7 +159,8 @@ def run_all(folder, device, jobs, hours):
     teachers = []
     for steps in recipe['teacher_steps']:
         words = ['--size', recipe['teacher'], *vit_flags(recipe), '--steps', steps, *flags]
-        teachers.append(grid.make_run(folder / 'teachers', 'clip_train.py', words, dict(name=str(steps), work=steps)))
+        about = dict(name=f'steps-{steps}', work=steps)
+        teachers.append(grid.make_run(folder / 'teachers', 'clip_train.py', words, about))
     rows = grid.run_all(teachers, folder / 'teachers', jobs, until=until)
     grid.print_table(['teacher', 'zero-shot'], [[row['name'], row['zero_shot_top1']] for row in rows])
     judges = {}

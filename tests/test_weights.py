@@ -235,6 +235,22 @@ def write_safetensors(state, path, **changes):
             file.write(tensor.contiguous().numpy().tobytes())
 
 
+@pytest.mark.parametrize('kind', [None, ViT])
+def test_config_json_beside_a_file_decides_its_activation(tmp_path, kind):
+    """Of a CLIP in Hugging Face's names, whole or its image tower; what the caller says goes before."""
+    path = str(tmp_path / 'x.pt')
+    torch.save(export(random_clip(**OPENAI['vision'], text=OPENAI['text']), 'Hugging Face CLIP'), path)
+    told = dict(vision_config=dict(hidden_act='gelu'), text_config=dict(hidden_act='gelu'))
+    (tmp_path / 'config.json').write_text(json.dumps(told))
+    heads = dict(heads=2)
+    asked = heads if kind is ViT else dict(vision=heads, text=heads)
+    found = load(path, kind, **asked)
+    assert getattr(found, 'visual', found).config.act == 'gelu'
+    asked = dict(heads, act='quick_gelu')
+    found = load(path, kind, **(asked if kind is ViT else dict(vision=asked, text=heads)))
+    assert getattr(found, 'visual', found).config.act == 'quick_gelu'
+
+
 def test_safetensors(tmp_path):
     """The same model as from torch.save's file, half precision and a Hugging Face export's position ids included."""
     model, path = random_clip(**OPENAI['vision'], text=OPENAI['text']), str(tmp_path / 'x.safetensors')
