@@ -639,6 +639,7 @@ def apply_model(cfg, device, teacher=None):
     if predicts:
         cfg.target = model.extra.get('target', cfg.target)
         cfg.target_layer = model.extra.get('target_layer', cfg.target_layer)
+        cfg.target_norm = 'none' if ours else cfg.target_norm       # the file has its statistics, or none
         check(cfg, model.config)
         target = find_target(cfg, cfg.target, model.grid, device, teacher)
         num_bank = max(8, BANK // model.grid ** 2)

@@ -119,7 +119,8 @@ def train(cfg):
     torch.manual_seed(cfg.seed)     # of all but the encoder
     model = run.to_device(Macrl(config, cfg.seed), cfg, device)
     optimizer = run.make_optimizer(model, cfg)
-    start, _ = run.resume(cfg.out_dir, model, optimizer, cfg)
+    about = run.describe(train_set, val_set)
+    start, _ = run.resume(cfg.out_dir, model, optimizer, cfg, about=about)
     log = run.Log(cfg, start, device)
     batches = data.batches(train_set, cfg.batch_size, config.image_size, start, cfg.steps, cfg.seed, device,
                            cfg.workers)
@@ -135,7 +136,7 @@ def train(cfg):
             log.write(step, loss=loss.detach(), contrast=contrast.detach(), l1=l1.detach())
         stopping = log.stopping()
         if step + 1 < cfg.steps and (stopping or (step + 1) % cfg.save_every == 0):
-            run.save_checkpoint(cfg.out_dir, step + 1, model, optimizer, cfg)
+            run.save_checkpoint(cfg.out_dir, step + 1, model, optimizer, cfg, about=about)
             if stopping:
                 log.leave(step + 1)
 

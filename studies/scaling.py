@@ -347,6 +347,7 @@ def report(runs, curves, prediction, pictures, recipe):
 
     sizes = sizes_of(rows, recipe)
     report_sizes(rows, recipe, sizes, measure)
+    report_neighbours(rows, recipe, sizes, measure)
     report_fit(rows, recipe, measure)
     if Path(prediction).exists():
         report_prediction(rows, recipe, json.loads(Path(prediction).read_text()))
@@ -372,41 +373,59 @@ def report_width(rows, recipe, measure):
     print(f"\nexpected width of the interval over the drop from {recipe['pilot'][0]} to {recipe['sizes'][-1]}: {said}")
 
 
-def report_sizes(rows, recipe, sizes, measure):
-    """Means and seeds' deviations; then neighbours, seed by seed."""
-    cells, N = {}, {}
+def by_cell(rows):
+    """{(size, steps): {seed: row}} of the usual runs."""
+    cells = {}
     for row in usual(rows):
         cells.setdefault((row['size'], row['steps']), {})[row['seed']] = row
-        N[row['size']] = row['N']
+    return cells
 
-    def mean_of(size, steps, name):
-        values = [row[name] for row in cells.get((size, steps), {}).values()]
-        return f'{np.mean(values):.4f}' if values else ''
+
+def report_sizes(rows, recipe, sizes, measure):
+    """Mean losses and their deviations over seeds, and the probes after the longest run."""
+    cells = by_cell(rows)
+    head = ['size', 'N', 'seeds']
+    for steps in recipe['steps']:
+        head += [f'loss, {steps} steps', 'deviation']
+
     table = []
     for size in sizes:
-        losses = [['', '']] * len(recipe['steps'])
-        for place, steps in enumerate(recipe['steps']):
-            values = [1 - row[measure] for row in cells.get((size, steps), {}).values()]
-            if values:
-                deviation = np.std(values, ddof=1) if len(values) > 1 else math.nan
-                losses[place] = [f'{np.mean(values):.4f}', f'{deviation:.4f}']
-        long = recipe['steps'][-1]
-        probes = [mean_of(size, long, name) for name in PROBES]
-        seeds = len(cells.get((size, long), {}))
-        table.append([size, f'{N[size]:,}', seeds, *sum(losses, []), *probes])
-    heads = sum([[f'loss, {steps} steps', 'deviation'] for steps in recipe['steps']], [])
-    grid.print_table(['size', 'N', 'seeds', *heads, *PROBES], table)
+        longest = list(cells.get((size, recipe['steps'][-1]), {}).values())
+        row = [size, f'{vit_of(size, recipe)[1]:,}', len(longest)]
+        for steps in recipe['steps']:
+            losses = [1 - own[measure] for own in cells.get((size, steps), {}).values()]
+            row += mean_and_deviation(losses)
+        for probe in PROBES:
+            row += mean_and_deviation([own[probe] for own in longest])[:1]
+        table.append(row)
+    grid.print_table([*head, *PROBES], table)
+
+
+def mean_and_deviation(values):
+    """Both in words; '' where there is none."""
+    if not values:
+        return ['', '']
+    mean, deviation = grid.spread(values)
+    return [f'{mean:.4f}', f'{deviation:.4f}']
+
+
+def report_neighbours(rows, recipe, sizes, measure):
+    """How much better each size is than the next smaller one, seed by seed."""
+    cells = by_cell(rows)
+    head = ['in percent, paired, 95%']
+    for steps in recipe['steps']:
+        head += [f'{measure}, {steps} steps', f'{PROBES[0]}, {steps} steps']
 
     table = []
     for small, large in zip(sizes, sizes[1:]):
         row = [f'{large} - {small}']
         for steps in recipe['steps']:
+            ours = cells.get((large, steps), {})
+            theirs = cells.get((small, steps), {})
             for name in (measure, PROBES[0]):
-                ours, theirs = cells.get((large, steps), {}), cells.get((small, steps), {})
                 row.append(grid.percent(grid.differences(ours, theirs, name)))
         table.append(row)
-    heads = sum([[f'{name}, {steps} steps' for name in (measure, PROBES[0])] for steps in recipe['steps']], [])
-    grid.print_table(['in percent, paired, 95%', *heads], table)
+    grid.print_table(head, table)
 
 
 def fitted(rows, recipe, measure):
@@ -421,15 +440,12 @@ def report_fit(rows, recipe, measure):
         return
     N, losses = found
     a, A, luck = law.bootstrap(N, losses)
-    print(f'\nexponent a {bounded(a)}; a run\'s own deviation ' +
-          ', '.join(f'{x:.4f} at {steps}' for x, steps in zip(luck.std(0), recipe['steps'])))
-
-    # where loss would end is a matter of the exponent: said only if the smallest tried lies outside
     E = losses.mean((0, 1)) - law.size_term(N, a, A, N).mean(-2)        # [1 + draws, L]
-    if np.quantile(a, .05) > law.EXPONENTS[0]:
-        print('floor E: ' + ', '.join(f'{bounded(E[:, k])} at {n}' for k, n in enumerate(recipe['steps'])))
-    else:
-        print('floor E: not identified')
+    is_known = np.quantile(a, .05) > law.EXPONENTS[0]       # else the floor is what the smallest exponent tried makes it
+    print(f'\nexponent a {bounded(a)}')
+    for place, steps in enumerate(recipe['steps']):
+        floor = bounded(E[:, place]) if is_known else 'not identified'
+        print(f"{steps} steps: floor E {floor}; a run's own deviation {luck[:, place].std():.4f}")
 
     # the same forecast one size earlier, whose answer is known
     earlier = law.forecast(N[:-1], losses[:, :-1], N[-1], len(losses))
