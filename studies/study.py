@@ -232,7 +232,8 @@ def report(rows, study):
 
 
 def contrasts(found, study):
-    """Pairs of cells: the first arm against each other at their longest, an arm's longest against its shortest."""
+    """Pairs of cells: the first arm against each other at each length that both have, or at their longest; an arm's
+    longest against its shortest."""
     arms = list(dict.fromkeys(arm for arm, _ in found))
     longest = {arm: max(cell for cell in found if cell[0] == arm) for arm in arms}
     first = next(arm for arm in arms if arm in study['arms'])
@@ -240,7 +241,13 @@ def contrasts(found, study):
         reference = first
         if first == 'EVA, frozen' and 'frozen' not in arm:
             reference = 'EVA'
-        if arm != reference and len(found[longest[arm]]) > 1:       # of one seed there is no interval
+        if arm == reference:
+            continue
+
+        shared = [steps for name, steps in found if name == arm and (reference, steps) in found]
+        for steps in shared:
+            yield (reference, steps), (arm, steps)
+        if not shared and len(found[longest[arm]]) > 1:         # of one seed there is no interval
             yield longest[reference], longest[arm]
     for arm in arms:
         shortest = min(cell for cell in found if cell[0] == arm)
