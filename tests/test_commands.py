@@ -38,7 +38,7 @@ def refusal(monkeypatch, capsys, stage, *flags):
     (['--mask', 'round'], 'block, random, columns'),
     (['--mask_ratio', '1.5'], 'mask_ratio'),
     (['--mask_ratio', '.001'], 'hides 0 of 64'),
-    (['--patch_size', '16'], 'hides 2 of 4'),
+    (['--patch_size', '16'], '2 x 2 patches are too small for block masks'),
     (['--epochs', '1'], 'shapes:unique=N'),
     (['--betas', '.9'], 'a constant'),
     (['--plan'], 'studies/plan.py'),

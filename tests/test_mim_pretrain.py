@@ -687,7 +687,6 @@ def test_rolled_masks_hide_every_place_as_often():
     (['--target', 'distill', '--loss_on', 'all'], '--loss_on all'),
     (['--arch', 'eva02'], "has no size 'pico'"),
     (['--mask', 'roll', '--mask_ratio', '.01'], 'roll masks hide 4 to 63'),
-    (['--patch_size', '16'], '2 x 2 patches are too small for block masks'),
 ])
 def test_what_does_not_go_together_is_one_line(tmp_path, monkeypatch, flags, expected):
     monkeypatch.chdir(tmp_path)
