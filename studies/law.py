@@ -64,15 +64,15 @@ def bootstrap(N, losses, draws=2000):
     return all_a, all_A, luck
 
 
-def forecast(N, losses, N_new, seeds):
+def forecast(N, losses, N_new, seeds, draws=2000):
     """By how much the new size's loss will differ from the largest's, the mean over so many shared seeds:
     (differences [L], low [L], high [L]), 90%, of the fit's uncertainty and of both sizes' luck."""
-    a, A, luck = bootstrap(N, losses)
+    a, A, luck = bootstrap(N, losses, draws)
     both = size_term([max(N), N_new], a, A, N)                          # [1 + draws, 2, L]
     difference = both[:, 1] - both[:, 0]
 
     rng = np.random.default_rng(1)
-    picked = luck[rng.integers(len(luck), size=(2, len(a) - 1, seeds))].mean(2)         # [2, draws, L]
+    picked = luck[rng.integers(len(luck), size=(2, draws, seeds))].mean(2)      # [2, draws, L]
     likely = difference[1:] + picked[1] - picked[0]
     low, high = np.quantile(likely, (.05, .95), axis=0)
     return difference[0], low, high
@@ -88,6 +88,6 @@ def expected_width(N, N_new, pair, drop, deviation, seeds, new_seeds, a=.3, trie
     shares = []
     for _ in range(tries):
         luck = rng.normal(size=(seeds, len(N), len(drop))) * deviation
-        _, low, high = forecast(N, x[:, None] * A + luck, N_new, new_seeds)
+        _, low, high = forecast(N, x[:, None] * A + luck, N_new, new_seeds, draws=300)
         shares.append((high - low) / (A * (x[first] - x[-1])))
     return np.mean(shares, axis=0)
