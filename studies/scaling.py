@@ -660,6 +660,8 @@ def main():
         return run_all(folder, args.device, args.jobs, args.hours)
 
     kept = grid.ROOT / 'studies'
+    if not (kept / 'scaling.csv').exists():
+        grid.refuse('no runs are kept yet; start with --hours 5')
     report(kept / 'scaling.csv', kept / 'scaling_curves.csv', kept / 'prediction.json', folder, RECIPES['cpu'])
     print(f'{folder}: scaling.png, eva.png')
 
