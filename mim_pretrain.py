@@ -509,6 +509,7 @@ def teacher_files(cfg):
 
 
 def load_teacher(path):
+    """Any model that says something of each patch of an image."""
     teacher = M.load(path)
     run.refuse_clips(getattr(teacher, 'visual', teacher), path)
     if isinstance(teacher, M.ViT) and teacher.pool and teacher.config.head:

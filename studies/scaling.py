@@ -352,7 +352,7 @@ def report(runs, curves, prediction, pictures, recipe):
     if Path(prediction).exists():
         report_prediction(rows, recipe, json.loads(Path(prediction).read_text()))
     report_rates(rows, measure)
-    draw(rows, grid.read_csv(curves), recipe, measure, prediction, pictures)
+    draw(rows, grid.read_csv(curves), recipe, measure, pictures)
 
 
 def sizes_of(rows, recipe):
@@ -505,7 +505,7 @@ def rates_of(rows, measure):
 
 # ---- pictures ---------------------------------------------------------------------------------------------------
 
-def draw(rows, curves, recipe, measure, prediction, folder):
+def draw(rows, curves, recipe, measure, folder):
     """scaling.png, six panels, and eva.png."""
     sizes = sizes_of(rows, recipe)
     colours = plot.ramp((*recipe['sizes'], recipe['held_out']))
@@ -514,7 +514,7 @@ def draw(rows, curves, recipe, measure, prediction, folder):
     if found:
         panels.append(draw_law(rows, recipe, measure, *found))
         panels.append(draw_valleys(rows, curves, recipe, sizes, colours))
-        panels.append(draw_residuals(recipe, colours, *found))
+        panels.append(draw_residuals(recipe, *found))
     panels.append(panel('loss at three learning rates, times the rule\'s', 'factor',
                         rates_of(rows, measure), {}, 'x', colours=colours))
     panels.append(draw_probes(rows, recipe, sizes))
@@ -550,6 +550,7 @@ def draw_law(rows, recipe, measure, N, losses):
     heights = E[:, None] + law.size_term(wide, a, A, N)                 # [1 + draws, 40, L]
     low, high = np.quantile(heights[1:], (.05, .95), axis=0)
 
+    later = f"{recipe['held_out']}, after"
     lines, points, bands = {}, {}, {}
     for place, steps in enumerate(recipe['steps']):
         name = f'{steps} steps'
@@ -561,17 +562,16 @@ def draw_law(rows, recipe, measure, N, losses):
         after = [1 - row[measure] for row in usual(rows)
                  if row['size'] == recipe['held_out'] and row['steps'] == steps]
         if after:
-            points[f'{recipe["held_out"]}, after'] = points.get(f'{recipe["held_out"]}, after', [])
-            points[f'{recipe["held_out"]}, after'].append(with_interval(N_new, after))
-    shades = dict(zip((*lines, f'{recipe["held_out"]}, after'), plot.COLOURS))
+            points.setdefault(later, []).append(with_interval(N_new, after))
+    shades = dict(zip((*lines, later), plot.COLOURS))
     return panel('loss over weights: law, 90% band, and what was held out', 'weights N', lines, points, 'x',
                  bands=bands, colours=shades)
 
 
 def with_interval(x, values):
     """A point with the standard error of its mean."""
-    mean = np.mean(values)
-    error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.
+    mean, deviation = grid.spread(values)
+    error = deviation / math.sqrt(len(values)) if len(values) > 1 else 0.
     return x, mean - error, mean, mean + error
 
 
@@ -613,7 +613,7 @@ def constant_rate(rows, curves, recipe):
     return means
 
 
-def draw_residuals(recipe, colours, N, losses):
+def draw_residuals(recipe, N, losses):
     """What the law leaves of each run, in deviations."""
     a, A = law.fit(N, losses)
     rest = law.residuals(N, losses, a, A)                               # [S, R, L]

@@ -318,12 +318,18 @@ def test_other_eva02_towers_stay_as_they_are(tmp_path, options):
     assert tower.config.rope == options.get('rope', 4)
 
 
-def test_g_plus_is_evas(monkeypatch):
-    """OpenCLIP-H's text tower, half of the patches, no dropped paths, LAMB; the image tower is g's."""
-    cfg = run.parse_config(clip_train.Config, clip_train.RECIPES, ['--size', 'g-plus'])
+def at_real_size(size, monkeypatch):
+    """A recipe and its CLIP, without values."""
+    cfg = run.parse_config(clip_train.Config, clip_train.RECIPES, ['--size', size])
     monkeypatch.setattr(M, 'init_weights', lambda model, seed: model)
     with torch.device('meta'):
         model, _ = clip_train.build(cfg, WORDS)
+    return cfg, model
+
+
+def test_g_plus_is_evas(monkeypatch):
+    """OpenCLIP-H's text tower, half of the patches, no dropped paths, LAMB; the image tower is g's."""
+    cfg, model = at_real_size('g-plus', monkeypatch)
     vision, text = model.config.vision, model.config.text
     assert (vision.width, vision.depth, vision.pool, vision.drop_path) == (1408, 40, 'class', 0)
     assert (text.width, text.depth, text.heads, text.embed, text.act) == (1024, 24, 16, 1024, 'gelu')
@@ -432,10 +438,7 @@ def test_a_wrong_config_json_is_one_line(fixture, tmp_path, text, words):
 
 def test_size_g_is_the_papers(monkeypatch):
     """EVA's ViT with a projection to 1024, CLIP-L's text tower; image and text tower learn at different rates."""
-    cfg = run.parse_config(clip_train.Config, clip_train.RECIPES, ['--size', 'g'])
-    monkeypatch.setattr(M, 'init_weights', lambda model, seed: model)
-    with torch.device('meta'):
-        model, _ = clip_train.build(cfg, WORDS)
+    cfg, model = at_real_size('g', monkeypatch)
     vision, text = model.config.vision, model.config.text
     pretraining = 1_012_229_632                     # with a mask token and a head to CLIP-L's 768
     assert run.count_parameters(model.visual) == pretraining - 1408 + (1408 + 1) * (1024 - 768)
