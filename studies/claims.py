@@ -1,0 +1,352 @@
+"""
+The paper's claims in the paper's setting: images are plenty, labels and captions are a fixed budget, the teacher is
+given, EVA may be larger than its teacher. What would show a claim wrong is said in CLAIMS, before any run.
+
+    python studies/claims.py classes --hours 5      # labels that scratch needs for EVA's accuracy; EVA and its teacher
+    python studies/claims.py clip                   # pairs that scratch needs; how many learning rates do
+    python studies/claims.py photographs --data cifar10_tar                 # classes again, of photographs
+    python studies/claims.py classes --csv studies/claims_classes.csv       # table and picture of runs that are kept
+
+Every arm has the best of several learning rates, tried on a seed of its own and judged on images that no result is
+measured on. All seeds have the same labelled images; pre-training, order and initial values are each seed's own.
+"""
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import grid
+import plot
+
+sys.path.insert(0, str(grid.ROOT))
+import data                         # noqa: E402
+import model as M                   # noqa: E402
+import run                          # noqa: E402
+
+SCRATCH, LONG = 'scratch', 'scratch, all compute'       # LONG may take the FLOPs of EVA's pre-training as well
+PRETRAINED = {  # arm: what mim_pretrain.py is given; one for each seed
+    'EVA': '--size nano', 'EVA mini': '--size mini', 'EVA micro': '--size micro', 'pixels': '--size nano --target pixels',
+    'random teacher': '--size nano --target untrained', 'distilled': '--size nano --target distill',
+    'distilled mini': '--size mini --target distill'}
+SEEDS, TRY_SEED = (0, 1, 2), 3                          # rates and lengths are tried from TRY_SEED on
+NUM_TRIED, NUM_JUDGED = 1000, 4000      # images by which rates are chosen, and by which arms are compared
+SIDE = 64                               # pixels of labelled scenes: a part of one is still sharp at 32
+CORE = 4e10                             # FLOPs a second of one core, about
+DRAWS = 4000                            # of the interval of a ratio
+
+CLASSES = dict(
+    script='finetune.py', flags='--augment rand --cutmix 1', measure='judged_top1', tried='top1', batch_size=64,
+    steps=400, long=(800, 2540), rates={'nano': 3e-3, 'micro': 2e-3, 'mini': 1.5e-3}, factors=(.5, 1, 2), num_tries=1,
+    budget='labels', ylabel='top-1, percent')
+CLAIMS = {  # arms: on all budgets, or on the middle one; wrong_if: what is asked of the runs
+    'classes': dict(
+        CLASSES, budgets=(250, 1000, 4000, 16_000), middle=1000,
+        arms=(SCRATCH, LONG, 'teacher', 'EVA', 'EVA mini'),
+        also=('pixels', 'random teacher', 'distilled', 'EVA micro', 'distilled mini'),
+        pairs=[('EVA', LONG), ('EVA', 'teacher'), ('EVA mini', 'teacher'), ('EVA mini', 'distilled mini'),
+               ('EVA mini', 'EVA'), ('EVA', 'distilled'), ('EVA', 'pixels'), ('EVA', 'random teacher')],
+        wrong_if='''1. scratch does not need more labels than EVA: the interval of the ratio holds 1 at 4,000 or fewer;
+2. EVA mini is not above the teacher that it learnt from, which is nano, at the middle budget; if distilled mini is
+   level with EVA mini, it is the size and not the mask'''),
+    'photographs': dict(
+        CLASSES, budgets=(1000, 4000, 16_000), middle=4000, arms=(SCRATCH, LONG, 'teacher', 'EVA', 'pixels'), also=(),
+        pairs=[('EVA', LONG), ('EVA', 'teacher'), ('EVA', 'pixels')],
+        wrong_if='''1. scratch does not need more labels than EVA: the interval of the ratio holds 1 at 4,000 or fewer;
+2. EVA is not above its teacher at the middle budget'''),
+    'clip': dict(
+        script='clip_train.py', flags='', measure='heldout_pairs', tried='seen_pairs', batch_size=128,
+        steps=100, long=(200, 1047), rates={'nano': 5e-3}, factors=(.16, .4, 1, 2.5), num_tries=3,
+        budgets=(1000, 4000, 16_000), middle=4000, arms=(SCRATCH, LONG, 'teacher', 'EVA'), also=('pixels',),
+        pairs=[('EVA', LONG), ('EVA', 'teacher'), ('EVA', 'pixels')],
+        budget='captioned scenes', ylabel='zero-shot accuracy on pairs never shown, percent',
+        wrong_if='scratch does not need more pairs than EVA: the interval of the ratio holds 1 at 16,000 or fewer')}
+
+
+# ---- the runs ---------------------------------------------------------------------------------------------------
+
+def run_claim(name, spec, folder, jobs, until):
+    """Pre-trains, tries, then runs what is not there yet. -> all rows."""
+    claim = CLAIMS[name]
+    shared = folder / ('pretrained' if spec == 'shapes' else 'pretrained-photographs')
+    folder = folder / name
+    teacher = teacher_of(spec, shared)
+    val_set = data.open_data(spec, 'val', views=data.Views(share=1.), labels=True)
+
+    def more(one, result):
+        if one['script'] != 'finetune.py':
+            return {}
+        return dict(judged_top1=accuracy(M.load(folder / one['name'] / 'model.pt'), val_set))
+
+    def phase(title, runs, place):
+        hours = sum(one['work'] for one in runs) / 3600
+        print(f'\n{title}: {len(runs)} runs, about {hours:.1f} core-hours in all', flush=True)
+        return grid.run_all(runs, place, jobs, more if place == folder else None, until)
+
+    arms = [arm for arm in (*claim['arms'], *claim['also']) if arm in PRETRAINED]
+    phase('pre-training', [pretraining(arm, seed, spec, teacher, shared) for seed in SEEDS for arm in arms], shared)
+
+    def command(arm, budget, steps, factor, seed):
+        return as_command(claim, arm, budget, steps, factor, seed, spec, teacher, shared, folder)
+
+    # the best rate of each arm on the middle budget; the best length of LONG on each
+    middle = claim['middle']
+    tries = [command(arm, middle, lengths(claim, arm)[0], factor, TRY_SEED + n) for n in range(claim['num_tries'])
+             for arm in (*claim['arms'], *claim['also']) for factor in claim['factors']]
+    factors = best(phase('learning rates', tries, folder), claim, 'arm', 'factor')
+    tries = [command(LONG, budget, steps, factors[LONG], TRY_SEED)
+             for budget in claim['budgets'] for steps in claim['long']]
+    long = best(phase('lengths', tries, folder), claim, 'budget', 'steps')
+
+    runs = []
+    for seed in SEEDS:
+        for budget in claim['budgets']:
+            for arm in (*claim['arms'], *(claim['also'] if budget == middle else ())):
+                steps = long[budget] if arm == LONG else claim['steps']
+                runs.append(command(arm, budget, steps, factors[arm], seed))
+    phase('the claim', runs, folder)
+    return grid.read_csv(folder / 'runs.csv')
+
+
+def teacher_of(spec, shared):
+    """The small CLIP that is there, of scenes; of other images one like it is trained."""
+    if spec == 'shapes':
+        return 'assets/nano-teacher.pt'
+    run.run_stage('clip_train.py', str(shared / 'teacher'), '--data', spec, '--steps', '700')
+    return shared / 'teacher' / 'model.pt'
+
+
+def pretraining(arm, seed, spec, teacher, shared):
+    flags = [*PRETRAINED[arm].split(), '--data', spec, '--teacher', teacher, '--seed', seed, '--save_every', 1600]
+    columns = dict(name=named(arm, seed), arm=arm, seed=seed, work=seconds(size_of(arm), 1600 * 64))
+    return grid.make_run(shared, 'mim_pretrain.py', flags, columns)
+
+
+def as_command(claim, arm, budget, steps, factor, seed, spec, teacher, shared, folder):
+    """One run of an arm with so many labels or captions."""
+    script, size = claim['script'], size_of(arm)
+    lr = factor * claim['rates'][size]
+    flags = [*claim['flags'].split(), '--size', size, '--steps', steps, '--lr', f'{lr:g}', '--seed', seed,
+             '--save_every', max(100, steps // 4)]
+
+    # a try starts from what another seed pre-trained
+    init = shared / named(arm, seed % len(SEEDS)) / 'model.pt'
+    if arm == 'teacher':
+        init = teacher
+    if script == 'clip_train.py':
+        flags += ['--data', f'{spec}:unique={budget}']
+        if arm not in (SCRATCH, LONG):
+            flags += ['--vision', init]
+    else:
+        flags += ['--data', labelled(claim, spec, budget, folder)]
+        if arm in (SCRATCH, LONG):
+            init = random_weights(seed, shared)
+            flags += ['--no-freeze_patches', '--layer_decay', 1]
+        flags += ['--init', init]
+    columns = dict(name=named(arm, budget, steps, factor, seed), arm=arm, budget=budget, steps=steps, factor=factor,
+                   seed=seed, script=script, work=seconds(size, steps * claim['batch_size']))
+    return grid.make_run(folder, script, flags, columns)
+
+
+def named(arm, *others):
+    words = arm.replace(',', '').split()
+    return '-'.join([*words, *[f'{x:g}' for x in others]])
+
+
+def size_of(arm):
+    return arm.split()[-1] if arm.split()[-1] in M.SIZES else 'nano'
+
+
+def lengths(claim, arm):
+    return claim['long'] if arm == LONG else (claim['steps'],)
+
+
+def seconds(size, images):
+    """Of one core, about: the arithmetic, drawing or reading, and what a run takes to start and to judge."""
+    config = M.ViTConfig(**M.SIZES[size])
+    return images * (run.training_flops(config) / CORE + .002) + 15
+
+
+def best(rows, claim, key, chosen):
+    """{key: its `chosen`}, the one with the highest measure, over seeds, of images that no result is measured on."""
+    totals = {}
+    for row in rows:
+        own = totals.setdefault(row[key], {})
+        own[row[chosen]] = own.get(row[chosen], 0) + row[claim['tried']]
+    return {name: max(own, key=own.get) for name, own in totals.items()}
+
+
+def random_weights(seed, shared):
+    """A ViT that has learnt nothing, with the initial values that pre-training begins with."""
+    path = shared / f'random-{seed}.pt'
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        M.save(M.init_weights(M.ViT(M.ViTConfig(**M.SIZES['nano'])), seed, gain=1.9), str(path))
+    return path
+
+
+def labelled(claim, spec, budget, folder):
+    """A folder of PNG files by class: train/, so many, and val/, by which rates and lengths are chosen."""
+    place = folder / f'labels-{budget}'
+    if place.exists():
+        return place
+    side = SIDE if spec == 'shapes' else 32
+    dataset = data.open_data(spec, 'train', views=data.Views(share=1.), labels=True)
+    most = max(claim['budgets'])
+    beside = place.with_suffix('.tmp')
+    for batch in data.eval_batches(dataset, 500, side, most + NUM_TRIED, torch.device('cpu')):
+        for position, label, image in zip(batch['position'].tolist(), batch['labels'].tolist(), batch['images']):
+            split = 'train' if position < budget else 'val' if position >= most else ''
+            if split:
+                path = beside / split / dataset.label_names[label] / f'{position:06d}.png'
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    beside.rename(place)
+    return place
+
+
+@torch.no_grad()
+def accuracy(model, val_set):
+    """Top-1 on validation images that were not used to choose anything."""
+    number = {name: k for k, name in enumerate(model.extra['classes'])}
+    right = []
+    for batch in data.eval_batches(val_set, 100, model.image_size, NUM_JUDGED, torch.device('cpu')):
+        labels = torch.tensor([number[val_set.label_names[k]] for k in batch['labels'].tolist()])
+        right.append(model(model.normalize(batch['images'])).argmax(-1) == labels)
+    return torch.cat(right).double().mean().item()
+
+
+# ---- what they say ----------------------------------------------------------------------------------------------
+
+def report(rows, name, folder):
+    """Tables of the arms, of how many times the labels scratch needs, and of differences; a picture."""
+    claim = CLAIMS[name]
+    print(f"\nwrong if:\n{claim['wrong_if']}")
+    cells = {}
+    for row in rows:
+        if row['seed'] in SEEDS:
+            cells.setdefault((row['arm'], row['budget']), {})[row['seed']] = row
+    report_arms(rows, cells, claim)
+    report_ratios(cells, claim)
+    report_pairs(cells, claim)
+    draw(cells, claim, folder / f'claims_{name}.png')
+
+
+def report_arms(rows, cells, claim):
+    table = []
+    for arm in dict.fromkeys(arm for arm, _ in cells):
+        own = [cells.get((arm, budget), {}) for budget in claim['budgets']]
+        tried = []
+        for factor in claim['factors']:
+            found = [row[claim['tried']] for row in rows if row['seed'] >= TRY_SEED and row['steps'] == lengths(claim, arm)[0]
+                     and (row['arm'], row['budget'], row['factor']) == (arm, claim['middle'], factor)]
+            tried.append(f'{100 * np.mean(found):.1f}' if found else '')
+        values = [[row[claim['measure']] for row in cell.values()] for cell in own]
+        factor = next((row['factor'] for cell in own for row in cell.values()), '')
+        table.append([arm, max(map(len, values)), *[grid.percent(x) for x in values], factor, ', '.join(tried)])
+    head = [f"{budget:,} {claim['budget']}" for budget in claim['budgets']]
+    factors = ', '.join(f'{factor:g}' for factor in claim['factors'])
+    grid.print_table(['', 'seeds', *head, 'rate, times the usual', f"when tried at {factors}"], table)
+
+
+def report_ratios(cells, claim):
+    """How many times as many labels scratch needs for the accuracy of an arm."""
+    print(f"\ntimes the {claim['budget']} that `{LONG}` needs for the same, 95%")
+    table = []
+    for arm in claim['arms']:
+        if arm in (SCRATCH, LONG):
+            continue
+        row = [arm]
+        for budget in claim['budgets']:
+            ratios = label_ratio(cells, claim, arm, budget)
+            row.append('' if ratios is None else words_of(ratios, max(claim['budgets']) / budget))
+        table.append(row)
+    grid.print_table(['', *[f'{budget:,}' for budget in claim['budgets']]], table)
+
+
+def label_ratio(cells, claim, arm, budget):
+    """Ratios [1 + draws]: of the means, and of means redrawn by Student's t. Between budgets scratch's accuracy is
+    linear in their logarithm; what it reaches at none of them is inf, what it has at the least is 0."""
+    rng = np.random.default_rng(0)
+
+    def redrawn(key):
+        values = [row[claim['measure']] for row in cells.get(key, {}).values()]
+        if len(values) < 2:
+            return None
+        mean, deviation = grid.spread(values)
+        error = deviation / math.sqrt(len(values))
+        return np.append(mean, mean + error * rng.standard_t(len(values) - 1, DRAWS))
+    curve = [redrawn((LONG, other)) for other in claim['budgets']]
+    wanted = redrawn((arm, budget))
+    if wanted is None or any(point is None for point in curve):
+        return None
+    curve = np.maximum.accumulate(np.stack(curve, 1), axis=1)           # [1 + draws, budgets]
+    places = np.log(claim['budgets'])
+    needed = [math.exp(np.interp(y, own, places)) for y, own in zip(wanted, curve)]
+    ratios = np.array(needed) / budget
+    ratios[wanted > curve[:, -1]] = math.inf
+    ratios[wanted < curve[:, 0]] = 0
+    return ratios
+
+
+def words_of(ratios, most):
+    """'3.1 (2.2 to 4.8)'; beyond what was measured '> 16'."""
+    def word(x):
+        return f'> {most:g}' if math.isinf(x) else f'{x:.1f}' if x else '< 1'
+    low, high = np.quantile(ratios[1:], (.025, .975), method='nearest')
+    return f'{word(ratios[0])} ({word(low)} to {word(high)})'
+
+
+def report_pairs(cells, claim):
+    """Differences of arms, paired by seed."""
+    table = []
+    for ours, theirs in claim['pairs']:
+        row = [f'{ours} - {theirs}']
+        for budget in claim['budgets']:
+            both = cells.get((ours, budget), {}), cells.get((theirs, budget), {})
+            row.append(grid.percent(grid.differences(*both, claim['measure'])))
+        if any(row[1:]):
+            table.append(row)
+    grid.print_table(['paired, 95%', *[f'{budget:,}' for budget in claim['budgets']]], table)
+
+
+def draw(cells, claim, path):
+    """Accuracy over the budget, with 95% intervals."""
+    curves, points = {}, {}
+    for arm in claim['arms']:
+        points[arm] = []
+        for budget in claim['budgets']:
+            values = [100 * row[claim['measure']] for row in cells.get((arm, budget), {}).values()]
+            if len(values) > 1:
+                mean, half = grid.interval(values)
+                points[arm].append((budget, mean - half, mean, mean + half))
+        curves[arm] = [(x, y) for x, _, y, _ in points[arm]]
+    if any(curves.values()):
+        plot.draw_curves(path, curves, points, claim['budget'], claim['ylabel'], 'x')
+
+
+def main():
+    parser = grid.make_parser(__doc__)
+    parser.add_argument('name', choices=CLAIMS)
+    parser.add_argument('--data', default='shapes', help='as of the stages')
+    parser.add_argument('--hours', type=float, default=0, help='stop after so many; 0: when all is done')
+    parser.add_argument('--csv', default='', help='only the tables and the picture of these rows')
+    parser.add_argument('--out_dir', default='out/claims', help='for runs and pictures (out/claims)')
+    args = parser.parse_args()
+    folder = Path(args.out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.csv:
+        rows = grid.read_csv(args.csv)
+    else:
+        until = time.time() + 3600 * args.hours if args.hours else None
+        rows = run_claim(args.name, args.data, folder, args.jobs, until)
+    if not rows:
+        grid.refuse(f'{args.csv} has no runs')
+    report(rows, args.name, folder)
+
+
+if __name__ == '__main__':
+    main()
