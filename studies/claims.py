@@ -29,8 +29,8 @@ import run                          # noqa: E402
 
 SCRATCH, LONG = 'scratch', 'scratch, all compute'       # LONG may take the FLOPs of EVA's pre-training as well
 PRETRAINED = {  # arm: what mim_pretrain.py is given; one for each seed
-    'EVA': '--size nano', 'EVA mini': '--size mini', 'EVA micro': '--size micro', 'pixels': '--size nano --target pixels',
-    'random teacher': '--size nano --target untrained', 'distilled': '--size nano --target distill',
+    'EVA': '--size nano', 'EVA mini': '--size mini', 'EVA micro': '--size micro',
+    'pixels': '--size nano --target pixels', 'random teacher': '--size nano --target untrained', 'distilled': '--size nano --target distill',
     'distilled mini': '--size mini --target distill'}
 SEEDS, TRY_SEED = (0, 1, 2), 3                          # rates and lengths are tried from TRY_SEED on
 NUM_TRIED, NUM_JUDGED = 1000, 4000      # images by which rates are chosen, and by which arms are compared
@@ -239,17 +239,23 @@ def report_arms(rows, cells, claim):
     table = []
     for arm in dict.fromkeys(arm for arm, _ in cells):
         own = [cells.get((arm, budget), {}) for budget in claim['budgets']]
-        tried = []
-        for factor in claim['factors']:
-            found = [row[claim['tried']] for row in rows if row['seed'] >= TRY_SEED and row['steps'] == lengths(claim, arm)[0]
-                     and (row['arm'], row['budget'], row['factor']) == (arm, claim['middle'], factor)]
-            tried.append(f'{100 * np.mean(found):.1f}' if found else '')
         values = [[row[claim['measure']] for row in cell.values()] for cell in own]
         factor = next((row['factor'] for cell in own for row in cell.values()), '')
+        tried = tries_of(rows, claim, arm)
         table.append([arm, max(map(len, values)), *[grid.percent(x) for x in values], factor, ', '.join(tried)])
     head = [f"{budget:,} {claim['budget']}" for budget in claim['budgets']]
     factors = ', '.join(f'{factor:g}' for factor in claim['factors'])
     grid.print_table(['', 'seeds', *head, 'rate, times the usual', f"when tried at {factors}"], table)
+
+
+def tries_of(rows, claim, arm):
+    """The mean over seeds at each learning rate, in percent."""
+    wanted = arm, claim['middle'], lengths(claim, arm)[0]
+    values = {}
+    for row in rows:
+        if row['seed'] >= TRY_SEED and (row['arm'], row['budget'], row['steps']) == wanted:
+            values.setdefault(row['factor'], []).append(100 * row[claim['tried']])
+    return [f'{np.mean(values[factor]):.1f}' for factor in sorted(values)]
 
 
 def report_ratios(cells, claim):

@@ -2,7 +2,7 @@
 The tables of docs/results.md and of the stages' chapters: a grid of real commands each, over paired seeds.
 
     python studies/study.py targets                          # what is reconstructed x how long it trains
-    python studies/study.py longer                           # the same at 8 and 16 times the shortest length
+    python studies/study.py longer                           # features, distillation, pixels, up to 16 times as long
     python studies/study.py photographs --data cifar10_tar   # features and pixels on photographs
     python studies/study.py choices                          # what the loss is on, masks, registers, blocks, teachers
     python studies/study.py choices_photographs --data cifar10_tar       # what the loss is on
@@ -51,9 +51,8 @@ STUDIES = {  # before: commands whose weights the arms need. arms: {name: flags}
         before=[('clip_train.py', 'out/teacher')], teacher='out/teacher/model.pt', measures=PROBES,
         arms={target: f'--target {target}' for target in ('clip', 'tokens', 'distill', 'pixels', 'untrained')}),
     'longer': dict(
-        script='mim_pretrain.py', seeds=range(3), steps=(2400, 4800), lengths={'tokens': (4800,), 'distill': (4800,)},
-        before=[('clip_train.py', 'out/teacher')], teacher='out/teacher/model.pt', measures=PROBES,
-        arms={target: f'--target {target}' for target in ('clip', 'tokens', 'distill')}),
+        script='mim_pretrain.py', seeds=range(3), steps=(300, 1200, 4800), measures=PROBES,
+        arms={**LOSS_ON, 'pixels': '--target pixels'}),
     'photographs': dict(
         script='mim_pretrain.py', seeds=range(3), steps=(1200,), measures=PROBES,
         before=[('clip_train.py', PHOTO_TEACHER, '--steps', '700')], teacher=f'{PHOTO_TEACHER}/model.pt',
