@@ -2178,29 +2178,41 @@ def move_mask(mask, original, whole, corner, size, mirror):
 
 @dataclass(eq=False)
 class WorldInstances(World):
-    """The built-in world as images with objects: coarse classes are its kinds, fine ones combinations of
-    kind, texture and part, by falling frequency; a third each are called frequent, common and rare."""
+    """The built-in world as images with objects: coarse classes are its kinds, textured ones pairs of kind and
+    texture, which captions name, fine ones of kind, texture and part, which they do not. The last two stand by
+    falling frequency; a third each are called frequent, common and rare."""
     vocabulary: str = 'coarse'
 
     def __post_init__(self):
         super().__post_init__()
-        self.lvis = self.vocabulary == 'fine'
-        self.coarse = None                              # of fine classes: which coarse class each belongs to
+        fine = grammar('cpu')['fine']                                   # [240, 3] by falling frequency
+        share = 1000 / (torch.arange(NUM_FINE) + 5)                     # up to a factor
+        self.lvis = self.vocabulary != 'coarse'
+        told_by = dict(coarse=1, textured=2, fine=3)[self.vocabulary]   # how many of kind, texture, part
+        classes, self.class_of = fine[:, :told_by].unique(dim=0, return_inverse=True)
+        self.share = torch.zeros(len(classes)).index_add_(0, self.class_of, share)
+        self.coarse = None                                              # of other classes: their kind
         if self.lvis:
-            fine = grammar('cpu')['fine'].tolist()
-            self.coarse = [k for k, _, _ in fine]
-            self.classes = [f'{list(TEXTURES)[t]} {self.classes[k]} {PARTS[p]}' for k, t, p in fine]
+            order = self.share.argsort(descending=True, stable=True)
+            classes, self.share = classes[order], self.share[order]
+            self.class_of = order.argsort()[self.class_of]              # [240]
+            self.coarse = classes[:, 0].tolist()
+            words = list(TEXTURES), PARTS
+            self.classes = []
+            for kind, *others in classes.tolist():
+                texture, *part = [words[i][k] for i, k in enumerate(others)]
+                self.classes.append(' '.join([texture, list(KINDS)[kind], *part]))
         self.categories = [dict(id=k, name=name) for k, name in enumerate(self.classes)]
         if self.lvis:
             for k, row in enumerate(self.categories):
-                row['frequency'] = 'fcr'[3 * k // NUM_FINE]
+                row['frequency'] = 'fcr'[3 * k // len(self.classes)]
 
     def frequencies(self):      # of each class, up to a factor [K]
-        return 1000 / (torch.arange(NUM_FINE) + 5) if self.lvis else torch.ones(NUM_KINDS)
+        return self.share if self.lvis else torch.ones(NUM_KINDS)
 
     def batch(self, position, image_size, seed=0, device='cpu', train=True):  # as Instances.batch
         drawn = super().batch(position, image_size, seed, device, want=('images', 'boxes', 'masks'))
-        labels = drawn['fine'] if self.lvis else drawn['kind']
+        labels = self.class_of.to(device)[drawn['fine']]                # [B, 6]
         targets = []
         for n, seen in enumerate(drawn['num_visible'] >= SMALLEST):
             boxes = drawn['boxes'][n, seen].float()

@@ -39,7 +39,8 @@ from run import option, print0
 class Config(run.Run):
     head: str = option('boxes', 'what is trained on the ViT', choices=('boxes', 'linear', 'mask2former'))
     images: str = option('', "boxes: folder of the json's images, if they do not lie beside it")
-    vocabulary: str = option('coarse', 'boxes of the world: 16 kinds, or 240 as in LVIS', ('coarse', 'fine'))
+    vocabulary: str = option('coarse', 'boxes of the world: 16 kinds; as LVIS 119 with textures, 240 with parts',
+                             ('coarse', 'textured', 'fine'))
     classes: str = option('', "maps: file of a name for each value of the label maps, '-' for none; or the data's")
     adapter: bool = option(False, 'mask2former: ViT-Adapter, instead of the pyramid of the last map')
     stages: int = option(1, 'boxes: heads of the cascade; 1 is Mask R-CNN', low=1, high=5)

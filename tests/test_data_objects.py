@@ -434,13 +434,13 @@ def test_rare_classes_are_shown_more_often(tmp_path, monkeypatch):
         assert counts[39] == 2 and all(counts[i] == 1 for i in range(39))
 
 
-@pytest.mark.parametrize('vocabulary, num', [('coarse', data.NUM_KINDS), ('fine', data.NUM_FINE)])
+@pytest.mark.parametrize('vocabulary, num', [('coarse', data.NUM_KINDS), ('textured', 119), ('fine', data.NUM_FINE)])
 def test_the_world_as_a_json(vocabulary, num):
     """Every object is among the truth with its class, its box around its mask."""
     dataset = data.open_instances('shapes', 'val', vocabulary=vocabulary)
     batch, = data.eval_batches(dataset, 6, 48, 6, 'cpu')
     assert len(dataset.classes) == len(dataset.categories) == len(dataset.frequencies()) == num
-    assert dataset.lvis == data.is_lvis(dict(categories=dataset.categories)) == (vocabulary == 'fine')
+    assert dataset.lvis == data.is_lvis(dict(categories=dataset.categories)) == (vocabulary != 'coarse')
     for (image, parts), target in zip(dataset.truth(batch), batch['targets']):
         assert [part['category_id'] for part in parts] == target['labels'].tolist()
         for part in parts:
