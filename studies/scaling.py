@@ -34,10 +34,12 @@ import run                          # noqa: E402
 RECIPES = {  # by device. cuda's has not been run
     'cpu': dict(sizes=('femto', 'femto-plus', 'pico', 'pico-plus', 'nano', 'micro', 'mini'), held_out='ti',
                 pilot=('pico', 'nano'), bracket=('femto', 'nano', 'mini'), steps=(3200, 6400), batch_size=16, lr=.75,
-                seeds=4, held_out_seeds=3, image_size=32, patch_size=4, teacher='nano', teacher_steps=(2000, 4000)),
+                pilot_seeds=4, seeds=3, held_out_seeds=3, image_size=32, patch_size=4,
+                teacher='nano', teacher_steps=(2000, 4000)),
     'cuda': dict(sizes=('pico', 'nano', 'micro', 'mini', 'ti', 's', 'b'), held_out='l', pilot=('pico', 'nano'),
-                 bracket=('pico', 'mini', 'b'), steps=(2048, 4096), batch_size=256, lr=3, seeds=3, held_out_seeds=2,
-                 image_size=64, patch_size=8, teacher='mini', teacher_steps=(4000, 8000))}
+                 bracket=('pico', 'mini', 'b'), steps=(2048, 4096), batch_size=256, lr=3,
+                 pilot_seeds=3, seeds=3, held_out_seeds=2, image_size=64, patch_size=8,
+                 teacher='mini', teacher_steps=(4000, 8000))}
 WARMUP = 100                # steps; the same for both lengths, as they branch off one another
 COOLDOWN = .2               # share of a run's steps
 BRACKET = .5, 2             # times the rule's learning rate
@@ -84,9 +86,12 @@ def phases(recipe):
     sizes, held_out = recipe['sizes'], recipe['held_out']
     short, long = recipe['steps']
     found = {name: [] for name in ('pilot', 'sizes', 'rates', 'held out', 'rates, held out', 'poor world', 'heads')}
-    for seed in range(recipe['seeds']):
+    for seed in range(recipe['pilot_seeds']):
         for size in sizes[::-1]:
-            found['pilot' if size in recipe['pilot'] else 'sizes'] += lengths(recipe, size, seed)
+            if size in recipe['pilot']:
+                found['pilot'] += lengths(recipe, size, seed)
+            elif seed < recipe['seeds']:
+                found['sizes'] += lengths(recipe, size, seed)
     for seed in range(recipe['held_out_seeds']):
         found['held out'] += lengths(recipe, held_out, seed)
 
@@ -283,7 +288,7 @@ def array_of(rows, recipe, sizes, measure):
     for row in usual(rows):
         loss[row['seed'], row['size'], row['steps']] = 1 - row[measure]
     found = []
-    for seed in range(recipe['seeds']):
+    for seed in range(recipe['pilot_seeds']):
         cells = [[loss.get((seed, size, steps)) for steps in recipe['steps']] for size in sizes]
         if None not in sum(cells, []):
             found.append(cells)
