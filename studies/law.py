@@ -80,14 +80,14 @@ def forecast(N, losses, N_new, seeds, draws=2000):
 
 def expected_width(N, N_new, pair, drop, deviation, seeds, new_seeds, a=.3, tries=40):
     """How wide the forecast's interval will be, if the law holds: a share of the drop from the pair's first size to
-    the largest, [L]. drop [L]: from the first to the second of the pair; deviation [L]: of single runs."""
+    the largest, [L]. pair: two N; drop [L]: from the first to the second; deviation [L]: of single runs."""
     rng = np.random.default_rng(0)
-    first, second = pair
     x = N ** -a
-    A = drop / (x[first] - x[second])
+    first, second = [size ** -a for size in pair]
+    A = drop / (first - second)
     shares = []
     for _ in range(tries):
         luck = rng.normal(size=(seeds, len(N), len(drop))) * deviation
         _, low, high = forecast(N, x[:, None] * A + luck, N_new, new_seeds, draws=300)
-        shares.append((high - low) / (A * (x[first] - x[-1])))
+        shares.append((high - low) / (A * (first - x[-1])))
     return np.mean(shares, axis=0)

@@ -1,5 +1,5 @@
 """
-How masked feature reconstruction scales: seven sizes of model are fitted, an eighth is predicted, then run.
+How masked feature reconstruction scales: sizes of one shape are fitted, a larger one is predicted, then run.
 
     python studies/scaling.py --hours 5     # all of it; stopped, or after so many hours, the same command goes on
     python studies/scaling.py --report      # tables and pictures again, of the runs that are kept in studies/
@@ -31,14 +31,15 @@ import mim_pretrain as mim          # noqa: E402
 import model as M                   # noqa: E402
 import run                          # noqa: E402
 
+FITTED = 'nano', 'nano-plus', 'micro', 'micro-plus', 'mini'      # of one shape: 16 times as wide as deep, as ti
 RECIPES = {  # by device. cuda's has not been run
-    'cpu': dict(sizes=('femto', 'femto-plus', 'pico', 'pico-plus', 'nano', 'micro', 'mini'), held_out='ti',
-                pilot=('pico', 'nano'), bracket=('femto', 'nano', 'mini'), steps=(3200, 6400), batch_size=16, lr=.75,
+    'cpu': dict(sizes=('femto', 'pico', *FITTED), fitted=FITTED, held_out='ti', pilot=('pico', 'nano'),
+                bracket=('femto', 'nano', 'mini'), steps=(3200, 6400), batch_size=16, lr=.75,
                 pilot_seeds=4, seeds=3, held_out_seeds=3, image_size=32, patch_size=4,
                 teacher='nano', teacher_steps=(2000, 4000)),
-    'cuda': dict(sizes=('pico', 'nano', 'micro', 'mini', 'ti', 's', 'b'), held_out='l', pilot=('pico', 'nano'),
-                 bracket=('pico', 'mini', 'b'), steps=(2048, 4096), batch_size=256, lr=3,
-                 pilot_seeds=3, seeds=3, held_out_seeds=2, image_size=64, patch_size=8,
+    'cuda': dict(sizes=('pico', 'nano', 'micro', 'mini', 'ti', 's', 'b'), fitted=('nano', 'micro', 'mini', 'ti', 's', 'b'),
+                 held_out='l', pilot=('pico', 'nano'), bracket=('nano', 'mini', 'b'), steps=(2048, 4096),
+                 batch_size=256, lr=3, pilot_seeds=3, seeds=3, held_out_seeds=2, image_size=64, patch_size=8,
                  teacher='mini', teacher_steps=(4000, 8000))}
 WARMUP = 100                # steps; the same for both lengths, as they branch off one another
 COOLDOWN = .2               # share of a run's steps
@@ -144,7 +145,7 @@ def vit_of(size, recipe):
 
 def weights_of(recipe):
     """N of the sizes that are fitted: [R]."""
-    return np.array([vit_of(size, recipe)[1] for size in recipe['sizes']], float)
+    return np.array([vit_of(size, recipe)[1] for size in recipe['fitted']], float)
 
 
 def run_all(folder, device, jobs, hours):
@@ -371,7 +372,7 @@ def report_width(rows, recipe, measure):
     paired = losses[:, 0] - losses[:, 1]
     deviation = paired.std(0, ddof=1) / math.sqrt(2)                    # of one run, its seed's luck apart
     N = weights_of(recipe)
-    pair = [recipe['sizes'].index(size) for size in recipe['pilot']]
+    pair = [vit_of(size, recipe)[1] for size in recipe['pilot']]
     N_new = vit_of(recipe['held_out'], recipe)[1]
     shares = law.expected_width(N, N_new, pair, paired.mean(0), deviation, recipe['seeds'], recipe['held_out_seeds'])
     said = ', '.join(f'{share:.2f} at {steps}' for share, steps in zip(shares, recipe['steps']))
@@ -435,7 +436,7 @@ def report_neighbours(rows, recipe, sizes, measure):
 
 def fitted(rows, recipe, measure):
     """(N [R], losses [S, R, L]) of the sizes that are fitted, if all of them are there."""
-    losses = array_of(rows, recipe, recipe['sizes'], measure)
+    losses = array_of(rows, recipe, recipe['fitted'], measure)
     return (weights_of(recipe), losses) if len(losses) > 1 else None
 
 
@@ -547,7 +548,7 @@ def draw_curves(rows, curves, sizes, colours):
 
 
 def draw_law(rows, recipe, measure, N, losses):
-    """Loss over weights at both lengths: the law, its band, what was fitted, and what came after."""
+    """Loss over weights at both lengths: the law, its band, what was fitted, what was not, and what came after."""
     a, A, _ = law.bootstrap(N, losses)
     N_new = vit_of(recipe['held_out'], recipe)[1]
     wide = np.geomspace(min(N), N_new, 40)
@@ -555,22 +556,23 @@ def draw_law(rows, recipe, measure, N, losses):
     heights = E[:, None] + law.size_term(wide, a, A, N)                 # [1 + draws, 40, L]
     low, high = np.quantile(heights[1:], (.05, .95), axis=0)
 
-    later = f"{recipe['held_out']}, after"
-    lines, points, bands = {}, {}, {}
+    lines, bands = {}, {}
     for place, steps in enumerate(recipe['steps']):
-        name = f'{steps} steps'
-        lines[name] = list(zip(wide, heights[0, :, place]))
-        bands[name] = list(zip(wide, low[:, place], high[:, place]))
-        points[name] = []
-        for size_N, values in zip(N, losses[:, :, place].T):
-            points[name].append(with_interval(size_N, values))
-        after = [1 - row[measure] for row in usual(rows)
-                 if row['size'] == recipe['held_out'] and row['steps'] == steps]
-        if after:
-            points.setdefault(later, []).append(with_interval(N_new, after))
-    shades = dict(zip((*lines, later), plot.COLOURS))
-    return panel('loss over weights: law, 90% band, and what was held out', 'weights N', lines, points, 'x',
-                 bands=bands, colours=shades)
+        lines[f'{steps} steps'] = list(zip(wide, heights[0, :, place]))
+        bands[f'{steps} steps'] = list(zip(wide, low[:, place], high[:, place]))
+
+    # the runs, of the same seeds for all sizes
+    points = {}
+    cells = by_cell(row for row in rows if row['seed'] < recipe['seeds'])
+    for steps in recipe['steps']:
+        for size in (*recipe['sizes'], recipe['held_out']):
+            name = f'{steps} steps' if size in recipe['fitted'] else 'of another shape'
+            if size == recipe['held_out']:
+                name = f'{size}, after'
+            values = [1 - row[measure] for row in cells.get((size, steps), {}).values()]
+            if values:
+                points.setdefault(name, []).append(with_interval(vit_of(size, recipe)[1], values))
+    return panel('loss over weights: law, 90% band, and what was held out', 'weights N', lines, points, 'x', bands=bands)
 
 
 def with_interval(x, values):

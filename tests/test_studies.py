@@ -327,7 +327,7 @@ def test_intervals_cover_what_is_held_out():
 def test_the_expected_width_is_that_of_studies_as_lucky():
     """Twice the luck, twice the width."""
     drop = np.array([.02, .02])
-    one, two = [law.expected_width(WEIGHTS[:7], WEIGHTS[7], (2, 4), drop, deviation, 4, 3, tries=10)
+    one, two = [law.expected_width(WEIGHTS[:7], WEIGHTS[7], WEIGHTS[2:5:2], drop, deviation, 4, 3, tries=10)
                 for deviation in (.001, .002)]
     assert two / one == pytest.approx([2, 2], rel=.25)
 
@@ -372,7 +372,7 @@ def test_a_study_is_reported_and_drawn_from_its_csv(tmp_path, capsys):
     files = [tmp_path / name for name in ('runs.csv', 'curves.csv', 'prediction.json')]
     scaling.report(*files, tmp_path, RECIPE)
     out = capsys.readouterr().out
-    assert '| ti - mini, 6400 steps |' in out and 'exponent a' in out and 'nano - pico-plus' in out
+    assert '| ti - mini, 6400 steps |' in out and 'exponent a' in out and 'nano-plus - nano' in out
     assert Image.open(tmp_path / 'scaling.png').size[0] == 2 * 720 and (tmp_path / 'eva.png').exists()
 
 
