@@ -30,7 +30,8 @@ import run                          # noqa: E402
 SCRATCH, LONG = 'scratch', 'scratch, all compute'       # LONG may take the FLOPs of EVA's pre-training as well
 PRETRAINED = {  # arm: what mim_pretrain.py is given; one for each seed
     'EVA': '--size nano', 'EVA mini': '--size mini', 'EVA micro': '--size micro',
-    'pixels': '--size nano --target pixels', 'random teacher': '--size nano --target untrained', 'distilled': '--size nano --target distill',
+    'pixels': '--size nano --target pixels', 'random teacher': '--size nano --target untrained',
+    'distilled': '--size nano --target distill',
     'distilled mini': '--size mini --target distill'}
 SEEDS, TRY_SEED = (0, 1, 2), 3                          # rates and lengths are tried from TRY_SEED on
 NUM_TRIED, NUM_JUDGED = 1000, 4000      # images by which rates are chosen, and by which arms are compared

@@ -37,8 +37,9 @@ RECIPES = {  # by device. cuda's has not been run
                 bracket=('femto', 'nano', 'mini'), steps=(3200, 6400), batch_size=16, lr=.75,
                 pilot_seeds=4, seeds=3, held_out_seeds=3, image_size=32, patch_size=4,
                 teacher='nano', teacher_steps=(2000, 4000)),
-    'cuda': dict(sizes=('pico', 'nano', 'micro', 'mini', 'ti', 's', 'b'), fitted=('nano', 'micro', 'mini', 'ti', 's', 'b'),
-                 held_out='l', pilot=('pico', 'nano'), bracket=('nano', 'mini', 'b'), steps=(2048, 4096),
+    'cuda': dict(sizes=('pico', 'nano', 'micro', 'mini', 'ti', 's', 'b'), held_out='l',
+                 fitted=('nano', 'micro', 'mini', 'ti', 's', 'b'), pilot=('pico', 'nano'),
+                 bracket=('nano', 'mini', 'b'), steps=(2048, 4096),
                  batch_size=256, lr=3, pilot_seeds=3, seeds=3, held_out_seeds=2, image_size=64, patch_size=8,
                  teacher='mini', teacher_steps=(4000, 8000))}
 WARMUP = 100                # steps; the same for both lengths, as they branch off one another
