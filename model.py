@@ -37,7 +37,7 @@ SIZES = {  # parameters without a head. The built-in teacher is a nano too; with
     'femto': dict(width=16,   depth=2,  heads=1,  mlp_width=64,   patch_size=4,  image_size=32),   # 8K
     'pico':  dict(width=32,   depth=4,  heads=2,  mlp_width=128,  patch_size=4,  image_size=32),   # 54K
     'nano':  dict(width=64,   depth=4,  heads=2,  mlp_width=256,  patch_size=4,  image_size=32),   # 207K
-    'nano-plus': dict(width=80, depth=5, heads=2, mlp_width=320,  patch_size=4,  image_size=32),   # 397K
+    'nano-plus': dict(width=80, depth=5, heads=2, mlp_width=320,  patch_size=4,  image_size=32),   # 398K
     'micro': dict(width=96,   depth=6,  heads=3,  mlp_width=384,  patch_size=4,  image_size=32),   # 681K
     'micro-plus': dict(width=112, depth=7, heads=4, mlp_width=448, patch_size=4, image_size=32),   # 1.1M
     'mini':  dict(width=128,  depth=8,  heads=4,  mlp_width=512,  patch_size=4,  image_size=32),   # 1.6M
