@@ -54,12 +54,12 @@ class Config(run.Run):
 
 SMALL = dict(batch_size=64, steps=1600, save_every=400, init_gain=1.9)
 RECIPES = {  # differences from the defaults. g: the paper; ti to l: EVA-02's; the rest ours, tuned on two cores
-    'femto': dict(SMALL, lr=1e-2),      # this and those with a plus are sizes of the scaling study
+    'femto': dict(SMALL, lr=1e-2),      # this, 24x3 and 48x4 are sizes of the scaling study
+    '24x3':  dict(SMALL, lr=8e-3),
     'pico':  dict(SMALL, lr=6e-3),
+    '48x4':  dict(SMALL, lr=5e-3),
     'nano':  dict(SMALL, lr=4e-3),
-    'nano-plus': dict(SMALL, lr=3.5e-3),
     'micro': dict(SMALL, lr=3e-3),
-    'micro-plus': dict(SMALL, lr=2.7e-3),
     'mini':  dict(SMALL, lr=2.5e-3),
     'ti':    dict(batch_size=4000, steps=852_000,   lr=3e-3,   warmup_steps=3550),      # 240 epochs, IN-21K
     's':     dict(batch_size=4000, steps=852_000,   lr=3e-3,   warmup_steps=3550),

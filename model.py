@@ -35,11 +35,11 @@ class Refused(ValueError):
 
 SIZES = {  # parameters without a head. The built-in teacher is a nano too; with --init the file's options stay
     'femto': dict(width=16,   depth=2,  heads=1,  mlp_width=64,   patch_size=4,  image_size=32),   # 8K
+    '24x3':  dict(width=24,   depth=3,  heads=2,  mlp_width=96,   patch_size=4,  image_size=32),   # 24K
     'pico':  dict(width=32,   depth=4,  heads=2,  mlp_width=128,  patch_size=4,  image_size=32),   # 54K
+    '48x4':  dict(width=48,   depth=4,  heads=3,  mlp_width=192,  patch_size=4,  image_size=32),   # 118K
     'nano':  dict(width=64,   depth=4,  heads=2,  mlp_width=256,  patch_size=4,  image_size=32),   # 207K
-    'nano-plus': dict(width=80, depth=5, heads=2, mlp_width=320,  patch_size=4,  image_size=32),   # 398K
     'micro': dict(width=96,   depth=6,  heads=3,  mlp_width=384,  patch_size=4,  image_size=32),   # 681K
-    'micro-plus': dict(width=112, depth=7, heads=4, mlp_width=448, patch_size=4, image_size=32),   # 1.1M
     'mini':  dict(width=128,  depth=8,  heads=4,  mlp_width=512,  patch_size=4,  image_size=32),   # 1.6M
     'ti':    dict(width=192,  depth=12, heads=3,  mlp_width=768,  patch_size=4,  image_size=32),   # 5.4M
     's':     dict(width=384,  depth=12, heads=6,  mlp_width=1536, patch_size=8,  image_size=64),   # 21M

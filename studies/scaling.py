@@ -31,15 +31,13 @@ import mim_pretrain as mim          # noqa: E402
 import model as M                   # noqa: E402
 import run                          # noqa: E402
 
-FITTED = 'nano', 'nano-plus', 'micro', 'micro-plus', 'mini'      # of one shape: 16 times as wide as deep, as ti
 RECIPES = {  # by device. cuda's has not been run
-    'cpu': dict(sizes=('femto', 'pico', *FITTED), fitted=FITTED, held_out='ti', pilot=('pico', 'nano'),
-                bracket=('femto', 'nano', 'mini'), steps=(3200, 6400), batch_size=16, lr=.75,
+    'cpu': dict(sizes=('femto', '24x3', 'pico', '48x4', 'nano', 'micro', 'mini'), held_out='ti',
+                pilot=('pico', 'nano'), bracket=('femto', 'nano', 'mini'), steps=(3200, 6400), batch_size=16, lr=.75,
                 pilot_seeds=4, seeds=3, held_out_seeds=3, image_size=32, patch_size=4,
                 teacher='nano', teacher_steps=(2000, 4000)),
     'cuda': dict(sizes=('pico', 'nano', 'micro', 'mini', 'ti', 's', 'b'), held_out='l',
-                 fitted=('nano', 'micro', 'mini', 'ti', 's', 'b'), pilot=('pico', 'nano'),
-                 bracket=('nano', 'mini', 'b'), steps=(2048, 4096),
+                 pilot=('pico', 'nano'), bracket=('nano', 'mini', 'b'), steps=(2048, 4096),
                  batch_size=256, lr=3, pilot_seeds=3, seeds=3, held_out_seeds=2, image_size=64, patch_size=8,
                  teacher='mini', teacher_steps=(4000, 8000))}
 WARMUP = 100                # steps; the same for both lengths, as they branch off one another
@@ -140,13 +138,17 @@ def vit_of(size, recipe):
     row = dict(M.SIZES[size], image_size=recipe['image_size'], patch_size=recipe['patch_size'])
     config = M.ViTConfig(**row)
     with torch.device('meta'):
-        vit = M.ViT(config)
-    return config, run.count_parameters(vit.blocks) + run.count_parameters(vit.patch_embed)
+        return config, weights_in(M.ViT(config))
+
+
+def weights_in(vit):
+    """N: of blocks and patch embedding."""
+    return run.count_parameters(vit.blocks) + run.count_parameters(vit.patch_embed)
 
 
 def weights_of(recipe):
     """N of the sizes that are fitted: [R]."""
-    return np.array([vit_of(size, recipe)[1] for size in recipe['fitted']], float)
+    return np.array([vit_of(size, recipe)[1] for size in recipe['sizes']], float)
 
 
 def run_all(folder, device, jobs, hours):
@@ -203,6 +205,7 @@ def computed(one, recipe, folder, judges):
         judges[one['world']] = make_judge(one['world'], recipe, folder)
     val, target = judges[one['world']]
     model = M.load(folder / one['name'] / 'model.pt')
+    assert weights_in(model) == one['N'], f"{one['name']} is not of size {one['size']}"
     return judge(model, target, val)
 
 
@@ -437,7 +440,7 @@ def report_neighbours(rows, recipe, sizes, measure):
 
 def fitted(rows, recipe, measure):
     """(N [R], losses [S, R, L]) of the sizes that are fitted, if all of them are there."""
-    losses = array_of(rows, recipe, recipe['fitted'], measure)
+    losses = array_of(rows, recipe, recipe['sizes'], measure)
     return (weights_of(recipe), losses) if len(losses) > 1 else None
 
 
@@ -567,9 +570,7 @@ def draw_law(rows, recipe, measure, N, losses):
     cells = by_cell(row for row in rows if row['seed'] < recipe['seeds'])
     for steps in recipe['steps']:
         for size in (*recipe['sizes'], recipe['held_out']):
-            name = f'{steps} steps' if size in recipe['fitted'] else 'of another shape'
-            if size == recipe['held_out']:
-                name = f'{size}, after'
+            name = f'{size}, after' if size == recipe['held_out'] else f'{steps} steps'
             values = [1 - row[measure] for row in cells.get((size, steps), {}).values()]
             if values:
                 points.setdefault(name, []).append(with_interval(vit_of(size, recipe)[1], values))

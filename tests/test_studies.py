@@ -372,7 +372,7 @@ def test_a_study_is_reported_and_drawn_from_its_csv(tmp_path, capsys):
     files = [tmp_path / name for name in ('runs.csv', 'curves.csv', 'prediction.json')]
     scaling.report(*files, tmp_path, RECIPE)
     out = capsys.readouterr().out
-    assert '| ti - mini, 6400 steps |' in out and 'exponent a' in out and 'nano-plus - nano' in out
+    assert '| ti - mini, 6400 steps |' in out and 'exponent a' in out and '48x4 - pico' in out
     assert Image.open(tmp_path / 'scaling.png').size[0] == 2 * 720 and (tmp_path / 'eva.png').exists()
 
 

@@ -77,7 +77,7 @@ def test_our_eva02_sizes_cost_what_ours_do():
 @pytest.mark.parametrize('size, arch', [('g', 'eva02'), ('pico', 'eva02'), ('huge', 'eva'), ('b', 'eva03')])
 def test_unknown_sizes_are_refused(size, arch):
     """In one line that lists what there is."""
-    with pytest.raises(Refused, match='nano, micro, ti|pico, nano, nano-plus|eva or eva02'):
+    with pytest.raises(Refused, match='nano, micro, ti|pico, 48x4, nano|eva or eva02'):
         config_of(size, arch)
 
 
