@@ -147,6 +147,13 @@ def test_a_run_leaves_what_the_design_says(tmp_path):
     assert run.read_log(str(tmp_path / 'run'), 'evals.jsonl')[-1]['skill'] == result['skill']
 
 
+def test_every_recipe_builds_its_own_size():
+    """A recipe's name up to its first dash is its size: no size has a dash."""
+    for size in mim_pretrain.RECIPES:
+        built = run.vit_config(run.parse_config(mim_pretrain.Config, mim_pretrain.RECIPES, ['--size', size]))
+        assert dataclasses.asdict(built).items() >= M.SIZES[size].items()
+
+
 def test_position_baseline_is_the_best_constant():
     """No other constant per position has a larger mean cosine on the hidden patches."""
     cfg = type('cfg', (), dict(mask='random', mask_ratio=.4, workers=0))
