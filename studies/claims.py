@@ -21,6 +21,7 @@ from PIL import Image
 
 import grid
 import plot
+import scaling
 
 sys.path.insert(0, str(grid.ROOT))
 import data                         # noqa: E402
@@ -28,11 +29,9 @@ import model as M                   # noqa: E402
 import run                          # noqa: E402
 
 SCRATCH, LONG = 'scratch', 'scratch, all compute'       # LONG may take the FLOPs of EVA's pre-training as well
-PRETRAINED = {  # arm: what mim_pretrain.py is given; one for each seed
-    'EVA': '--size nano', 'EVA mini': '--size mini', 'EVA micro': '--size micro',
-    'pixels': '--size nano --target pixels', 'random teacher': '--size nano --target untrained',
-    'distilled': '--size nano --target distill',
-    'distilled mini': '--size mini --target distill'}
+PRETRAINED = {  # arm: size, and what it reconstructs; one for each seed
+    'EVA': ('nano', 'clip'), 'EVA micro': ('micro', 'clip'), 'EVA mini': ('mini', 'clip'),
+    'pixels': ('nano', 'pixels'), 'distilled': ('nano', 'distill'), 'distilled mini': ('mini', 'distill')}
 SEEDS, TRY_SEED = (0, 1, 2), 3                          # rates and lengths are tried from TRY_SEED on
 NUM_TRIED, NUM_JUDGED = 1000, 4000      # images by which rates are chosen, and by which arms are compared
 SIDE = 64                               # pixels of labelled scenes: a part of one is still sharp at 32
@@ -46,10 +45,10 @@ CLASSES = dict(
 CLAIMS = {  # arms: on all budgets, or on the middle one; wrong_if: what is asked of the runs
     'classes': dict(
         CLASSES, budgets=(250, 1000, 4000, 16_000), middle=1000,
-        arms=(SCRATCH, LONG, 'teacher', 'EVA', 'EVA mini'),
-        also=('pixels', 'random teacher', 'distilled', 'EVA micro', 'distilled mini'),
+        arms=(SCRATCH, LONG, 'teacher', 'EVA'),
+        also=('pixels', 'distilled', 'EVA micro', 'EVA mini', 'distilled mini'),
         pairs=[('EVA', LONG), ('EVA', 'teacher'), ('EVA mini', 'teacher'), ('EVA mini', 'distilled mini'),
-               ('EVA mini', 'EVA'), ('EVA', 'distilled'), ('EVA', 'pixels'), ('EVA', 'random teacher')],
+               ('EVA mini', 'EVA'), ('EVA', 'distilled'), ('EVA', 'pixels')],
         wrong_if='''1. scratch does not need more labels than EVA: the interval of the ratio holds 1 at 4,000 or fewer;
 2. EVA mini is not above the teacher that it learnt from, which is nano, at the middle budget; if distilled mini is
    level with EVA mini, it is the size and not the mask'''),
@@ -69,87 +68,115 @@ CLAIMS = {  # arms: on all budgets, or on the middle one; wrong_if: what is aske
 
 # ---- the runs ---------------------------------------------------------------------------------------------------
 
+class Setting:
+    """A claim on one data set: the commands of its runs, and where they and what they start from lie."""
+
+    def __init__(self, name, spec, folder):
+        self.claim, self.spec = CLAIMS[name], spec
+        self.folder = folder / name
+        self.shared = folder / f'pretrained-{Path(spec).name}'
+        self.recipe = scaling.RECIPES['cpu']
+        if spec != 'shapes':
+            self.recipe = dict(self.recipe, teacher_steps=(700,))
+
+    def teacher(self):
+        """The command of the small CLIP that is given. Its batch is its stage's own."""
+        steps = max(self.recipe['teacher_steps'])
+        flags = ['--data', self.spec, '--size', 'nano', *scaling.vit_flags(self.recipe), '--steps', steps]
+        columns = dict(name=f'steps-{steps}', work=seconds('nano', steps * 128))
+        return grid.make_run(self.shared / 'teachers', 'clip_train.py', flags, columns)
+
+    def student(self, arm, seed):
+        """The command of one of PRETRAINED: a run of the scaling study, whose target may be another."""
+        size, target = PRETRAINED[arm]
+        one = scaling.student(self.recipe, size, seed, max(self.recipe['steps']), world=self.spec)
+        one.update(name=named(arm, seed), arm=arm, work=seconds(size, one['steps'] * one['batch_size']))
+        command = scaling.as_command(one, self.recipe, self.shared)
+        command['words'] += ['--target', target]
+        return command
+
+    def run(self, arm, budget, steps, factor, seed):
+        """The command of an arm with so many labels or captions; factor: times the usual learning rate."""
+        size = size_of(arm)
+        lr = factor * self.claim['rates'][size]
+        flags = [*self.claim['flags'].split(), '--size', size, '--steps', steps, '--lr', f'{lr:g}', '--seed', seed,
+                 '--save_every', max(100, steps // 4)]
+
+        # a try starts from what another seed pre-trained
+        init = self.shared / named(arm, seed % len(SEEDS)) / 'model.pt'
+        if arm == 'teacher':
+            init = scaling.teacher_of(self.recipe, self.shared)
+        if self.claim['script'] == 'clip_train.py':
+            flags += ['--data', f'{self.spec}:unique={budget}']
+            if arm not in (SCRATCH, LONG):
+                flags += ['--vision', init]
+        else:
+            flags += ['--data', self.labelled(budget)]
+            if arm in (SCRATCH, LONG):
+                init = random_weights(seed, self.shared)
+                flags += ['--no-freeze_patches', '--layer_decay', 1]
+            flags += ['--init', init]
+        columns = dict(name=named(arm, budget, steps, factor, seed), arm=arm, budget=budget, steps=steps,
+                       factor=factor, seed=seed, work=seconds(size, steps * self.claim['batch_size']))
+        return grid.make_run(self.folder, self.claim['script'], flags, columns)
+
+    def labelled(self, budget):
+        """A folder of PNG files by class: train/, so many, and val/, by which rates and lengths are chosen."""
+        place = self.folder / f'labels-{budget}'
+        if place.exists():
+            return place
+        side = SIDE if self.spec == 'shapes' else 32
+        dataset = data.open_data(self.spec, 'train', views=data.Views(share=1.), labels=True)
+        most = max(self.claim['budgets'])
+        beside = place.with_suffix('.tmp')
+        for batch in data.eval_batches(dataset, 500, side, most + NUM_TRIED, torch.device('cpu')):
+            for position, label, image in zip(batch['position'].tolist(), batch['labels'].tolist(), batch['images']):
+                split = 'train' if position < budget else 'val' if position >= most else ''
+                if split:
+                    path = beside / split / dataset.label_names[label] / f'{position:06d}.png'
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+        beside.rename(place)
+        return place
+
+
 def run_claim(name, spec, folder, jobs, until):
     """Pre-trains, tries, then runs what is not there yet. -> all rows."""
-    claim = CLAIMS[name]
-    shared = folder / ('pretrained' if spec == 'shapes' else 'pretrained-photographs')
-    folder = folder / name
-    teacher = teacher_of(spec, shared)
+    setting = Setting(name, spec, folder)
+    claim = setting.claim
     val_set = data.open_data(spec, 'val', views=data.Views(share=1.), labels=True)
 
     def more(one, result):
-        if one['script'] != 'finetune.py':
+        if claim['script'] != 'finetune.py':
             return {}
-        return dict(judged_top1=accuracy(M.load(folder / one['name'] / 'model.pt'), val_set))
+        return dict(judged_top1=accuracy(M.load(setting.folder / one['name'] / 'model.pt'), val_set))
 
-    def phase(title, runs, place):
+    def phase(title, runs, place=setting.folder, more=more):
         hours = sum(one['work'] for one in runs) / 3600
         print(f'\n{title}: {len(runs)} runs, about {hours:.1f} core-hours in all', flush=True)
-        return grid.run_all(runs, place, jobs, more if place == folder else None, until)
+        return grid.run_all(runs, place, jobs, more, until)
 
-    arms = [arm for arm in (*claim['arms'], *claim['also']) if arm in PRETRAINED]
-    phase('pre-training', [pretraining(arm, seed, spec, teacher, shared) for seed in SEEDS for arm in arms], shared)
-
-    def command(arm, budget, steps, factor, seed):
-        return as_command(claim, arm, budget, steps, factor, seed, spec, teacher, shared, folder)
+    arms = *claim['arms'], *claim['also']
+    phase('teacher', [setting.teacher()], setting.shared / 'teachers', None)
+    students = [setting.student(arm, seed) for seed in SEEDS for arm in arms if arm in PRETRAINED]
+    phase('pre-training', students, setting.shared, None)
 
     # the best rate of each arm on the middle budget; the best length of LONG on each
-    middle = claim['middle']
-    tries = [command(arm, middle, lengths(claim, arm)[0], factor, TRY_SEED + n) for n in range(claim['num_tries'])
-             for arm in (*claim['arms'], *claim['also']) for factor in claim['factors']]
-    factors = best(phase('learning rates', tries, folder), claim, 'arm', 'factor')
-    tries = [command(LONG, budget, steps, factors[LONG], TRY_SEED)
+    tries = [setting.run(arm, claim['middle'], lengths(claim, arm)[0], factor, TRY_SEED + n)
+             for n in range(claim['num_tries']) for arm in arms for factor in claim['factors']]
+    factors = best(phase('learning rates', tries), claim, 'arm', 'factor')
+    tries = [setting.run(LONG, budget, steps, factors[LONG], TRY_SEED)
              for budget in claim['budgets'] for steps in claim['long']]
-    long = best(phase('lengths', tries, folder), claim, 'budget', 'steps')
+    long = best(phase('lengths', tries), claim, 'budget', 'steps')
 
     runs = []
     for seed in SEEDS:
         for budget in claim['budgets']:
-            for arm in (*claim['arms'], *(claim['also'] if budget == middle else ())):
+            for arm in arms if budget == claim['middle'] else claim['arms']:
                 steps = long[budget] if arm == LONG else claim['steps']
-                runs.append(command(arm, budget, steps, factors[arm], seed))
-    phase('the claim', runs, folder)
-    return grid.read_csv(folder / 'runs.csv')
-
-
-def teacher_of(spec, shared):
-    """The small CLIP that is there, of scenes; of other images one like it is trained."""
-    if spec == 'shapes':
-        return 'assets/nano-teacher.pt'
-    run.run_stage('clip_train.py', str(shared / 'teacher'), '--data', spec, '--steps', '700')
-    return shared / 'teacher' / 'model.pt'
-
-
-def pretraining(arm, seed, spec, teacher, shared):
-    flags = [*PRETRAINED[arm].split(), '--data', spec, '--teacher', teacher, '--seed', seed, '--save_every', 1600]
-    columns = dict(name=named(arm, seed), arm=arm, seed=seed, work=seconds(size_of(arm), 1600 * 64))
-    return grid.make_run(shared, 'mim_pretrain.py', flags, columns)
-
-
-def as_command(claim, arm, budget, steps, factor, seed, spec, teacher, shared, folder):
-    """One run of an arm with so many labels or captions."""
-    script, size = claim['script'], size_of(arm)
-    lr = factor * claim['rates'][size]
-    flags = [*claim['flags'].split(), '--size', size, '--steps', steps, '--lr', f'{lr:g}', '--seed', seed,
-             '--save_every', max(100, steps // 4)]
-
-    # a try starts from what another seed pre-trained
-    init = shared / named(arm, seed % len(SEEDS)) / 'model.pt'
-    if arm == 'teacher':
-        init = teacher
-    if script == 'clip_train.py':
-        flags += ['--data', f'{spec}:unique={budget}']
-        if arm not in (SCRATCH, LONG):
-            flags += ['--vision', init]
-    else:
-        flags += ['--data', labelled(claim, spec, budget, folder)]
-        if arm in (SCRATCH, LONG):
-            init = random_weights(seed, shared)
-            flags += ['--no-freeze_patches', '--layer_decay', 1]
-        flags += ['--init', init]
-    columns = dict(name=named(arm, budget, steps, factor, seed), arm=arm, budget=budget, steps=steps, factor=factor,
-                   seed=seed, script=script, work=seconds(size, steps * claim['batch_size']))
-    return grid.make_run(folder, script, flags, columns)
+                runs.append(setting.run(arm, budget, steps, factors[arm], seed))
+    phase('the claim', runs)
+    return grid.read_csv(setting.folder / 'runs.csv')
 
 
 def named(arm, *others):
@@ -158,7 +185,7 @@ def named(arm, *others):
 
 
 def size_of(arm):
-    return arm.split()[-1] if arm.split()[-1] in M.SIZES else 'nano'
+    return PRETRAINED[arm][0] if arm in PRETRAINED else 'nano'
 
 
 def lengths(claim, arm):
@@ -187,26 +214,6 @@ def random_weights(seed, shared):
         path.parent.mkdir(parents=True, exist_ok=True)
         M.save(M.init_weights(M.ViT(M.ViTConfig(**M.SIZES['nano'])), seed, gain=1.9), str(path))
     return path
-
-
-def labelled(claim, spec, budget, folder):
-    """A folder of PNG files by class: train/, so many, and val/, by which rates and lengths are chosen."""
-    place = folder / f'labels-{budget}'
-    if place.exists():
-        return place
-    side = SIDE if spec == 'shapes' else 32
-    dataset = data.open_data(spec, 'train', views=data.Views(share=1.), labels=True)
-    most = max(claim['budgets'])
-    beside = place.with_suffix('.tmp')
-    for batch in data.eval_batches(dataset, 500, side, most + NUM_TRIED, torch.device('cpu')):
-        for position, label, image in zip(batch['position'].tolist(), batch['labels'].tolist(), batch['images']):
-            split = 'train' if position < budget else 'val' if position >= most else ''
-            if split:
-                path = beside / split / dataset.label_names[label] / f'{position:06d}.png'
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    beside.rename(place)
-    return place
 
 
 @torch.no_grad()
