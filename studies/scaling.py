@@ -33,11 +33,11 @@ import run                          # noqa: E402
 
 RECIPES = {  # by device. cuda's has not been run
     'cpu': dict(sizes=('femto', '24x3', 'pico', '48x4', 'nano', 'micro', 'mini'), held_out='ti',
-                pilot=('pico', 'nano'), bracket=('femto', 'nano', 'mini'), steps=(3200, 6400), batch_size=16, lr=.75,
-                pilot_seeds=4, seeds=3, held_out_seeds=3, image_size=32, patch_size=4,
-                teacher='nano', teacher_steps=(2000, 4000)),
+                pilot=('pico', 'nano'), bracket=('femto', 'nano', 'mini', 'ti'), steps=(3200, 6400),
+                batch_size=16, lr=.75, pilot_seeds=4, seeds=3, held_out_seeds=3,
+                image_size=32, patch_size=4, teacher='nano', teacher_steps=(2000, 4000)),
     'cuda': dict(sizes=('pico', 'nano', 'micro', 'mini', 'ti', 's', 'b'), held_out='l',
-                 pilot=('pico', 'nano'), bracket=('nano', 'mini', 'b'), steps=(2048, 4096),
+                 pilot=('pico', 'nano'), bracket=('nano', 'mini', 'b', 'l'), steps=(2048, 4096),
                  batch_size=256, lr=3, pilot_seeds=3, seeds=3, held_out_seeds=2, image_size=64, patch_size=8,
                  teacher='mini', teacher_steps=(4000, 8000))}
 WARMUP = 100                # steps; the same for both lengths, as they branch off one another
@@ -85,7 +85,7 @@ def phases(recipe):
     """{what for: its runs}, in order; a name means one run. What is held out comes after all that is fitted."""
     sizes, held_out = recipe['sizes'], recipe['held_out']
     short, long = recipe['steps']
-    found = {name: [] for name in ('pilot', 'sizes', 'rates', 'held out', 'rates, held out', 'poor world', 'heads')}
+    found = {name: [] for name in ('pilot', 'sizes', 'held out', 'rates', 'poor world', 'heads')}
     for seed in range(recipe['pilot_seeds']):
         for size in sizes[::-1]:
             if size in recipe['pilot']:
@@ -98,7 +98,6 @@ def phases(recipe):
     for factor in BRACKET:
         for size in recipe['bracket'][::-1]:
             found['rates'].append(student(recipe, size, 0, short, factor))
-        found['rates, held out'].append(student(recipe, held_out, 0, short, factor))
     for size in sizes[:-1]:
         found['poor world'].append(student(recipe, size, 0, short, world=POOR))
     for size in (held_out, *sizes[::-1]):
@@ -274,8 +273,8 @@ def whitened_r2(predictions, targets, places, axes):
 def curve_of(one, folder, windows=24):
     """Rows of curves.csv: the mean training loss in windows of steps that grow, as 1 - cosine."""
     log = run.read_log(folder / one['name'])
-    first, last = log[0]['step'] + 1, one['steps']
-    edges = np.unique(np.geomspace(max(first, 50), last, windows + 1).round())
+    edges = np.unique(np.geomspace(50, one['steps'], windows + 1).round())
+    edges = edges[edges > log[0]['step']]                   # a branch begins where it left
     rows = []
     for low, high in zip(edges, edges[1:]):
         losses = [1 + line['loss'] for line in log if low <= line['step'] < high]
@@ -516,13 +515,14 @@ def rates_of(rows, measure):
 # ---- pictures ---------------------------------------------------------------------------------------------------
 
 def draw(rows, curves, recipe, measure, folder):
-    """scaling.png, six panels, and eva.png."""
+    """scaling.png, six panels; one of them alone, law.png; eva.png."""
     sizes = sizes_of(rows, recipe)
     colours = plot.ramp((*recipe['sizes'], recipe['held_out']))
     panels = [draw_curves(rows, curves, sizes, colours)]
     found = fitted(rows, recipe, measure)
     if found:
         panels.append(draw_law(rows, recipe, measure, *found))
+        plot.draw_panels(folder / 'law.png', panels[-1:])
         panels.append(draw_valleys(rows, curves, recipe, sizes, colours))
         panels.append(draw_residuals(recipe, *found))
     panels.append(panel('loss at three learning rates, times the rule\'s', 'factor',
@@ -672,7 +672,7 @@ def main():
     if not (kept / 'scaling.csv').exists():
         grid.refuse('no runs are kept yet; start with --hours 5')
     report(kept / 'scaling.csv', kept / 'scaling_curves.csv', kept / 'prediction.json', folder, RECIPES['cpu'])
-    print(f'{folder}: scaling.png, eva.png')
+    print(f'{folder}: scaling.png, law.png, eva.png')
 
 
 if __name__ == '__main__':
