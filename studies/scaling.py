@@ -585,12 +585,13 @@ def with_interval(x, values):
 
 
 def draw_valleys(rows, curves, recipe, sizes, colours):
-    """Training loss at a constant rate over weights, at four budgets of compute."""
+    """Training loss at a constant rate over weights, at four budgets of compute. A size smaller than a valley's left
+    end would need a longer run."""
     flops = {size: run.training_flops(vit_of(size, recipe)[0]) for size in sizes}
     means = constant_rate(rows, curves, recipe)
     budgets = []
-    for size in (sizes[1], sizes[2], sizes[-3], sizes[-2]):
-        budgets.append(flops[size] * recipe['batch_size'] * recipe['steps'][-1] * (1 - COOLDOWN) * .9)
+    for size, share in ((sizes[0], .2), (sizes[0], .9), (sizes[1], .9), (sizes[3], .9)):
+        budgets.append(share * flops[size] * recipe['batch_size'] * recipe['steps'][-1] * (1 - COOLDOWN))
     valleys = {}
     for budget in sorted(budgets):
         valley = []
@@ -602,7 +603,7 @@ def draw_valleys(rows, curves, recipe, sizes, colours):
         if len(valley) > 1:
             valleys[f'{budget / 1e12:.2g} TFLOP'] = valley
     points = {name: [(x, y, y, y) for x, y in valley] for name, valley in valleys.items()}
-    return panel('1 - cosine at equal compute, constant rate', 'weights N', valleys, points, 'x')
+    return panel('1 - cosine at equal compute, constant rate', 'weights N', valleys, points, 'xy')
 
 
 def constant_rate(rows, curves, recipe):
