@@ -33,11 +33,11 @@ import run                          # noqa: E402
 
 RECIPES = {  # by device. cuda's has not been run
     'cpu': dict(sizes=('femto', '24x3', 'pico', '48x4', 'nano', 'micro', 'mini'), held_out='ti',
-                pilot=('pico', 'nano'), bracket=('femto', 'nano', 'mini', 'ti'), steps=(3200, 6400),
+                pilot=('pico', 'nano'), bracket=('femto', 'nano', 'mini', 'ti'), steps=(3200, 6400), longest=12_800,
                 batch_size=16, lr=.75, pilot_seeds=4, seeds=3, held_out_seeds=3,
                 image_size=32, patch_size=4, teacher='nano', teacher_steps=(2000, 4000)),
     'cuda': dict(sizes=('pico', 'nano', 'micro', 'mini', 'ti', 's', 'b'), held_out='l',
-                 pilot=('pico', 'nano'), bracket=('nano', 'mini', 'b', 'l'), steps=(2048, 4096),
+                 pilot=('pico', 'nano'), bracket=('nano', 'mini', 'b', 'l'), steps=(2048, 4096), longest=8192,
                  batch_size=256, lr=3, pilot_seeds=3, seeds=3, held_out_seeds=2, image_size=64, patch_size=8,
                  teacher='mini', teacher_steps=(4000, 8000))}
 WARMUP = 100                # steps; the same for both lengths, as they branch off one another
@@ -85,7 +85,7 @@ def phases(recipe):
     """{what for: its runs}, in order; a name means one run. What is held out comes after all that is fitted."""
     sizes, held_out = recipe['sizes'], recipe['held_out']
     short, long = recipe['steps']
-    found = {name: [] for name in ('pilot', 'sizes', 'held out', 'rates', 'poor world', 'heads')}
+    found = {name: [] for name in ('pilot', 'sizes', 'held out', 'longest', 'rates', 'poor world', 'heads')}
     for seed in range(recipe['pilot_seeds']):
         for size in sizes[::-1]:
             if size in recipe['pilot']:
@@ -94,6 +94,9 @@ def phases(recipe):
                 found['sizes'] += lengths(recipe, size, seed)
     for seed in range(recipe['held_out_seeds']):
         found['held out'] += lengths(recipe, held_out, seed)
+        for size in (held_out, sizes[-1]):                  # does the held-out size go ahead if it learns longer?
+            one = student(recipe, size, seed, recipe['longest'])
+            found['longest'].append(dict(one, after=f'{size}-{seed}-{long}'))
 
     for factor in BRACKET:
         for size in recipe['bracket'][::-1]:
@@ -359,7 +362,9 @@ def report(runs, curves, prediction, pictures, recipe):
     report_neighbours(rows, recipe, sizes, measure)
     report_fit(rows, recipe, measure)
     if Path(prediction).exists():
-        report_prediction(rows, recipe, json.loads(Path(prediction).read_text()))
+        said = json.loads(Path(prediction).read_text())
+        report_prediction(rows, recipe, said)
+        report_lengths(rows, recipe, said)
     report_rates(rows, measure)
     draw(rows, grid.read_csv(curves), recipe, measure, pictures)
 
@@ -472,9 +477,10 @@ def bounded(values):
 
 
 def measured_difference(rows, said, steps):
-    """Held out minus the largest fitted, seed by seed."""
-    losses = {(row['size'], row['seed']): 1 - row[said['measure']] for row in usual(rows) if row['steps'] == steps}
-    return [losses[said['size'], seed] - losses[said['below'], seed] for size, seed in losses if size == said['size']]
+    """The held-out size's loss minus that of the largest fitted, seed by seed."""
+    cells = by_cell(rows)
+    both = [cells.get((size, steps), {}) for size in (said['size'], said['below'])]
+    return [-difference for difference in grid.differences(*both, said['measure'])]
 
 
 def report_prediction(rows, recipe, said):
@@ -491,6 +497,14 @@ def report_prediction(rows, recipe, said):
         table.append(row)
     grid.print_table(['', 'predicted', '90% from', 'to', 'measured', 'seeds', 'missed by', '"the same" misses by',
                       'a line in log N by'], table)
+
+
+def report_lengths(rows, recipe, said):
+    """The same difference after longer runs, too."""
+    lengths = *recipe['steps'], recipe['longest']
+    row = [grid.percent(measured_difference(rows, said, steps)) for steps in lengths]
+    grid.print_table(['loss, paired, 95%', *[f'{steps} steps' for steps in lengths]],
+                     [[f"{said['size']} - {said['below']}, in percent", *row]])
 
 
 def report_rates(rows, measure):
