@@ -39,7 +39,7 @@ RECIPES = {  # by device. cuda's has not been run
     'cuda': dict(sizes=('pico', 'nano', 'micro', 'mini', 'ti', 's', 'b'), held_out='l',
                  pilot=('pico', 'nano'), bracket=('nano', 'mini', 'b', 'l'), steps=(2048, 4096), longest=8192,
                  batch_size=256, lr=3, pilot_seeds=3, seeds=3, held_out_seeds=2, image_size=64, patch_size=8,
-                 teacher='mini', teacher_steps=(4000, 8000))}
+                 teacher='mini', teacher_steps=(5000, 10_000))}
 WARMUP = 100                # steps; the same for both lengths, as they branch off one another
 COOLDOWN = .2               # share of a run's steps
 BRACKET = .5, 2             # times the rule's learning rate

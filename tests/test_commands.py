@@ -30,7 +30,7 @@ def refusal(monkeypatch, capsys, stage, *flags):
 
 
 @pytest.mark.parametrize('flags, expected', [
-    (['--size', 'huge'], 'femto, pico, nano'),
+    (['--size', 'huge'], 'femto, 24x3, pico'),
     (['--batch_size', '0'], '--batch_size 0'),
     (['--data', 'nowhere'], 'nowhere'),
     (['--data', 'shapes:objects=99'], 'objects=99'),
