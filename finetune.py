@@ -163,13 +163,12 @@ class EMA:
 
 def find_init(cfg):
     """--init, else what mim_pretrain.py's default command leaves for this size."""
-    size = cfg.size.partition('-')[0]
-    return cfg.init or f'out/mim_pretrain-{size}/model.pt'
+    return cfg.init or f'out/mim_pretrain-{run.size_of(cfg)}/model.pt'
 
 
 def pretrain(cfg):
     """Runs that command on the world, where --init is what it leaves and is missing."""
-    size = cfg.size.partition('-')[0]
+    size = run.size_of(cfg)
     folder = f'out/mim_pretrain-{size}'
     if cfg.init != f'{folder}/model.pt' or Path(cfg.init).exists():
         return

@@ -1113,10 +1113,15 @@ def draw_sheet(path, columns, tile=128, names={}):
 
 # ---- costs of a model, worth of its frozen features --------------------------------------------------
 
+def size_of(cfg):
+    """The row of SIZES of a run: a recipe's name may add to it behind a dash, as g-560."""
+    return cfg.size if cfg.size in M.SIZES else cfg.size.partition('-')[0]
+
+
 def vit_config(cfg, **options):
     """The ViT of a run: its row of SIZES with the image and patch size asked for."""
     asked = {name: getattr(cfg, name) for name in ('image_size', 'patch_size') if getattr(cfg, name)}
-    row = M.config_of(cfg.size.partition('-')[0], cfg.arch)
+    row = M.config_of(size_of(cfg), cfg.arch)
     return M.ViTConfig(**{**row, **asked, **options})
 
 
