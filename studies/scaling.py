@@ -85,7 +85,7 @@ def phases(recipe):
     """{what for: its runs}, in order; a name means one run. What is held out comes after all that is fitted."""
     sizes, held_out = recipe['sizes'], recipe['held_out']
     short, long = recipe['steps']
-    found = {name: [] for name in ('pilot', 'sizes', 'held out', 'longest', 'rates', 'poor world', 'heads')}
+    found = {name: [] for name in ('pilot', 'sizes', 'held out', 'rates', 'poor world', 'heads', 'longest')}
     for seed in range(recipe['pilot_seeds']):
         for size in sizes[::-1]:
             if size in recipe['pilot']:

@@ -48,7 +48,7 @@ def test_the_readme_shows_commands_of_every_stage():
 
 @pytest.mark.parametrize('path', CHAPTERS, ids=lambda path: path.name)
 def test_links_lead_somewhere(path):
-    for link in re.findall(r'\]\(([^)#:]+)\)', path.read_text()):
+    for link in re.findall(r'(?:\]\(|src=")([^)"#:]+)[)"]', path.read_text()):
         assert (path.parent / link).exists(), link
 
 
