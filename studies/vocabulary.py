@@ -1,14 +1,15 @@
 """
-Does a large vocabulary cost EVA less? Frozen features of the built-in world's true boxes and a linear classifier, for
-the 16 kinds and for the 119 kinds with textures, which captions name (`--vocabulary fine`: 240 kinds with parts, which
-captions do not name). A minute or two a model.
+What a large vocabulary costs: frozen features of the built-in world's true boxes and a linear classifier, for the 16
+kinds (coarse) and the 119 kinds with textures, which captions name (fine; `--vocabulary fine`: 240 kinds with textures
+and parts, which captions do not name). Some seconds to two minutes a model.
 
-    python studies/vocabulary.py out/claims/pretrained-shapes/*-*/model.pt     # EVA-0, EVA-1, ...: seeds of one arm
-    python studies/vocabulary.py --csv studies/vocabulary.csv                  # the tables of runs that are kept
+    python studies/vocabulary.py out/scaling/*-[012]-6400/model.pt out/claims/pretrained-shapes/pixels-*/model.pt
+    python studies/vocabulary.py --csv studies/vocabulary.csv                  # the tables of models that are kept
 
-More images to learn from make every model better at both, so arms are compared where they are equally good at kinds:
-fine at the same coarse accuracy, by straight lines between numbers of images. The claim is wrong if fine is not higher
-there for EVA than for pixels, or does not grow with EVA's size. f, c, r: the frequent, common and rare thirds.
+A model that is better at kinds is better at fine classes too, so models are compared where they are equally good at
+kinds: EVA's sizes make a line, fine over coarse, and every other model is measured against the line at its own coarse.
+The claim that EVA narrows the gap is wrong if others do not lie below the line, or if fine / coarse does not grow with
+EVA's size. Classes count alike, as in AP; f, c, r: the frequent, common and rare thirds.
 """
 import re
 import sys
@@ -23,24 +24,25 @@ import grid
 sys.path.insert(0, str(grid.ROOT))
 import data                         # noqa: E402
 import model as M                   # noqa: E402
-import run                          # noqa: E402
 
-NUM_TRAIN, NUM_VAL = (30, 60, 125, 250, 500, 1000, 2000, 4000), 2000    # images, of about 2.6 objects each
+NUM_TRAIN, NUM_VAL = 4000, 2000     # images, of about 2.6 objects each
 SAMPLES = 6                         # points along a box's side at which its features are looked up
+RIDGE = 1e-3
 
 
 @torch.no_grad()
-def box_features(vit, split, num, image_size, vocabulary):
-    """The mean feature of every true box [n, D], its class [n], and its image's place in the order [n]."""
+def box_features(vit, split, num, vocabulary):
+    """The mean feature of every true box [n, D], and its class [n]. The ViT sees twice as many patches along a side
+    as it learnt with."""
+    image_size = 2 * vit.image_size
     dataset = data.open_instances('shapes', split, vocabulary=vocabulary)
-    features, labels, places = [], [], []
+    features, labels = [], []
     for batch in data.eval_batches(dataset, 50, image_size, num, torch.device('cpu')):
         maps = vit(vit.normalize(batch['images']))                              # [B, D, h, w]
-        for one, target, place in zip(maps, batch['targets'], batch['position']):
+        for one, target in zip(maps, batch['targets']):
             features.append(mean_in_boxes(one, target['boxes'] / image_size))
             labels.append(target['labels'])
-            places.append(place.expand(len(target['labels'])))
-    return torch.cat(features), torch.cat(labels), torch.cat(places)
+    return torch.cat(features), torch.cat(labels)
 
 
 def mean_in_boxes(features, boxes):
@@ -56,69 +58,70 @@ def mean_in_boxes(features, boxes):
     return found[0].mean(2).T                                                   # [D, n, points] -> [n, D]
 
 
-def rows_of(arm, seed, vit, vocabulary):
-    """A row for each number of images to learn from: the share of boxes that is named right. The ViT sees twice as
-    many patches along a side as it learnt with."""
-    image_size = 2 * vit.image_size
-    x, labels, places = box_features(vit, 'train', max(NUM_TRAIN), image_size, vocabulary)
-    val_x, val_labels, _ = box_features(vit, 'val', NUM_VAL, image_size, vocabulary)
+def right_by_class(train_x, train_y, val_x, val_y, num_classes):
+    """The share of each class's boxes that are named right [K], NaN where there are none, by ridge regression from
+    standardised features to one-hot labels in which every class has the same weight. x [n, D], y [n]."""
+    mean, std = train_x.mean(0), train_x.std(0) + 1e-6
+
+    def standard(x):                                                            # [n, D + 1], the last a bias
+        return F.pad((x - mean) / std, (0, 1), value=1.).double()
+    x = standard(train_x)
+    y = F.one_hot(train_y, num_classes).double()
+    weighted = x / y.sum(0)[train_y, None]                                      # each class sums to 1
+    scale = RIDGE * len(train_y.unique())
+    weights = torch.linalg.solve(weighted.T @ x + scale * torch.eye(x.shape[1]), weighted.T @ y)
+    right = (standard(val_x) @ weights).argmax(1) == val_y
+    counts = torch.bincount(val_y, minlength=num_classes)
+    return torch.bincount(val_y[right], minlength=num_classes) / counts         # 0 / 0 is NaN
+
+
+def row_of(arm, seed, vit, vocabulary):
+    """A model's row: the share of boxes that is named right, mean over classes."""
+    x, labels = box_features(vit, 'train', NUM_TRAIN, vocabulary)
+    val_x, val_labels = box_features(vit, 'val', NUM_VAL, vocabulary)
     kinds = torch.tensor(data.open_instances('shapes', 'val', vocabulary=vocabulary).coarse)    # [K]: of 16
-    third = 3 * val_labels // len(kinds)                    # classes stand in order of their frequency
-    rows = []
-    for num in NUM_TRAIN:
-        seen = places < num
-        own, own_labels = x[seen], labels[seen]
-        row = dict(name=f'{arm}-{seed}-{num}', arm=arm, seed=seed, images=num, vocabulary=vocabulary)
-        row['coarse'] = run.linear_probe(own, kinds[own_labels], val_x, kinds[val_labels])
-        row['fine'] = run.linear_probe(own, own_labels, val_x, val_labels)
-        for i, letter in enumerate('fcr'):
-            of = third == i
-            row[letter] = run.linear_probe(own, own_labels, val_x[of], val_labels[of])
-        rows.append(row)
-    return rows
-
-
-def curves_of(rows):
-    """{arm: {seed: its rows, few images first}}."""
-    found = {}
-    for row in sorted(rows, key=lambda row: row['images']):
-        found.setdefault(row['arm'], {}).setdefault(row['seed'], []).append(row)
-    return found
+    coarse = right_by_class(x, kinds[labels], val_x, kinds[val_labels], data.NUM_KINDS)
+    fine = right_by_class(x, labels, val_x, val_labels, len(kinds))             # classes stand by falling frequency
+    row = dict(name=f'{arm}-{seed}', arm=arm, seed=seed, vocabulary=vocabulary,
+               coarse=coarse.nanmean().item(), fine=fine.nanmean().item())
+    for letter, third in zip('fcr', fine.tensor_split(3)):
+        row[letter] = third.nanmean().item()
+    return row
 
 
 def report(rows):
-    curves = curves_of(rows)
-    most = max(row['images'] for row in rows)
-    measures = 'coarse', 'fine', 'f', 'c', 'r'
+    arms = {}                                       # arm: {seed: its row}
+    for row in rows:
+        arms.setdefault(row['arm'], {})[row['seed']] = dict(row, kept=row['fine'] / row['coarse'])
+    line = [arm for arm in M.SIZES if arm in arms]  # EVA's sizes are called by their names alone
+    arms = {arm: arms[arm] for arm in (*line, *(arm for arm in arms if arm not in line))}
+
+    measures = 'coarse', 'fine', 'f', 'c', 'r', 'kept'
     table = []
-    for arm, seeds in curves.items():
-        last = [own[-1] for own in seeds.values()]
-        table.append([arm, len(last), *[grid.percent([row[measure] for row in last]) for measure in measures]])
-    grid.print_table([f'{most:,} images, percent', 'seeds', *measures], table)
+    for arm, seeds in arms.items():
+        above = [differ(row, [arms[size].get(seed) for size in line]) for seed, row in seeds.items()]
+        values = [grid.percent([row[measure] for row in seeds.values()]) for measure in measures]
+        table.append([arm, len(seeds), *values, '' if arm in line or None in above else grid.percent(above)])
+    grid.print_table(['percent', 'seeds', *measures[:-1], 'fine / coarse', "fine above EVA's of the same coarse"], table)
 
-    # against the first arm, seed by seed
-    first, *others = curves
     table = []
-    for arm in others:
-        both = [(own, curves[first][seed]) for seed, own in curves[arm].items() if seed in curves[first]]
-        values = [[at_equal_coarse(*pair, measure) for pair in both] for measure in ('fine', 'r')]
-        table.append([f'{arm} - {first}', *map(grid.percent, values)])
-    grid.print_table(['at the same coarse accuracy, paired, 95%', 'fine', 'r'], table)
+    for small, large in zip(line, line[1:]):
+        table.append([f'{large} - {small}', *[grid.percent(grid.differences(arms[large], arms[small], measure))
+                                              for measure in ('coarse', 'fine', 'kept')]])
+    grid.print_table(['paired, 95%', 'coarse', 'fine', 'fine / coarse'], table)
 
 
-def at_equal_coarse(ours, theirs, measure):
-    """By how much ours has more where both have the coarse accuracy of the weaker one; None if the stronger one has
-    more of it from the start."""
-    coarse = min(ours[-1]['coarse'], theirs[-1]['coarse'])
-    if coarse < max(ours[0]['coarse'], theirs[0]['coarse']):
+def differ(row, line):
+    """How much more fine a row has than the line through EVA's sizes at its coarse; None beyond the line's ends."""
+    line = sorted((own['coarse'], own['fine']) for own in line if own)
+    if not line or not line[0][0] <= row['coarse'] <= line[-1][0]:
         return None
-    a, b = [np.interp(coarse, [row['coarse'] for row in own], [row[measure] for row in own]) for own in (ours, theirs)]
-    return float(a - b)
+    return float(row['fine'] - np.interp(row['coarse'], *zip(*line)))
 
 
 def main():
     parser = grid.make_parser(__doc__)
-    parser.add_argument('files', nargs='*', help='of ViTs or CLIPs')
+    parser.add_argument('files', nargs='*', help='of ViTs or CLIPs, in folders called ARM-SEED or SIZE-SEED-STEPS')
     parser.add_argument('--vocabulary', default='textured', choices=('textured', 'fine'))
     parser.add_argument('--csv', default='out/vocabulary.csv', help='where rows are kept (out/vocabulary.csv)')
     args = parser.parse_args()
@@ -129,13 +132,13 @@ def main():
         except M.Refused as error:
             grid.refuse(error)
         folder = Path(path).parent.name if Path(path).stem == 'model' else Path(path).stem
-        arm, seed = re.fullmatch(r'(.*?)(?:-(\d+))?', folder).groups()
+        arm, seed = re.fullmatch(r'(.*?)(?:-(\d+)(?:-\d+)?)?', folder).groups()
         seed = int(seed or 0)
         untrained = M.init_weights(M.ViT(vit.config), seed, gain=1.9).eval()
         for name, one in ((arm, vit), (f'{vit.width} x {vit.config.depth}, untrained', untrained)):
             if any((row['arm'], row['seed']) == (name, seed) for row in rows):
                 continue
-            rows += rows_of(name, seed, one, args.vocabulary)
+            rows.append(row_of(name, seed, one, args.vocabulary))
             Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
             grid.write_csv(args.csv, rows)
             print(f"{name}, seed {seed}: coarse {rows[-1]['coarse']:.3f}, fine {rows[-1]['fine']:.3f}", flush=True)

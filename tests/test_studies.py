@@ -39,6 +39,7 @@ import plot             # noqa: E402
 import scaling          # noqa: E402
 import speed            # noqa: E402
 import study            # noqa: E402
+import vocabulary       # noqa: E402
 
 STAGES = {stage.__name__ + '.py': stage for stage in (mim_pretrain, clip_train, finetune, detect_seg)}
 RECIPE = scaling.RECIPES['cpu']
@@ -651,3 +652,11 @@ def test_the_first_error_of_a_command_is_told(tmp_path):
     (tmp_path / 'a.log').write_text('step 1\n[rank0]: ValueError: too large\nChildFailedError: see above\n')
     with pytest.raises(RuntimeError, match='ValueError: too large'):
         gpu.wait(SimpleNamespace(wait=lambda: 1), tmp_path / 'a')
+
+
+def test_rare_classes_count_as_frequent_ones_in_the_vocabulary_study():
+    """Between a class of 95 boxes and one of 5 of the same spread the border lies half-way."""
+    x = torch.cat([torch.linspace(-3, 1, 95), torch.linspace(-1, 3, 5)])[:, None]
+    y = torch.cat([torch.zeros(95), torch.ones(5)]).long()
+    near = torch.tensor([[-.2], [.2]])
+    assert vocabulary.right_by_class(x, y, near, torch.tensor([0, 1]), 2).tolist() == [1, 1]
