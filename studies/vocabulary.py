@@ -125,7 +125,7 @@ def main():
     parser.add_argument('--vocabulary', default='textured', choices=('textured', 'fine'))
     parser.add_argument('--csv', default='out/vocabulary.csv', help='where rows are kept (out/vocabulary.csv)')
     args = parser.parse_args()
-    rows = [row for row in grid.read_csv(args.csv) if row['vocabulary'] == args.vocabulary]
+    rows = grid.read_csv(args.csv)                  # of both vocabularies
     for path in args.files:
         try:
             vit = M.load(path, M.ViT, pool='map', mask_token=False, head=0)
@@ -136,12 +136,13 @@ def main():
         seed = int(seed or 0)
         untrained = M.init_weights(M.ViT(vit.config), seed, gain=1.9).eval()
         for name, one in ((arm, vit), (f'{vit.width} x {vit.config.depth}, untrained', untrained)):
-            if any((row['arm'], row['seed']) == (name, seed) for row in rows):
+            if any((row['arm'], row['seed'], row['vocabulary']) == (name, seed, args.vocabulary) for row in rows):
                 continue
             rows.append(row_of(name, seed, one, args.vocabulary))
             Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
             grid.write_csv(args.csv, rows)
             print(f"{name}, seed {seed}: coarse {rows[-1]['coarse']:.3f}, fine {rows[-1]['fine']:.3f}", flush=True)
+    rows = [row for row in rows if row['vocabulary'] == args.vocabulary]
     if not rows:
         grid.refuse('no rows; give files of models')
     report(rows)
