@@ -29,6 +29,7 @@ from test_mim_pretrain import config, small      # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / 'studies'))
+import claims           # noqa: E402
 import compare          # noqa: E402
 import exercises        # noqa: E402
 import gpu              # noqa: E402
@@ -660,3 +661,36 @@ def test_rare_classes_count_as_frequent_ones_in_the_vocabulary_study():
     y = torch.cat([torch.zeros(95), torch.ones(5)]).long()
     near = torch.tensor([[-.2], [.2]])
     assert vocabulary.right_by_class(x, y, near, torch.tensor([0, 1]), 2).tolist() == [1, 1]
+
+
+def test_the_table_of_claims_comes_out_of_its_csv(tmp_path, monkeypatch, capsys):
+    """The numbers that the chapter quotes."""
+    words = ['claims.py', 'classes', '--csv', str(ROOT / 'studies/claims_classes.csv'), '--out_dir', str(tmp_path)]
+    monkeypatch.setattr(sys, 'argv', words)
+    claims.main()
+    out = capsys.readouterr().out
+    assert '| EVA | 2.2 (1.9 to 2.6) | > 16 (> 16 to > 16) |' in out
+    assert '| EVA mini - teacher |  | 0.5 ± 0.5 |' in out
+    assert (tmp_path / 'claims_classes.png').exists()
+
+
+@pytest.mark.parametrize('accuracy, expected', [(.625, 2), (.75, 4), (.9, math.inf), (.4, 0)])
+def test_the_labels_that_scratch_needs_are_read_off_its_curve(accuracy, expected):
+    """Scratch has 50% with 250 labels and 25 points more with each four times as many."""
+    claim = dict(budgets=(250, 1000), measure='top1')
+    cells = {('EVA', 250): accuracy, (claims.LONG, 250): .5, (claims.LONG, 1000): .75}
+    cells = {key: {seed: dict(top1=value) for seed in range(2)} for key, value in cells.items()}
+    assert claims.label_ratio(cells, claim, 'EVA', 250)[0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize('top, expected', [(1, [.5, 1, 2]), (4, [.5, 1, 2, 4, 8]), (.25, [.125, .25, .5, 1, 2])])
+def test_learning_rates_are_tried_until_the_best_has_neighbours(top, expected):
+    tried = []
+
+    def phase(title, runs):
+        tried[:] = runs
+        return [dict(arm='EVA', factor=factor, top1=-abs(math.log(factor / top))) for factor in runs]
+    claim = dict(factors=(.5, 1, 2), num_tries=1, middle=1000, steps=400, tried='top1')
+    setting = SimpleNamespace(claim=claim, run=lambda arm, budget, steps, factor, seed: factor)
+    assert claims.best_rates(setting, ['EVA'], phase) == {'EVA': top}
+    assert tried == expected
