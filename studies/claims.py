@@ -42,7 +42,7 @@ CLASSES = dict(
     script='finetune.py', flags='--augment rand --cutmix 1', measure='judged_top1', tried='top1', batch_size=64,
     steps=400, long=(800, 2540), rates={'nano': 3e-3, 'micro': 2e-3, 'mini': 1.5e-3}, factors=(.5, 1, 2), num_tries=1,
     budget='labels', ylabel='top-1, percent')
-CLAIMS = {  # arms: on all budgets, or on the middle one; wrong_if: what is asked of the runs
+CLAIMS = {  # arms: on all budgets; also: on the middle one; longer: {arm: steps}, there too; wrong_if: what is asked
     'classes': dict(
         CLASSES, budgets=(250, 1000, 4000, 16_000), middle=1000,
         arms=(LONG, 'teacher', 'EVA'),
@@ -178,10 +178,9 @@ def run_claim(name, spec, folder, jobs, until):
             for arm in arms if budget == claim['middle'] else claim['arms']:
                 steps = long[budget] if arm == LONG else claim['steps']
                 runs.append(setting.run(arm, budget, steps, factors[arm], seed))
+    runs += [setting.run(arm, claim['middle'], steps, factors[arm], seed)
+             for seed in SEEDS for arm, steps in claim.get('longer', {}).items()]
     phase('the claim', runs)
-    runs = [setting.run(arm, claim['middle'], steps, factors[arm], seed)
-            for seed in SEEDS for arm, steps in claim.get('longer', {}).items()]
-    phase('longer', runs)
     return grid.read_csv(setting.folder / 'runs.csv')
 
 
@@ -302,7 +301,7 @@ def report_ratios(cells, claim):
     print(f"\ntimes the {claim['budget']} that `{LONG}` needs for the same, 95%")
     table = []
     for arm in claim['arms']:
-        if arm in (SCRATCH, LONG):
+        if arm == LONG:
             continue
         row = [arm]
         for budget in claim['budgets']:
@@ -320,8 +319,8 @@ def label_ratio(cells, claim, arm, budget):
     if budget not in ours or set(scratch) != set(claim['budgets']):
         return None
     wanted = ours[budget]
-    curve = np.stack([scratch[other] for other in claim['budgets']], 1)         # [1 + draws, budgets]
-    curve = np.maximum.accumulate(curve, axis=1)
+    curve = np.stack([scratch[other] for other in claim['budgets']], 1)
+    curve = np.maximum.accumulate(curve, axis=1)                        # [1 + draws, budgets]
     places = np.log(claim['budgets'])
     needed = [math.exp(np.interp(y, own, places)) for y, own in zip(wanted, curve)]
     ratios = np.array(needed) / budget
