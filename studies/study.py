@@ -2,7 +2,7 @@
 The tables of docs/results.md and of the stages' chapters: a grid of real commands each, over paired seeds.
 
     python studies/study.py targets                          # what is reconstructed x how long it trains
-    python studies/study.py longer                           # features, distillation, pixels, up to 16 times as long
+    python studies/study.py longer         # features, distillation, pixels, up to 16 times as long; 5.5 core-hours
     python studies/study.py photographs --data cifar10_tar   # features and pixels on photographs
     python studies/study.py choices                          # what the loss is on, masks, registers, blocks, teachers
     python studies/study.py choices_photographs --data cifar10_tar       # what the loss is on
@@ -52,7 +52,7 @@ STUDIES = {  # before: commands whose weights the arms need. arms: {name: flags}
         arms={target: f'--target {target}' for target in ('clip', 'tokens', 'distill', 'pixels', 'untrained')}),
     'longer': dict(
         script='mim_pretrain.py', seeds=range(3), steps=(300, 1200, 4800), measures=PROBES,
-        arms={**LOSS_ON, 'pixels': '--target pixels'}),
+        arms={**LOSS_ON, 'pixels': '--target pixels'}, pairs=[('all', 'distill')]),
     'photographs': dict(
         script='mim_pretrain.py', seeds=range(3), steps=(1200,), measures=PROBES,
         before=[('clip_train.py', PHOTO_TEACHER, '--steps', '700')], teacher=f'{PHOTO_TEACHER}/model.pt',
@@ -127,7 +127,7 @@ def make_run(name, arm, steps, lr, seed, spec):
 
     # clip draws what is measured on the way; elsewhere that would only cost time
     flags += ['--save_every', max(20, steps // 8) if name == 'clip' else steps]
-    columns = dict(name='-'.join([*words, str(seed)]), row=arm, lr=lr, seed=seed, steps=steps)
+    columns = dict(name='-'.join([*words, str(seed)]), row=arm, lr=lr, seed=seed, steps=steps, work=steps)
     return grid.make_run(f'out/study-{name}', study['script'], flags, columns)
 
 
@@ -231,8 +231,8 @@ def report(rows, study):
 
 
 def contrasts(found, study):
-    """Pairs of cells: the first arm against each other at each length that both have, or at their longest; an arm's
-    longest against its shortest."""
+    """Pairs of cells: the first arm against each other at each length that both have, or at their longest; `pairs`
+    likewise; an arm's longest against its shortest."""
     arms = list(dict.fromkeys(arm for arm, _ in found))
     longest = {arm: max(cell for cell in found if cell[0] == arm) for arm in arms}
     first = next(arm for arm in arms if arm in study['arms'])
@@ -248,6 +248,10 @@ def contrasts(found, study):
             yield (reference, steps), (arm, steps)
         if not shared and len(found[longest[arm]]) > 1:         # of one seed there is no interval
             yield longest[reference], longest[arm]
+    for ours, theirs in study.get('pairs', []):
+        shared = [steps for name, steps in found if name == ours and (theirs, steps) in found]
+        for steps in shared:
+            yield (ours, steps), (theirs, steps)
     for arm in arms:
         shortest = min(cell for cell in found if cell[0] == arm)
         if shortest != longest[arm]:
