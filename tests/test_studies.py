@@ -674,6 +674,16 @@ def test_the_table_of_claims_comes_out_of_its_csv(tmp_path, monkeypatch, capsys)
     assert (tmp_path / 'claims_classes.png').exists()
 
 
+def test_the_table_of_longer_runs_comes_out_of_its_csv(monkeypatch, capsys):
+    """The paired differences that README quotes."""
+    monkeypatch.setattr(sys, 'argv', ['study.py', 'longer', '--csv', str(ROOT / 'studies/longer.csv')])
+    study.main()
+    out = capsys.readouterr().out
+    assert '| hidden at 4800 - distill at 4800 | 1.4 ± 3.9 |' in out
+    assert '| all at 4800 - distill at 4800 | 2.6 ± 3.0 |' in out
+    assert '| hidden at 4800 - hidden at 300 | 11.4 ± 2.6 |' in out
+
+
 @pytest.mark.parametrize('accuracy, expected', [(.625, 2), (.75, 4), (.9, math.inf), (.4, 0)])
 def test_the_labels_that_scratch_needs_are_read_off_its_curve(accuracy, expected):
     """Scratch has 50% with 250 labels and 25 points more with each four times as many."""
