@@ -236,6 +236,9 @@ def contrasts(found, study):
     arms = list(dict.fromkeys(arm for arm, _ in found))
     longest = {arm: max(cell for cell in found if cell[0] == arm) for arm in arms}
     first = next(arm for arm in arms if arm in study['arms'])
+
+    def shared(ours, theirs):
+        return [steps for arm, steps in found if arm == ours and (theirs, steps) in found]
     for arm in arms:
         reference = first
         if first == 'EVA, frozen' and 'frozen' not in arm:
@@ -243,14 +246,13 @@ def contrasts(found, study):
         if arm == reference:
             continue
 
-        shared = [steps for name, steps in found if name == arm and (reference, steps) in found]
-        for steps in shared:
+        lengths = shared(arm, reference)
+        for steps in lengths:
             yield (reference, steps), (arm, steps)
-        if not shared and len(found[longest[arm]]) > 1:         # of one seed there is no interval
+        if not lengths and len(found[longest[arm]]) > 1:         # of one seed there is no interval
             yield longest[reference], longest[arm]
     for ours, theirs in study.get('pairs', []):
-        shared = [steps for name, steps in found if name == ours and (theirs, steps) in found]
-        for steps in shared:
+        for steps in shared(ours, theirs):
             yield (ours, steps), (theirs, steps)
     for arm in arms:
         shortest = min(cell for cell in found if cell[0] == arm)
