@@ -7,8 +7,10 @@ given, EVA may be larger than its teacher. What would show a claim wrong is said
     python studies/claims.py photographs --data cifar10_tar                 # classes again, of photographs
     python studies/claims.py classes --csv studies/claims_classes.csv       # table and picture of runs that are kept
 
-Every arm has the best of several learning rates, tried on a seed of its own and judged on images that no result is
-measured on. All seeds have the same labelled images; pre-training, order and initial values are each seed's own.
+Teacher and students are pre-trained first, into --out_dir. Then every arm gets the best of several learning rates,
+tried on a seed of its own and judged on images that no result is measured on. All seeds have the same teacher and the
+same labelled images; pre-training, order and initial values are each seed's own. A changed CLAIMS wants an --out_dir of
+its own: what has a row is not run again.
 """
 import math
 import sys
@@ -24,7 +26,9 @@ import plot
 import scaling
 
 sys.path.insert(0, str(grid.ROOT))
+import clip_train                   # noqa: E402
 import data                         # noqa: E402
+import finetune                     # noqa: E402
 import model as M                   # noqa: E402
 import run                          # noqa: E402
 
@@ -32,39 +36,42 @@ SCRATCH, LONG = 'scratch', 'scratch, all compute'       # LONG may take the FLOP
 PRETRAINED = {  # arm: size, and what it reconstructs; one for each seed
     'EVA': ('nano', 'clip'), 'EVA micro': ('micro', 'clip'), 'EVA mini': ('mini', 'clip'),
     'pixels': ('nano', 'pixels'), 'distilled': ('nano', 'distill'), 'distilled mini': ('mini', 'distill')}
-SEEDS, TRY_SEED = (0, 1, 2), 3                          # rates and lengths are tried from TRY_SEED on
+SEEDS = 0, 1, 2
+TRY_SEED = 3            # of rates and lengths; further tries have the seeds after it. More SEEDS: (0, 1, 2, 10, 11)
+WIDEST = 16             # times the usual rate, or as far below it: where tries end
 NUM_TRIED, NUM_JUDGED = 1000, 4000      # images by which rates are chosen, and by which arms are compared
 SIDE = 64                               # pixels of labelled scenes: a part of one is still sharp at 32
-CORE = 4e10                             # FLOPs a second of one core, about
+CORE = 6.5e10                           # FLOPs a second of one core, about
 DRAWS = 4000                            # of the interval of a ratio
 
+# of a claim. budgets: numbers of labels or captions; arms: on all of them; also: on the middle one;
+# long: LONG's lengths, of which the best is taken; factors: times the stage's own learning rate, tried on the middle
+# budget at an arm's first length; tried, measure: by which rates are chosen, and by which arms are compared
 CLASSES = dict(
-    script='finetune.py', flags='--augment rand --cutmix 1', measure='judged_top1', tried='top1', batch_size=64,
-    steps=400, long=(800, 2540), rates={'nano': 3e-3, 'micro': 2e-3, 'mini': 1.5e-3}, factors=(.5, 1, 2), num_tries=1,
-    budget='labels', ylabel='top-1, percent')
-CLAIMS = {  # arms: on all budgets; also: on the middle one; longer: {arm: steps}, there too; wrong_if: what is asked
+    stage=finetune, flags='--augment rand --cutmix 1', steps=400, long=(800, 2540), factors=(.5, 1, 2), num_tries=1,
+    tried='top1', measure='judged_top1', budget='labels', ylabel='top-1, percent')
+CLAIMS = {
     'classes': dict(
         CLASSES, budgets=(250, 1000, 4000, 16_000), middle=1000,
-        arms=(LONG, 'teacher', 'EVA'),
-        also=(SCRATCH, 'pixels', 'distilled', 'EVA micro', 'EVA mini', 'distilled mini'),
-        pairs=[('EVA', LONG), ('EVA', 'teacher'), ('EVA mini', 'teacher'), ('EVA mini', 'distilled mini'),
-               ('EVA mini', 'EVA'), ('EVA', 'distilled'), ('EVA', 'pixels'),
-               ('EVA mini, 1,600 steps', 'teacher, 1,600 steps'), ('EVA', f'{LONG}, 10,160 steps')],
-        longer={'EVA mini': 1600, 'teacher': 1600, 'EVA': 1600, LONG: 10_160},
+        arms=(LONG, 'teacher', 'EVA'), also=(SCRATCH, 'pixels', 'distilled', 'EVA micro', 'EVA mini'),
+        pairs=[('EVA', LONG), ('EVA', 'teacher'), ('EVA mini', 'teacher'), ('EVA mini', 'EVA'), ('EVA', 'distilled'),
+               ('EVA', 'pixels')],
         wrong_if='''1. scratch does not need more labels than EVA: the interval of the ratio holds 1 at 4,000 or fewer;
-2. EVA mini is not above the teacher that it learnt from, which is nano, at the middle budget; if distilled mini is
-   level with EVA mini, it is the size and not the mask.
-After the runs, before `longer`: 2 was wrong, and all arms but scratch stood at 79 to 80% from 1,000 labels on. If
-400 steps were too few to tell them apart, EVA mini is above the teacher after 1,600. If scratch was held back by its
-steps and not by its labels, 10,160 steps bring it to EVA's 400.'''),
+2. EVA mini is not above the teacher that it learnt from, which is nano, at the middle budget. If it is above, and
+   distilled mini is level with it, it is the size and not the mask''',
+
+        # asked after those runs: 2 was wrong, and all arms but scratch stood at 79 to 80% from 1,000 labels on
+        longer={'teacher': 1600, 'EVA': 1600, 'EVA mini': 1600, LONG: 10_160}, longer_seeds=(0,),
+        longer_wrong_if='''1. if 400 steps were too few to tell arms apart, EVA mini is above the teacher after 1,600;
+2. if scratch was held back by its steps and not by its labels, 10,160 steps bring it to EVA's 400'''),
     'photographs': dict(
-        CLASSES, budgets=(1000, 4000, 16_000), middle=4000, arms=(LONG, 'teacher', 'EVA'), also=(SCRATCH, 'pixels'),
-        pairs=[('EVA', LONG), ('EVA', 'teacher'), ('EVA', 'pixels')],
+        CLASSES, budgets=(1000, 4000, 16_000), middle=4000, arms=(LONG, 'teacher', 'EVA'), also=(),
+        pairs=[('EVA', LONG), ('EVA', 'teacher')],
         wrong_if='''1. scratch does not need more labels than EVA: the interval of the ratio holds 1 at 4,000 or fewer;
 2. EVA is not above its teacher at the middle budget'''),
     'clip': dict(
-        script='clip_train.py', flags='', measure='heldout_pairs', tried='seen_pairs', batch_size=128,
-        steps=100, long=(200, 1047), rates={'nano': 5e-3}, factors=(.16, .4, 1, 2.5), num_tries=3,
+        stage=clip_train, flags='', steps=100, long=(200, 1047), factors=(.5, 1.5, 4, 10), num_tries=3,
+        tried='seen_pairs', measure='heldout_pairs',
         budgets=(1000, 4000, 16_000), middle=4000, arms=(LONG, 'teacher', 'EVA'), also=(SCRATCH, 'pixels'),
         pairs=[('EVA', LONG), ('EVA', 'teacher'), ('EVA', 'pixels')],
         budget='captioned scenes', ylabel='zero-shot accuracy on pairs never shown, percent',
@@ -78,7 +85,7 @@ class Setting:
 
     def __init__(self, name, spec, folder):
         self.claim, self.spec = CLAIMS[name], spec
-        self.folder = folder / name
+        self.folder = folder / f'{name}-{Path(spec).name}'
         self.shared = folder / f'pretrained-{Path(spec).name}'
         self.recipe = scaling.RECIPES['cpu']
         if spec != 'shapes':
@@ -88,7 +95,7 @@ class Setting:
         """The command of the small CLIP that is given. Its batch is its stage's own."""
         steps = max(self.recipe['teacher_steps'])
         flags = ['--data', self.spec, '--size', 'nano', *scaling.vit_flags(self.recipe), '--steps', steps]
-        columns = dict(name=f'steps-{steps}', work=seconds('nano', steps * 128))
+        columns = dict(name=f'steps-{steps}', data=self.spec, work=seconds('nano', steps * 128))
         return grid.make_run(self.shared / 'teachers', 'clip_train.py', flags, columns)
 
     def student(self, arm, seed):
@@ -102,16 +109,18 @@ class Setting:
 
     def run(self, arm, budget, steps, factor, seed):
         """The command of an arm with so many labels or captions; factor: times the usual learning rate."""
-        size = size_of(arm)
-        lr = factor * self.claim['rates'][size]
+        stage, size = self.claim['stage'], size_of(arm)
+        usual = stage.RECIPES[size]
+        lr = factor * usual['lr']
         flags = [*self.claim['flags'].split(), '--size', size, '--steps', steps, '--lr', f'{lr:g}', '--seed', seed,
                  '--save_every', max(100, steps // 4)]
 
-        # a try starts from what another seed pre-trained
-        init = self.shared / named(arm, seed % len(SEEDS)) / 'model.pt'
+        # a try starts from what the first seeds pre-trained
+        pretrained = seed if seed in SEEDS else seed - TRY_SEED
+        init = self.shared / named(arm, pretrained) / 'model.pt'
         if arm == 'teacher':
             init = scaling.teacher_of(self.recipe, self.shared)
-        if self.claim['script'] == 'clip_train.py':
+        if stage is clip_train:
             flags += ['--data', f'{self.spec}:unique={budget}']
             if arm not in (SCRATCH, LONG):
                 flags += ['--vision', init]
@@ -122,66 +131,119 @@ class Setting:
                 flags += ['--no-freeze_patches', '--layer_decay', 1]
             flags += ['--init', init]
         columns = dict(name=named(arm, budget, steps, factor, seed), arm=arm, budget=budget, steps=steps,
-                       factor=factor, seed=seed, work=seconds(size, steps * self.claim['batch_size']))
-        return grid.make_run(self.folder, self.claim['script'], flags, columns)
+                       factor=factor, seed=seed, lr=lr, data=self.spec, work=seconds(size, steps * usual['batch_size']))
+        return grid.make_run(self.folder, f'{stage.__name__}.py', flags, columns)
 
     def labelled(self, budget):
         """A folder of PNG files by class: train/, so many, and val/, by which rates and lengths are chosen."""
-        place = self.folder / f'labels-{budget}'
-        if place.exists():
-            return place
-        side = SIDE if self.spec == 'shapes' else 32
-        dataset = data.open_data(self.spec, 'train', views=data.Views(share=1.), labels=True)
         most = max(self.claim['budgets'])
-        beside = place.with_suffix('.tmp')
+        folders = {number: self.folder / f'labels-{number}-of-{most}' for number in self.claim['budgets']}
+        missing = {number: place for number, place in folders.items() if not place.exists()}
+        if missing:
+            self.write_labelled(missing, most)
+        return folders[budget]
+
+    def write_labelled(self, folders, most):
+        """The first images of the training data, {number: its folder}; val/ are those after `most`."""
+        print(f'{most + NUM_TRIED:,} labelled images are written', flush=True)
+        side = SIDE if self.spec == 'shapes' else 32
+        beside = {number: place.with_suffix('.tmp') for number, place in folders.items()}
+        dataset = data.open_data(self.spec, 'train', views=data.Views(share=1.), labels=True)
         for batch in data.eval_batches(dataset, 500, side, most + NUM_TRIED, torch.device('cpu')):
             for position, label, image in zip(batch['position'].tolist(), batch['labels'].tolist(), batch['images']):
-                split = 'train' if position < budget else 'val' if position >= most else ''
-                if split:
-                    path = beside / split / dataset.label_names[label] / f'{position:06d}.png'
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-        beside.rename(place)
-        return place
+                png = Image.fromarray(image.permute(1, 2, 0).numpy())
+                for number, place in beside.items():
+                    split = 'train' if position < number else 'val' if position >= most else ''
+                    if split:
+                        path = place / split / dataset.label_names[label] / f'{position:06d}.png'
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        png.save(path)
+        if position + 1 < most + NUM_TRIED:
+            raise M.Refused(f'{self.spec} has {position + 1:,} images to train with; {most + NUM_TRIED:,} are needed')
+        for number, place in folders.items():
+            beside[number].rename(place)
 
 
 def run_claim(name, spec, folder, jobs, until):
     """Pre-trains, tries, then runs what is not there yet. -> all rows."""
     setting = Setting(name, spec, folder)
     claim = setting.claim
+    arms = *claim['arms'], *claim['also']
     val_set = data.open_data(spec, 'val', views=data.Views(share=1.), labels=True)
 
     def more(one, result):
-        if claim['script'] != 'finetune.py':
+        if claim['stage'] is clip_train:
             return {}
         return dict(judged_top1=accuracy(M.load(setting.folder / one['name'] / 'model.pt'), val_set))
 
     def phase(title, runs, place=setting.folder, more=more):
-        hours = sum(one['work'] for one in runs) / 3600
-        print(f'\n{title}: {len(runs)} runs, about {hours:.1f} core-hours in all', flush=True)
+        print(f'\n{title}: about {hours(runs, place):.1f} core-hours', flush=True)
         return grid.run_all(runs, place, jobs, more, until)
+    everything = sum(one['work'] for one in expected(setting, arms))
+    print(f'all of it, from nothing: about {everything / 3600:.0f} core-hours')
 
-    arms = *claim['arms'], *claim['also']
     phase('teacher', [setting.teacher()], setting.shared / 'teachers', None)
-    students = [setting.student(arm, seed) for seed in SEEDS for arm in arms if arm in PRETRAINED]
-    phase('pre-training', students, setting.shared, None)
+    phase('pre-training', students(setting, arms), setting.shared, None)
 
     # the best rate of each arm on the middle budget; the best length of LONG on each
     factors = best_rates(setting, arms, phase)
-    tries = [setting.run(LONG, budget, steps, factors[LONG], TRY_SEED)
-             for budget in claim['budgets'] for steps in claim['long']]
-    long = best(phase('lengths', tries), claim, 'budget', 'steps')
+    long = best(phase('lengths', tried_lengths(setting, factors)), claim, 'budget', 'steps')
+    phase('the claim', final_runs(setting, arms, factors, long))
+    if 'longer' in claim:
+        phase('longer', longer_runs(setting, factors))
+    return grid.read_csv(setting.folder / 'runs.csv')
 
+
+def hours(runs, folder):
+    """Core-hours of those that have no row yet."""
+    done = {row['name'] for row in grid.read_csv(folder / 'runs.csv')}
+    return sum(one['work'] for one in runs if one['name'] not in done) / 3600
+
+
+def students(setting, arms):
+    return [setting.student(arm, seed) for seed in SEEDS for arm in arms if arm in PRETRAINED]
+
+
+def tried_rates(setting, tried):
+    """tried: {arm: its factors}."""
+    claim = setting.claim
+    return [setting.run(arm, claim['middle'], lengths(claim, arm)[0], factor, TRY_SEED + n)
+            for n in range(claim['num_tries']) for arm in tried for factor in sorted(tried[arm])]
+
+
+def tried_lengths(setting, factors):
+    claim = setting.claim
+    return [setting.run(LONG, budget, steps, factors[LONG], TRY_SEED)
+            for budget in claim['budgets'] for steps in claim['long']]
+
+
+def final_runs(setting, arms, factors, long):
+    """long: {budget: LONG's steps}."""
+    claim = setting.claim
     runs = []
     for seed in SEEDS:
         for budget in claim['budgets']:
-            for arm in arms if budget == claim['middle'] else claim['arms']:
+            here = arms if budget == claim['middle'] else claim['arms']
+            for arm in here:
                 steps = long[budget] if arm == LONG else claim['steps']
                 runs.append(setting.run(arm, budget, steps, factors[arm], seed))
-    runs += [setting.run(arm, claim['middle'], steps, factors[arm], seed)
-             for seed in SEEDS for arm, steps in claim.get('longer', {}).items()]
-    phase('the claim', runs)
-    return grid.read_csv(setting.folder / 'runs.csv')
+    return runs
+
+
+def longer_runs(setting, factors):
+    claim = setting.claim
+    return [setting.run(arm, claim['middle'], steps, factors[arm], seed)
+            for seed in claim['longer_seeds'] for arm, steps in claim['longer'].items()]
+
+
+def expected(setting, arms):
+    """All runs of a claim, if the first rates that are tried do, and LONG is best at its longest."""
+    claim = setting.claim
+    factors = dict.fromkeys(arms, 1)
+    long = dict.fromkeys(claim['budgets'], max(claim['long']))
+    return [setting.teacher(), *students(setting, arms), *tried_rates(setting, dict.fromkeys(arms, claim['factors'])),
+            *tried_lengths(setting, factors), *final_runs(setting, arms, factors, long),
+            *(longer_runs(setting, factors) if 'longer' in claim else [])]
 
 
 def best_rates(setting, arms, phase):
@@ -189,17 +251,14 @@ def best_rates(setting, arms, phase):
     claim = setting.claim
     tried = {arm: set(claim['factors']) for arm in arms}
     while True:
-        tries = [setting.run(arm, claim['middle'], lengths(claim, arm)[0], factor, TRY_SEED + n)
-                 for n in range(claim['num_tries']) for arm in arms for factor in sorted(tried[arm])]
-        factors = best(phase('learning rates', tries), claim, 'arm', 'factor')
-
-        before = {arm: set(own) for arm, own in tried.items()}
+        runs = tried_rates(setting, tried)
+        factors = best(phase('learning rates', runs), claim, 'arm', 'factor')
         for arm, factor in factors.items():
-            if factor == max(before[arm]):
+            if factor == max(tried[arm]) < WIDEST:
                 tried[arm].add(2 * factor)
-            if factor == min(before[arm]):
+            elif factor == min(tried[arm]) > 1 / WIDEST:
                 tried[arm].add(factor / 2)
-        if tried == before:
+        if sum(map(len, tried.values())) * claim['num_tries'] == len(runs):
             return factors
 
 
@@ -219,7 +278,7 @@ def lengths(claim, arm):
 def seconds(size, images):
     """Of one core, about: the arithmetic, drawing or reading, and what a run takes to start and to judge."""
     config = M.ViTConfig(**M.SIZES[size])
-    return images * (run.training_flops(config) / CORE + .002) + 15
+    return images * (run.training_flops(config) / CORE + .001) + 15
 
 
 def best(rows, claim, key, chosen):
@@ -246,7 +305,7 @@ def accuracy(model, val_set):
     number = {name: k for k, name in enumerate(model.extra['classes'])}
     right = []
     for batch in data.eval_batches(val_set, 100, model.image_size, NUM_JUDGED, torch.device('cpu')):
-        labels = torch.tensor([number[val_set.label_names[k]] for k in batch['labels'].tolist()])
+        labels = torch.tensor([number.get(val_set.label_names[k], -1) for k in batch['labels'].tolist()])
         right.append(model(model.normalize(batch['images'])).argmax(-1) == labels)
     return torch.cat(right).double().mean().item()
 
@@ -256,18 +315,27 @@ def accuracy(model, val_set):
 def report(rows, name, folder):
     """Tables of the arms, of how many times the labels scratch needs, and of differences; a picture."""
     claim = CLAIMS[name]
-    print(f"\nwrong if:\n{claim['wrong_if']}")
-    cells = {}
+    print(f"\nsaid before the runs; wrong if:\n{claim['wrong_if']}")
+    if 'longer' in claim:
+        print(f"\nsaid after these, before the longer runs:\n{claim['longer_wrong_if']}")
+    cells = cells_of(rows, claim)
+    report_arms(rows, cells, claim)
+    report_ratios(cells, claim)
+    report_pairs(cells, claim)
+    draw(cells, claim, folder / f'claims_{name}.png')
+
+
+def cells_of(rows, claim):
+    """{(arm, budget): {seed: row}}, each at the rate and length that most seeds have; longer runs are arms of their
+    own."""
+    groups = {}
     for row in rows:
         if row['seed'] in SEEDS:
             arm = row['arm']
             if row['steps'] not in lengths(claim, arm):
                 arm += f", {row['steps']:,} steps"
-            cells.setdefault((arm, row['budget']), {})[row['seed']] = row
-    report_arms(rows, cells, claim)
-    report_ratios(cells, claim)
-    report_pairs(cells, claim)
-    draw(cells, claim, folder / f'claims_{name}.png')
+            groups.setdefault((arm, row['budget']), {}).setdefault((row['steps'], row['factor']), {})[row['seed']] = row
+    return {cell: max(own.values(), key=len) for cell, own in groups.items()}
 
 
 def report_arms(rows, cells, claim):
@@ -291,7 +359,7 @@ def tries_of(rows, claim, arm):
     wanted = arm, claim['middle'], lengths(claim, arm)[0]
     values = {}
     for row in rows:
-        if row['seed'] >= TRY_SEED and (row['arm'], row['budget'], row['steps']) == wanted:
+        if row['seed'] not in SEEDS and (row['arm'], row['budget'], row['steps']) == wanted:
             values.setdefault(row['factor'], []).append(100 * row[claim['tried']])
     return {factor: np.mean(own) for factor, own in values.items()}
 
@@ -306,14 +374,14 @@ def report_ratios(cells, claim):
         row = [arm]
         for budget in claim['budgets']:
             ratios = label_ratio(cells, claim, arm, budget)
-            row.append('' if ratios is None else words_of(ratios, max(claim['budgets']) / budget))
+            row.append('' if ratios is None else words_of(ratios, budget, claim['budgets']))
         table.append(row)
     grid.print_table(['', *[f'{budget:,}' for budget in claim['budgets']]], table)
 
 
 def label_ratio(cells, claim, arm, budget):
     """Ratios [1 + draws]: of the means, and of means redrawn by Student's t. Between budgets scratch's accuracy is
-    linear in their logarithm; what it reaches at none of them is inf, what it has at the least is 0."""
+    linear in their logarithm. inf: scratch gets there with no budget; 0: it is beyond with the smallest already."""
     rng = np.random.default_rng(0)
     ours, scratch = [redrawn_means(cells, claim, one, rng) for one in (arm, LONG)]
     if budget not in ours or set(scratch) != set(claim['budgets']):
@@ -322,7 +390,10 @@ def label_ratio(cells, claim, arm, budget):
     curve = np.stack([scratch[other] for other in claim['budgets']], 1)
     curve = np.maximum.accumulate(curve, axis=1)                        # [1 + draws, budgets]
     places = np.log(claim['budgets'])
-    needed = [math.exp(np.interp(y, own, places)) for y, own in zip(wanted, curve)]
+    needed = []
+    for y, own in zip(wanted, curve):
+        rises = np.append(True, np.diff(own) > 0)                       # of a level stretch its least budget counts
+        needed.append(math.exp(np.interp(y, own[rises], places[rises])))
     ratios = np.array(needed) / budget
     ratios[wanted > curve[:, -1]] = math.inf
     ratios[wanted < curve[:, 0]] = 0
@@ -348,10 +419,12 @@ def redrawn_means(cells, claim, arm, rng):
     return means
 
 
-def words_of(ratios, most):
-    """'3.1 (2.2 to 4.8)'; beyond what was measured '> 16'."""
+def words_of(ratios, budget, budgets):
+    """'3.1 (2.2 to 4.8)'; beyond what was measured '> 16' or '< 0.25'."""
     def word(x):
-        return f'> {most:g}' if math.isinf(x) else f'{x:.1f}' if x else '< 1'
+        if math.isinf(x):
+            return f'> {max(budgets) / budget:g}'
+        return f'{x:.2g}' if x else f'< {min(budgets) / budget:g}'
     low, high = np.quantile(ratios[1:], (.025, .975), method='nearest')
     return f'{word(ratios[0])} ({word(low)} to {word(high)})'
 
@@ -372,35 +445,43 @@ def report_pairs(cells, claim):
 def draw(cells, claim, path):
     """Accuracy over the budget, with 95% intervals."""
     curves, points = {}, {}
-    for arm in claim['arms']:
+    for place, arm in enumerate(claim['arms']):
+        shift = 1.04 ** (place - 1)                                     # side by side
         points[arm] = []
         for budget in claim['budgets']:
             values = [100 * row[claim['measure']] for row in cells.get((arm, budget), {}).values()]
             if len(values) > 1:
                 mean, half = grid.interval(values)
-                points[arm].append((budget, mean - half, mean, mean + half))
+                points[arm].append((shift * budget, mean - half, mean, mean + half))
         curves[arm] = [(x, y) for x, _, y, _ in points[arm]]
     if any(curves.values()):
         plot.draw_curves(path, curves, points, claim['budget'], claim['ylabel'], 'x')
+        print(f'\n{path}')
+    else:
+        print('\nno cell has two seeds: no intervals, no ratios, no picture')
 
 
 def main():
     parser = grid.make_parser(__doc__)
     parser.add_argument('name', choices=CLAIMS)
-    parser.add_argument('--data', default='shapes', help='as of the stages')
+    parser.add_argument('--data', default='', help='as of the stages (classes, clip: shapes)')
     parser.add_argument('--hours', type=float, default=0, help='stop after so many; 0: when all is done')
     parser.add_argument('--csv', default='', help='only the tables and the picture of these rows')
     parser.add_argument('--out_dir', default='out/claims', help='for runs and pictures (out/claims)')
     args = parser.parse_args()
-    folder = Path(args.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    claim, folder = CLAIMS[args.name], Path(args.out_dir)
     if args.csv:
-        rows = grid.read_csv(args.csv)
+        columns = 'arm', 'budget', 'steps', 'factor', 'seed', claim['tried'], claim['measure']
+        rows = grid.read_kept(args.csv, *columns)
+    elif args.name == 'photographs' and not args.data:
+        grid.refuse('photographs needs --data: a folder or tar shards with classes')
     else:
         until = time.time() + 3600 * args.hours if args.hours else None
-        rows = run_claim(args.name, args.data, folder, args.jobs, until)
-    if not rows:
-        grid.refuse(f'{args.csv} has no runs')
+        try:
+            rows = run_claim(args.name, args.data or 'shapes', folder, args.jobs, until)
+        except M.Refused as error:
+            grid.refuse(error)
+    folder.mkdir(parents=True, exist_ok=True)
     report(rows, args.name, folder)
 
 

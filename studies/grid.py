@@ -2,10 +2,11 @@
 What all studies share: many commands at once, each run once; rows in a csv; intervals; tables.
 
 A run is a command of a stage with an out_dir of its own. Once it is finished it has a row in runs.csv, and what has a
-row is never started again: a study that was stopped goes on where it was.
+row is never started again: a study that was stopped goes on where it was. A row with other settings is refused.
 """
 import argparse
 import csv
+import fcntl
 import json
 import math
 import os
@@ -49,19 +50,20 @@ def make_run(folder, script, flags, columns):
 def run_all(runs, folder, jobs=2, more=None, until=None, later=0):
     """Runs so many at once, in order; a run with `after` waits for the run of that name. -> their rows.
     more(run, result): what else goes into a row. until: the time at which all stop and save.
-    later: the work that comes after these runs, in the unit of their `work` (runs)."""
+    later: the work that comes after these runs, in the unit of `work`, of which a run without one counts 1."""
     if jobs < 1:
         refuse(f'--jobs {jobs} is too small; use 1 or more')
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / 'runs.csv'
+    refuse_others(runs, path)
     done = {row['name'] for row in read_csv(path)}
     waiting = [one for one in runs if one['name'] not in done]
     running = {}                        # name: (run, its process)
     began, finished = time.time(), 0.
 
-    print(f'{len(waiting)} of {len(runs)} runs to do, {jobs} at once, in {folder}/', flush=True)
-    before = signal.signal(signal.SIGTERM, leave)
+    print(f'{len(waiting)} of {len(runs)} runs to do, {jobs} at once; what each prints is in {folder}/NAME.log', flush=True)
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         while waiting or running:
             if until and time.time() > until:
@@ -81,7 +83,7 @@ def run_all(runs, folder, jobs=2, more=None, until=None, later=0):
                 del running[name]
                 if process.returncode:
                     fail(one, process.returncode, folder)
-                write_csv(path, [*read_csv(path), finished_row(one, folder, more)])
+                add_row(path, finished_row(one, folder, more))
                 finished += one.get('work', 1)
                 left = [*waiting, *(other for other, _ in running.values())]
                 work = later + sum(other.get('work', 1) for other in left)
@@ -94,13 +96,15 @@ def run_all(runs, folder, jobs=2, more=None, until=None, later=0):
             process.send_signal(signal.SIGTERM)
         for one, process in running.values():
             process.wait()
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     rows = {row['name']: row for row in read_csv(path)}
     return [rows[one['name']] for one in runs]
 
 
 def leave(number, frame):
-    """SIGTERM's handler: run_all stops its runs on the way out."""
+    """A signal's handler: run_all stops its runs on the way out."""
+    print('\nstopped: runs save, and the same command goes on', file=sys.stderr)
     sys.exit(128 + number)
 
 
@@ -110,7 +114,7 @@ def start(one, folder, jobs):
     log.parent.mkdir(parents=True, exist_ok=True)
     cores = max(1, (os.cpu_count() or 1) // jobs)
     environment = {'OMP_NUM_THREADS': str(cores), **os.environ}
-    with open(log, 'w') as file:
+    with open(log, 'a') as file:
         return subprocess.Popen([sys.executable, *one['words']], env=environment, stdout=file, stderr=file)
 
 
@@ -131,13 +135,47 @@ def finished_row(one, folder, more):
     if more:
         row.update(more(one, result))
 
-    # no numbers
+    # not results
     for key in ('words', 'after', 'work', 'command', 'stage', 'options'):
         row.pop(key, None)
     return row
 
 
 # ---- rows -------------------------------------------------------------------------------------------------------
+
+def refuse_others(runs, path):
+    """One name is one run: a row whose columns say something else is of other settings."""
+    rows = {row['name']: row for row in read_csv(path)}
+    for one in runs:
+        row = rows.get(one['name'], {})
+        for column in one.keys() - {'words', 'after', 'work'}:
+            ours, theirs = number_or_text(str(six_digits(one[column]))), row.get(column)
+            if theirs not in (None, ours):
+                refuse(f"{path} has {one['name']} with {column} {theirs} instead of {ours}; move that folder away, or take "
+                       f'another --out_dir where there is one')
+
+
+def add_row(path, row):
+    """For two studies in one folder: one at a time."""
+    with open(f'{path}.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        write_csv(path, [*read_csv(path), row])
+
+
+def read_kept(path, *columns):
+    """The rows of a csv that a user names, which must have these columns."""
+    try:
+        rows = read_csv(path)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        refuse(f'{path} cannot be read: {error}')
+    if not rows:
+        refuse(f'{path} has no rows')
+    for number, row in enumerate(rows, 2):
+        for column in columns:
+            if row.get(column) is None:
+                refuse(f'{path}, line {number}: no {column}; is it of another study?')
+    return rows
+
 
 def read_csv(path):
     """A list of dicts: numbers where they are numbers, None where nothing is."""
@@ -148,7 +186,7 @@ def read_csv(path):
 
 
 def number_or_text(cell):
-    if cell in ('', 'nan', None):
+    if cell is None or cell.lower() in ('', 'nan'):
         return None
     for kind in (int, float):
         try:

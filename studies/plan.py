@@ -89,6 +89,10 @@ def find_device(cfg):
 
 
 def plan(cfg):
+    if cfg.epochs:
+        raise M.Refused('--epochs needs the data to count; plan with --steps')
+    if cfg.target != 'clip':
+        raise M.Refused(f'--target {cfg.target} is not planned; only clip is')
     device, is_here = find_device(cfg)
     config = run.vit_config(cfg)
     M.check_grid(config.image_size, config.image_size, config.patch_size)

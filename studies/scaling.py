@@ -160,12 +160,8 @@ def run_all(folder, device, jobs, hours):
     flags = ['--device', device] if device else []
     until = time.time() + 3600 * hours if hours else None
 
-    # the same name must mean the same run
-    done = {row['name']: row for row in grid.read_csv(folder / 'runs.csv')}
-    for one in itertools.chain(*phases(recipe).values()):
-        row = done.get(one['name'], one)
-        if (row['lr'], row['batch_size']) != (one['lr'], one['batch_size']):
-            grid.refuse(f"{folder} has {one['name']} with other settings; take another --out_dir")
+    grid.refuse_others(itertools.chain(*phases(recipe).values()), folder / 'runs.csv')
+    done = {row['name'] for row in grid.read_csv(folder / 'runs.csv')}
 
     teachers = []
     for steps in recipe['teacher_steps']:
@@ -324,7 +320,9 @@ def write_prediction(folder, recipe):
     path = folder / 'prediction.json'
     if not path.exists():
         rows = grid.read_csv(folder / 'runs.csv')
-        path.write_text(json.dumps(predict(rows, recipe), indent=2) + '\n')
+        beside = path.with_suffix('.tmp')
+        beside.write_text(json.dumps(predict(rows, recipe), indent=2) + '\n')
+        beside.rename(path)
     print(f'prediction: {path.read_text()}', flush=True)
 
 
@@ -456,7 +454,7 @@ def report_fit(rows, recipe, measure):
     a, A, luck = law.bootstrap(N, losses)
     E = losses.mean((0, 1)) - law.size_term(N, a, A, N).mean(-2)        # [1 + draws, L]
     is_known = np.quantile(a, .05) > law.EXPONENTS[0]       # else the floor is what the smallest exponent tried makes it
-    print(f'\nexponent a {bounded(a)}')
+    print(f'\n{len(losses)} seeds have all sizes: exponent a {bounded(a)}')
     for place, steps in enumerate(recipe['steps']):
         floor = bounded(E[:, place]) if is_known else 'not identified'
         print(f"{steps} steps: floor E {floor}; a run's own deviation {luck[:, place].std():.4f}")
@@ -681,7 +679,10 @@ def main():
     folder = Path(args.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if not args.report:
-        return run_all(folder, args.device, args.jobs, args.hours)
+        try:
+            return run_all(folder, args.device, args.jobs, args.hours)
+        except M.Refused as error:
+            grid.refuse(error)
 
     kept = grid.ROOT / 'studies'
     if not (kept / 'scaling.csv').exists():

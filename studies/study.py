@@ -127,7 +127,7 @@ def make_run(name, arm, steps, lr, seed, spec):
 
     # clip draws what is measured on the way; elsewhere that would only cost time
     flags += ['--save_every', max(20, steps // 8) if name == 'clip' else steps]
-    columns = dict(name='-'.join([*words, str(seed)]), row=arm, lr=lr, seed=seed, steps=steps, work=steps)
+    columns = dict(name='-'.join([*words, str(seed)]), row=arm, lr=lr, seed=seed, steps=steps, data=spec, work=steps)
     return grid.make_run(f'out/study-{name}', study['script'], flags, columns)
 
 
@@ -241,7 +241,7 @@ def contrasts(found, study):
         return [steps for arm, steps in found if arm == ours and (theirs, steps) in found]
     for arm in arms:
         reference = first
-        if first == 'EVA, frozen' and 'frozen' not in arm:
+        if first == 'EVA, frozen' and 'frozen' not in arm and 'EVA' in arms:
             reference = 'EVA'
         if arm == reference:
             continue
@@ -301,10 +301,14 @@ def main():
     parser.add_argument('--data', default='shapes', help='as of the stages')
     parser.add_argument('--csv', default='', help='only print the tables of these rows')
     args = parser.parse_args()
-    rows = grid.read_csv(args.csv) if args.csv else run_study(args.name, args.data, args.jobs)
-    if not rows:
-        grid.refuse(f'{args.csv} has no runs')
-    report(rows, STUDIES[args.name])
+    study = STUDIES[args.name]
+    if args.csv:
+        rows = grid.read_kept(args.csv, 'row', 'steps', 'seed')
+        if not group(rows, study):
+            grid.refuse(f'{args.csv} has no runs of {args.name}')
+    else:
+        rows = run_study(args.name, args.data, args.jobs)
+    report(rows, study)
     if args.name == 'clip' and not args.csv:
         draw_clip(rows, Path('out/study-clip'))
 

@@ -6,8 +6,8 @@ and parts, which captions do not name). Some seconds to two minutes a model.
     python studies/vocabulary.py out/scaling/*-[012]-6400/model.pt out/claims/pretrained-shapes/pixels-*/model.pt
     python studies/vocabulary.py --csv studies/vocabulary.csv                  # the tables of models that are kept
 
-A model that is better at kinds is better at fine classes too, so models are compared where they are equally good at
-kinds: EVA's sizes make a line, fine over coarse, and every other model is measured against the line at its own coarse.
+A model that is better at kinds is better at fine classes too. So EVA's sizes make a line, fine over coarse, and of every
+other model it is asked how far above that line it lies, at the same coarse.
 The claim that EVA narrows the gap is wrong if others do not lie below the line, or if fine / coarse does not grow with
 EVA's size. Classes count alike, as in AP; f, c, r: the frequent, common and rare thirds.
 """
@@ -99,7 +99,7 @@ def report(rows):
     measures = 'coarse', 'fine', 'f', 'c', 'r', 'kept'
     table = []
     for arm, seeds in arms.items():
-        above = [differ(row, [arms[size].get(seed) for size in line]) for seed, row in seeds.items()]
+        above = [above_line(row, [arms[size].get(seed) for size in line]) for seed, row in seeds.items()]
         values = [grid.percent([row[measure] for row in seeds.values()]) for measure in measures]
         table.append([arm, len(seeds), *values, '' if arm in line or None in above else grid.percent(above)])
     grid.print_table(['percent', 'seeds', *measures[:-1], 'fine / coarse', "fine above EVA's of the same coarse"], table)
@@ -111,10 +111,13 @@ def report(rows):
     grid.print_table(['paired, 95%', 'coarse', 'fine', 'fine / coarse'], table)
 
 
-def differ(row, line):
-    """How much more fine a row has than the line through EVA's sizes at its coarse; None beyond the line's ends."""
-    line = sorted((own['coarse'], own['fine']) for own in line if own)
-    if not line or not line[0][0] <= row['coarse'] <= line[-1][0]:
+def above_line(row, line):
+    """How much more fine a row has than the line through EVA's sizes at its coarse; None beyond the line's ends, or
+    where a size lacks this seed."""
+    if not line or None in line:
+        return None
+    line = sorted((own['coarse'], own['fine']) for own in line)
+    if not line[0][0] <= row['coarse'] <= line[-1][0]:
         return None
     return float(row['fine'] - np.interp(row['coarse'], *zip(*line)))
 
@@ -125,7 +128,10 @@ def main():
     parser.add_argument('--vocabulary', default='textured', choices=('textured', 'fine'))
     parser.add_argument('--csv', default='out/vocabulary.csv', help='where rows are kept (out/vocabulary.csv)')
     args = parser.parse_args()
-    rows = grid.read_csv(args.csv)                  # of both vocabularies
+    rows = []                                       # of both vocabularies
+    if Path(args.csv).exists():
+        rows = grid.read_kept(args.csv, 'arm', 'seed', 'vocabulary', 'coarse', 'fine')
+    Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
     for path in args.files:
         try:
             vit = M.load(path, M.ViT, pool='map', mask_token=False, head=0)
@@ -137,14 +143,14 @@ def main():
         untrained = M.init_weights(M.ViT(vit.config), seed, gain=1.9).eval()
         for name, one in ((arm, vit), (f'{vit.width} x {vit.config.depth}, untrained', untrained)):
             if any((row['arm'], row['seed'], row['vocabulary']) == (name, seed, args.vocabulary) for row in rows):
+                print(f'{name}, seed {seed}: {args.csv} has it')
                 continue
             rows.append(row_of(name, seed, one, args.vocabulary))
-            Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
             grid.write_csv(args.csv, rows)
             print(f"{name}, seed {seed}: coarse {rows[-1]['coarse']:.3f}, fine {rows[-1]['fine']:.3f}", flush=True)
     rows = [row for row in rows if row['vocabulary'] == args.vocabulary]
     if not rows:
-        grid.refuse('no rows; give files of models')
+        grid.refuse(f'{args.csv} has no rows of --vocabulary {args.vocabulary}; give files of models')
     report(rows)
 
 

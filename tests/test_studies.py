@@ -222,6 +222,31 @@ def test_finished_runs_are_not_repeated(tmp_path, monkeypatch):
     assert rows[2] == dict(name='c', lr=.005859, skill=.5, row='x, y', N=7, nothing=None)
 
 
+def test_rows_of_other_data_are_refused(tmp_path, capsys):
+    grid.write_csv(tmp_path / 'runs.csv', [dict(name='a', data='shapes', lr=.001, skill=.5)])
+    assert grid.run_all([dict(name='a', data='shapes', lr=.001, words=[])], tmp_path)[0]['skill'] == .5
+    line = refused(capsys, grid.run_all, [dict(name='a', data='photos', lr=.001, words=[])], tmp_path)
+    assert 'a with data shapes instead of photos' in line
+
+
+def test_two_studies_in_one_folder_lose_no_rows(tmp_path):
+    """Each waits until the other has written."""
+    path = tmp_path / 'runs.csv'
+    code = f"import sys; sys.path.insert(0, '{ROOT}/studies'); import grid; " \
+           f"[grid.add_row('{path}', dict(name=f'{{sys.argv[1]}}-{{n}}')) for n in range(100)]"
+    both = [subprocess.Popen([sys.executable, '-c', code, name]) for name in 'ab']
+    assert [process.wait() for process in both] == [0, 0]
+    assert len(grid.read_csv(path)) == 200
+
+
+@pytest.mark.parametrize('text, words', [('', 'no rows'), ('arm\nEVA\n', 'line 2: no seed'), ('arm,seed\nEVA,nan\n', 'no seed'),
+                                         (b'\xff\xfe', 'cannot be read')])
+def test_a_csv_that_is_not_ours_is_one_line(text, words, tmp_path, capsys):
+    path = tmp_path / 'rows.csv'
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert words in refused(capsys, grid.read_kept, path, 'arm', 'seed')
+
+
 def test_what_a_stage_refuses_is_passed_on(tmp_path, capsys):
     code = 'import sys; print("error: --size huge is unknown", file=sys.stderr); sys.exit(2)'
     line = refused(capsys, grid.run_all, [dict(name='a', words=['-c', code])], tmp_path)
@@ -397,7 +422,7 @@ def test_an_unfinished_study_is_reported(part, tmp_path, capsys):
 def test_runs_with_other_settings_are_not_taken_for_this_ones(tmp_path, capsys):
     one = dict(scaling.student(RECIPE, 'pico', 0, RECIPE['steps'][0]), lr=.123)
     grid.write_csv(tmp_path / 'runs.csv', [one])
-    assert 'pico-0-3200 with other settings' in refused(capsys, scaling.run_all, tmp_path, 'cpu', 2, 0)
+    assert 'pico-0-3200 with lr 0.123 instead of 0.005859' in refused(capsys, scaling.run_all, tmp_path, 'cpu', 2, 0)
 
 
 def test_curves_are_drawn(tmp_path):
@@ -691,6 +716,40 @@ def test_the_labels_that_scratch_needs_are_read_off_its_curve(accuracy, expected
     cells = {('EVA', 250): accuracy, (claims.LONG, 250): .5, (claims.LONG, 1000): .75}
     cells = {key: {seed: dict(top1=value) for seed in range(2)} for key, value in cells.items()}
     assert claims.label_ratio(cells, claim, 'EVA', 250)[0] == pytest.approx(expected)
+
+
+def test_a_level_stretch_of_scratch_counts_from_where_it_begins():
+    """50, 75 and 75%: 75% are had with 1,000 labels, not with 4,000."""
+    claim = dict(budgets=(250, 1000, 4000), measure='top1')
+    cells = {('EVA', 250): .75, (claims.LONG, 250): .5, (claims.LONG, 1000): .75, (claims.LONG, 4000): .75}
+    cells = {key: {seed: dict(top1=value) for seed in range(2)} for key, value in cells.items()}
+    assert claims.label_ratio(cells, claim, 'EVA', 250)[0] == pytest.approx(4)
+
+
+def test_rates_that_are_all_alike_end_the_tries():
+    setting = SimpleNamespace(claim=dict(factors=(.5, 1, 2), num_tries=1, middle=1000, steps=400, tried='top1'),
+                              run=lambda arm, budget, steps, factor, seed: factor)
+    alike = lambda title, runs: [dict(arm='EVA', factor=factor, top1=.1) for factor in runs]
+    assert claims.best_rates(setting, ['EVA'], alike)['EVA'] >= 1 / claims.WIDEST
+
+
+def test_a_cell_of_a_claim_has_one_rate():
+    """A seed at another rate is not one more seed."""
+    row = dict(arm='EVA', budget=1000, steps=400, factor=2, seed=0)
+    others = dict(row, seed=1), dict(row, seed=1, factor=1)
+    cells = claims.cells_of([row, *others], claims.CLAIMS['classes'])
+    assert cells == {('EVA', 1000): {0: row, 1: others[0]}}
+
+
+def test_too_few_images_for_the_labels_are_refused(tmp_path):
+    """17 photographs, 8 of them for validation, where 16,000 are to have labels."""
+    for number in range(17):
+        path = tmp_path / 'few' / 'train' / 'ab'[number % 2] / f'{number}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (32, 32)).save(path)
+    setting = claims.Setting('photographs', str(tmp_path / 'few'), tmp_path)
+    with pytest.raises(M.Refused, match='9 images to train with; 17,000 are needed'):
+        setting.labelled(1000)
 
 
 @pytest.mark.parametrize('top, expected', [(1, [.5, 1, 2]), (4, [.5, 1, 2, 4, 8]), (.25, [.125, .25, .5, 1, 2])])
