@@ -1197,6 +1197,9 @@ def changed(model, state, changes):
     """A model on the meta device with a changed config, and its tensors."""
     config = asdict(model.config)
     for name, value in changes.items():
+        if name not in config:
+            by_tower = f'; a CLIP is changed by tower, vision=dict({name}=...)' if isinstance(model, CLIP) else ''
+            raise Refused(f'a {type(model).__name__} has no {name}{by_tower}')
         config[name] = {**config.get(name, {}), **value} if isinstance(value, dict) else value
     if config.get('rope') == 'index' and config['frames'] == 1 and config['pool'] and 'rope' not in changes:
         config['rope'] = model.grid     # after pre-training EVA-02 stretches other grids to that of pre-training
