@@ -561,8 +561,8 @@ def settle_steps(cfg, dataset):
 # ---- save and resume ---------------------------------------------------------------------------------
 
 def finished(cfg):
-    """Whether the run is done, which it says in one line. Before any work its folder has to be writable,
-    and no other run's while this process lives."""
+    """Whether the run is done, which it says in one line; one with other options is refused. Before any work its
+    folder has to be writable, and no other run's while this process lives."""
     with writing(f'--out_dir {cfg.out_dir}'):
         os.makedirs(cfg.out_dir, exist_ok=True)
         on_first(lock, cfg.out_dir)
@@ -580,8 +580,9 @@ def finished(cfg):
         raise Refused(f'{path} is of {result["stage"]}, not of {stage}; use another --out_dir')
     now = options_of(cfg)
     changed = differences(now, now | result.get('options', {}))
-    changed = f' with other options: {changed}' if changed else ''
-    print0(f'this run is finished{changed}: {path} holds its result; use --out_dir NAME for another')
+    if changed:
+        raise Refused(f'{path} is of a run with other options: {changed}; use --out_dir NAME for another')
+    print0(f'this run is finished: {path} holds its result; use --out_dir NAME for another')
     unlock()
     return True
 
