@@ -231,7 +231,10 @@ def final_runs(setting, arms, factors, long):
 
 
 def longer_runs(setting, factors):
+    """None of a claim that asks for none."""
     claim = setting.claim
+    if 'longer' not in claim:
+        return []
     return [setting.run(arm, claim['middle'], steps, factors[arm], seed)
             for seed in claim['longer_seeds'] for arm, steps in claim['longer'].items()]
 
@@ -242,8 +245,7 @@ def expected(setting, arms):
     factors = dict.fromkeys(arms, 1)
     long = dict.fromkeys(claim['budgets'], max(claim['long']))
     return [setting.teacher(), *students(setting, arms), *tried_rates(setting, dict.fromkeys(arms, claim['factors'])),
-            *tried_lengths(setting, factors), *final_runs(setting, arms, factors, long),
-            *(longer_runs(setting, factors) if 'longer' in claim else [])]
+            *tried_lengths(setting, factors), *final_runs(setting, arms, factors, long), *longer_runs(setting, factors)]
 
 
 def best_rates(setting, arms, phase):
@@ -253,13 +255,16 @@ def best_rates(setting, arms, phase):
     while True:
         runs = tried_rates(setting, tried)
         factors = best(phase('learning rates', runs), claim, 'arm', 'factor')
+        beyond = {}
         for arm, factor in factors.items():
             if factor == max(tried[arm]) < WIDEST:
-                tried[arm].add(2 * factor)
+                beyond[arm] = 2 * factor
             elif factor == min(tried[arm]) > 1 / WIDEST:
-                tried[arm].add(factor / 2)
-        if sum(map(len, tried.values())) * claim['num_tries'] == len(runs):
+                beyond[arm] = factor / 2
+        if not beyond:
             return factors
+        for arm, factor in beyond.items():
+            tried[arm].add(factor)
 
 
 def named(arm, *others):

@@ -320,9 +320,7 @@ def write_prediction(folder, recipe):
     path = folder / 'prediction.json'
     if not path.exists():
         rows = grid.read_csv(folder / 'runs.csv')
-        beside = path.with_suffix('.tmp')
-        beside.write_text(json.dumps(predict(rows, recipe), indent=2) + '\n')
-        beside.rename(path)
+        run.replace(str(path), json.dumps(predict(rows, recipe), indent=2) + '\n')
     print(f'prediction: {path.read_text()}', flush=True)
 
 
